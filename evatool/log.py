@@ -1,0 +1,31 @@
+"""Logging, configured once by the command line: rank 0 to stderr, every rank to its own file in the run folder."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+
+def configure(rank: int = 0, debug: bool = False) -> None:
+    """Send the package's records to stderr on rank 0; other ranks keep warnings only."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    root = logging.getLogger("evatool")
+    root.setLevel(logging.DEBUG if debug else logging.INFO)
+    root.propagate = False
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+    handler = RichHandler(console=Console(stderr=True), show_path=debug, show_time=False, markup=False)
+    handler.setLevel(logging.DEBUG if debug else logging.INFO if rank == 0 else logging.ERROR)
+    root.addHandler(handler)
+
+
+def add_file(folder: Path, rank: int = 0) -> logging.Handler:
+    """Also write this rank's records to `folder/rank_00000.log`; returns the handler so that a stage can drop it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / f"rank_{rank:05d}.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setLevel(logging.DEBUG)
+    logging.getLogger("evatool").addHandler(handler)
+    return handler

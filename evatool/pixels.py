@@ -1,0 +1,25 @@
+"""Pixel statistics and the one place where uint8 pictures become float inputs. Imports torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# OpenAI CLIP's statistics; every EVA recipe, MIM included, uses them (eva.md 2.1).
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def normalize_images(
+    image: Tensor,
+    mean: tuple[float, ...] = CLIP_MEAN,
+    std: tuple[float, ...] = CLIP_STD,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """uint8 pictures (B, 3, H, W) in 0..255 as normalised floats of the same shape; float inputs pass unchanged."""
+    if image.is_floating_point():
+        return image.to(dtype)
+    # (x / 255 - mean) / std as one multiply-add
+    scale = torch.tensor([1 / (255 * s) for s in std], device=image.device).view(1, -1, 1, 1)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=image.device).view(1, -1, 1, 1)
+    return torch.addcmul(shift, image.float(), scale).to(dtype)

@@ -1,0 +1,437 @@
+"""Typed recipe sections, one model a stage. No torch here: a recipe is checked before anything heavy is imported.
+
+Sections stand in the order the data flows. Every optional field defaults to None and is absent from TOML when
+unset; what can be switched off has a `kind = "none"`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, strict, unknown keys refused, field docstrings become descriptions."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+
+
+# ---------------------------------------------------------------------------------------------------- data-prepare
+
+
+class DrawingsSource(Section):
+    """The 6,816 captioned drawings that ship with the package (docs/data.md)."""
+
+    kind: Literal["drawings"] = "drawings"
+    num_unseen: NonNegative = 120
+    """Concepts removed from training in every set, for the never-seen evaluation."""
+    split_seed: int = 0
+    """Seed of the never-seen split."""
+    max_concepts: Positive | None = None
+    """Use only the first this many concepts (debug recipes)."""
+
+
+class FolderSource(Section):
+    """A folder of pictures and a caption file."""
+
+    kind: Literal["folder"] = "folder"
+    images: Path
+    """Folder of pictures, searched recursively."""
+    captions: Path
+    """CSV, TSV or JSONL, told apart by its suffix; one picture a row."""
+    image_column: str = "image"
+    """Column (or JSON key) with the picture's path relative to `images`."""
+    caption_column: str = "caption"
+    """Column (or JSON key) with the caption."""
+    encoding: str = "utf-8"
+    """Text encoding of the caption file."""
+
+
+class ShardSection(Section):
+    """WebDataset shards to write."""
+
+    samples_per_shard: Positive = 1000
+    """Samples a tar file."""
+    shuffle_seed: int = 0
+    """Seed of the order in which samples are written."""
+    max_bad_fraction: Fraction = 0.01
+    """Pictures and rows that cannot be used, as a share of all: skipped and named up to here, refused beyond."""
+    max_pixels: Positive = 89_478_485
+    """Largest picture accepted, in pixels, judged by its header (Pillow's warning limit)."""
+    contact_sheet_images: Positive = 60
+    """Pictures on the contact sheet."""
+
+
+class DataPrepareRecipe(Section):
+    """Pictures and captions to WebDataset shards, evaluation sets, a manifest and a contact sheet."""
+
+    stage: Literal["data-prepare"] = "data-prepare"
+    source: str | None = None
+    """Where the figures of this recipe come from."""
+    run_dir: Path | None = None
+    """Output folder; `runs/<recipe name>` when absent."""
+    data: Annotated[DrawingsSource | FolderSource, Field(discriminator="kind")]
+    shards: ShardSection = ShardSection()
+
+
+# ---------------------------------------------------------------------------------------------------- shared pieces
+
+
+class AugmentSection(Section):
+    """Random transforms of a training picture. The defaults are EVA-CLIP's: a crop and nothing else (eva.md 3.4)."""
+
+    crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.9, 1.0)
+    """Area of the random crop as a share of the picture (low, high)."""
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.3333333333333333)
+    """Aspect ratio of the random crop (low, high)."""
+    horizontal_flip: Fraction = 0.0
+    """Probability of mirroring left and right."""
+    rotate_degrees: NonNegativeFloat = 0.0
+    """Largest rotation either way, corners filled with white."""
+    color_jitter: NonNegativeFloat = 0.0
+    """Strength of random brightness, contrast, saturation and hue changes; 0 is off."""
+    grayscale: Fraction = 0.0
+    """Probability of dropping the colour."""
+
+    @model_validator(mode="after")
+    def _ranges_are_ordered(self) -> AugmentSection:
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name} = [{low}, {high}] is empty: the first number must not exceed the second")
+        return self
+
+
+class TrainDataSection(Section):
+    """Shards to train on."""
+
+    train: Path
+    """Folder with shards and their `manifest.json`, as `evatool data-prepare` writes it."""
+    augment: AugmentSection = AugmentSection()
+    num_workers: NonNegative = 0
+    """Loader processes per rank; 0 reads in the training process."""
+    max_bad_fraction: Fraction = 0.01
+    """Samples that cannot be read, as a share of those tried: replaced and counted up to here, refused beyond."""
+
+
+class NoInit(Section):
+    """Random weights."""
+
+    kind: Literal["none"] = "none"
+
+
+class ImageTowerInit(Section):
+    """Image tower from a MIM or CLIP model; text tower, projections and temperature stay random."""
+
+    kind: Literal["image-tower"] = "image-tower"
+    path: Path
+    """Run folder or file of the MIM or CLIP model."""
+
+
+class WholeModelInit(Section):
+    """All weights from another CLIP model of the same shape."""
+
+    kind: Literal["clip"] = "clip"
+    path: Path
+    """Run folder or file."""
+
+
+ClipInit = Annotated[NoInit | ImageTowerInit | WholeModelInit, Field(discriminator="kind")]
+
+
+class ClipModelSection(Section):
+    """The CLIP model to train."""
+
+    preset: str
+    """Preset name: ours, BAAI's or open_clip's spelling (`evatool recipe list` shows recipes, docs/models.md names)."""
+    image_size: Positive | None = None
+    """Input side in pixels where it differs from the preset's."""
+    init: ClipInit = NoInit()
+    """Where the first weights come from."""
+    patch_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of patches dropped in training (FLIP)."""
+    drop_path_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Stochastic depth at the last block of the image tower, linear from 0 at the first."""
+
+
+class MimModelSection(Section):
+    """The image encoder that learns by masked image modelling."""
+
+    preset: str
+    """Preset name of a CLIP or MIM model: its image tower is built, without projection, with a prediction head."""
+    image_size: Positive | None = None
+    """Input side in pixels where it differs from the preset's."""
+    drop_path_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Stochastic depth at the last block, linear from 0 at the first."""
+    patch_embed_grad_scale: Fraction = 0.1
+    """Factor on the gradient of the patch embedding: 0.1 in EVA-02, 1.0 in EVA-01 (eva.md 2.3)."""
+
+
+class TeacherSection(Section):
+    """A frozen model to learn from."""
+
+    model: str
+    """Run folder, exported folder, released file or preset name, as `evatool.load_clip` reads it."""
+
+
+class InfoNceObjective(Section):
+    """Contrastive loss over the global batch (eva.md 3.8)."""
+
+    kind: Literal["infonce"] = "infonce"
+    positives: Literal["pair", "equal-captions"] = "pair"
+    """`pair`: only the picture's own caption is right. `equal-captions`: every equal caption in the batch is."""
+
+
+class MimObjective(Section):
+    """Negative cosine to the teacher's patch features at masked places (eva.md 2.5)."""
+
+    kind: Literal["mim"] = "mim"
+    mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.41
+    """Target share of masked patches, reached at most; the count is round(mask_ratio N): 105 of 256 in EVA."""
+    min_block_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.0625
+    """Smallest masked block as a share of the grid: 16 of 256 patches in EVA."""
+
+
+class DistillObjective(Section):
+    """Contrastive loss plus what the student learns from the teacher, each with its own weight."""
+
+    kind: Literal["distill"] = "distill"
+    positives: Literal["pair", "equal-captions"] = "pair"
+    """As in the contrastive loss."""
+    contrastive_weight: NonNegativeFloat = 1.0
+    """Weight of the contrastive loss."""
+    feature_weight: NonNegativeFloat = 1.0
+    """Weight of feature matching: 1 - cosine between student and teacher features of both towers."""
+    logit_weight: NonNegativeFloat = 1.0
+    """Weight of the KL divergence from the teacher's to the student's softmax, averaged over both directions."""
+
+    @model_validator(mode="after")
+    def _something_is_taught(self) -> DistillObjective:
+        if self.feature_weight == 0 and self.logit_weight == 0:
+            raise ValueError("feature_weight and logit_weight are both 0: nothing is distilled; use train-clip instead")
+        return self
+
+
+class GroupSection(Section):
+    """Optimiser settings of one tower."""
+
+    lr: PositiveFloat
+    """Peak learning rate."""
+    weight_decay: NonNegativeFloat = 0.05
+    """Decoupled weight decay of matrices; biases, norms, position and class embeddings have none (eva.md 3.5)."""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Factor on the learning rate per layer away from the head."""
+
+
+class OptimSection(Section):
+    """AdamW with one group per tower, layer and decay."""
+
+    kind: Literal["adamw"] = "adamw"
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    """Decay of the first and second moments; EVA's intended values (eva.md Q1)."""
+    eps: PositiveFloat = 1e-6
+    """Added to the root of the second moment."""
+    grad_clip_norm: PositiveFloat | None = None
+    """Largest global gradient norm; no clipping when absent."""
+    visual: GroupSection
+    """Image tower."""
+    text: GroupSection | None = None
+    """Text tower; required where there is one."""
+    other: GroupSection | None = None
+    """Parameters in neither tower (temperature, prediction head, projections); as `visual` when absent."""
+
+
+class ScheduleSection(Section):
+    """Linear warm-up from 0, then cosine to `min_lr_fraction` of the peak (eva.md 3.1)."""
+
+    kind: Literal["warmup-cosine"] = "warmup-cosine"
+    warmup_samples: NonNegative = 0
+    """Length of the warm-up in samples seen."""
+    min_lr_fraction: Fraction = 0.0
+    """Learning rate at the end as a share of the peak."""
+
+
+class TrainSection(Section):
+    """Length, batch and precision."""
+
+    samples_seen: Positive
+    """Length of the run in samples."""
+    global_batch_size: Positive
+    """Samples of one optimiser step over all ranks."""
+    seed: int = 0
+    """Seed of initialisation, order, augmentation and masks."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the forward pass; weights and optimiser stay float32."""
+    log_every: Positive = 10
+    """Steps between two log lines."""
+
+    @model_validator(mode="after")
+    def _at_least_one_step(self) -> TrainSection:
+        if self.samples_seen < self.global_batch_size:
+            raise ValueError(
+                f"samples_seen = {self.samples_seen} is less than one step of global_batch_size = {self.global_batch_size}"
+            )
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps of the whole run: samples_seen / global_batch_size, rounded down."""
+        return self.samples_seen // self.global_batch_size
+
+
+class CheckpointSection(Section):
+    """When the run is saved. The end of a run is always saved."""
+
+    every_steps: Positive | None = None
+    """Steps between two saves; only the end when absent."""
+    keep: Positive = 2
+    """Newest checkpoints kept."""
+
+
+class EngineSection(Section):
+    """How the training step is carried out."""
+
+    kind: Literal["auto", "single", "ddp", "deepspeed"] = "auto"
+    """`auto`: `single` in one process, `ddp` in several. `deepspeed`: ZeRO."""
+    processes: Positive | None = None
+    """Processes to start on this machine; one a GPU, or one without GPUs, when absent. Ignored under torchrun."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """DeepSpeed's ZeRO stage."""
+
+
+class TrainingRecipe(Section):
+    """What every training stage has."""
+
+    source: str | None = None
+    """Where the figures of this recipe come from."""
+    run_dir: Path | None = None
+    """Run folder; `runs/<recipe name>` when absent."""
+    data: TrainDataSection
+    optim: OptimSection
+    schedule: ScheduleSection = ScheduleSection()
+    train: TrainSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    engine: EngineSection = EngineSection()
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> TrainingRecipe:
+        if self.schedule.warmup_samples > self.train.samples_seen:
+            raise ValueError(
+                f"schedule.warmup_samples = {self.schedule.warmup_samples} is longer than the run: "
+                f"train.samples_seen = {self.train.samples_seen}"
+            )
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------- stages
+
+
+class PretrainMimRecipe(TrainingRecipe):
+    """Masked image modelling against a CLIP teacher's patch features."""
+
+    stage: Literal["pretrain-mim"] = "pretrain-mim"
+    model: MimModelSection
+    teacher: TeacherSection
+    objective: MimObjective = MimObjective()
+
+
+class TrainClipRecipe(TrainingRecipe):
+    """Contrastive image-text training."""
+
+    stage: Literal["train-clip"] = "train-clip"
+    model: ClipModelSection
+    objective: InfoNceObjective = InfoNceObjective()
+
+    @model_validator(mode="after")
+    def _text_tower_has_settings(self) -> TrainClipRecipe:
+        if self.optim.text is None:
+            raise ValueError("optim.text is missing: a CLIP model has a text tower, give it at least `lr`")
+        return self
+
+
+class DistillRecipe(TrainingRecipe):
+    """A student CLIP learns from the data and from a frozen teacher."""
+
+    stage: Literal["distill"] = "distill"
+    model: ClipModelSection
+    teacher: TeacherSection
+    objective: DistillObjective = DistillObjective()
+
+    @model_validator(mode="after")
+    def _text_tower_has_settings(self) -> DistillRecipe:
+        if self.optim.text is None:
+            raise ValueError("optim.text is missing: a CLIP model has a text tower, give it at least `lr`")
+        return self
+
+
+class ExportSection(Section):
+    """What to write."""
+
+    checkpoint: str
+    """Model to export, as `evatool.load_clip` reads it: run folder, checkpoint folder or released file."""
+    format: Literal["open_clip"] = "open_clip"
+    """`open_clip`: a folder for `local-dir:`."""
+    tolerance: PositiveFloat = 1e-5
+    """Largest relative L2 difference between our features and the reloaded export's."""
+
+
+class ExportRecipe(Section):
+    """A trained model as files that other libraries load; verified by reloading it there."""
+
+    stage: Literal["export"] = "export"
+    source: str | None = None
+    """Where the figures of this recipe come from."""
+    run_dir: Path | None = None
+    """Output folder; `runs/<recipe name>` when absent."""
+    export: ExportSection
+
+
+class EvalSection(Section):
+    """What to evaluate, on what."""
+
+    models: Annotated[dict[str, str], Field(min_length=1)]
+    """Name in the report -> model, as `evatool.load_clip` reads it."""
+    suite: str = "drawings"
+    """Name of a suite of evaluation sets (docs/eval.md)."""
+    data: Path
+    """Folder with the evaluation sets, one folder a set in clip-benchmark's `wds/` layout."""
+    sets: list[str] | None = None
+    """Only these sets of the suite."""
+    batch_size: Positive = 256
+    """Pictures a forward pass."""
+    num_bootstrap: Positive = 1000
+    """Resamples behind each 95 % interval."""
+    seed: int = 0
+    """Seed of the resamples."""
+
+
+class EvalRecipe(Section):
+    """Zero-shot classification and retrieval with intervals, and a report."""
+
+    stage: Literal["eval"] = "eval"
+    source: str | None = None
+    """Where the figures of this recipe come from."""
+    run_dir: Path | None = None
+    """Output folder; `runs/<recipe name>` when absent."""
+    eval: EvalSection
+
+
+Recipe = DataPrepareRecipe | PretrainMimRecipe | TrainClipRecipe | DistillRecipe | ExportRecipe | EvalRecipe
+
+RECIPES: dict[str, type[Recipe]] = {
+    "data-prepare": DataPrepareRecipe,
+    "pretrain-mim": PretrainMimRecipe,
+    "train-clip": TrainClipRecipe,
+    "distill": DistillRecipe,
+    "export": ExportRecipe,
+    "eval": EvalRecipe,
+}
+"""Recipe model by stage name, in pipeline order."""

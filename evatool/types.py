@@ -1,0 +1,62 @@
+"""The few shapes that sibling packages agree on. No torch at run time: the CLI may import this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+# B batch, S input side in pixels, N patches, L text tokens
+
+LossDict = dict[str, "Tensor"]
+"""Scalar losses by name with `"loss"` (the one to minimise, with gradient) among them; the others are only logged."""
+
+
+@dataclass
+class Batch:
+    """One rank's samples of one optimiser step, on the CPU until the engine moves them."""
+
+    image: Tensor  # (B, 3, S, S) uint8 RGB; normalised on the device
+    keys: list[str]  # sample keys, for error messages
+    tokens: Tensor | None = None  # (B, L) int64, zero-padded after the end-of-text token
+    caption_id: Tensor | None = None  # (B,) int64; equal ids if and only if the captions are equal
+    mask: Tensor | None = None  # (B, N) bool, True where the student does not see the patch
+    teacher_image: Tensor | None = None  # (B, 3, T, T) uint8, the same crop at the teacher's size
+    position: int = 0  # global samples consumed once this batch is used; the loader's whole state
+
+    def to(self, device: Any) -> Batch:
+        """The same batch with its tensors on `device`."""
+        move = lambda t: None if t is None else t.to(device, non_blocking=True)  # noqa: E731
+        return Batch(
+            image=self.image.to(device, non_blocking=True),
+            keys=self.keys,
+            tokens=move(self.tokens),
+            caption_id=move(self.caption_id),
+            mask=move(self.mask),
+            teacher_image=move(self.teacher_image),
+            position=self.position,
+        )
+
+
+class Loader(Protocol):
+    """What the trainer needs of a data loader: batches without end, from a position that is one integer."""
+
+    position: int
+
+    def __iter__(self) -> Any: ...
+
+
+@dataclass
+class Result:
+    """What a stage hands back to the command line (and `--json` prints)."""
+
+    stage: str
+    run_dir: Path
+    outputs: dict[str, Path] = field(default_factory=dict)  # name -> what was made
+    metrics: dict[str, float | int | str] = field(default_factory=dict)
+    next_command: str | None = None
+    table: list[list[str]] = field(default_factory=list)  # header row first; shown in the terminal
