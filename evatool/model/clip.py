@@ -1,0 +1,82 @@
+"""CLIP models: open_clip's `CustomTextCLIP` around a timm `Eva`, from a configuration in BAAI's vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from open_clip import CustomTextCLIP
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from evatool.model.presets import ModelConfig
+from evatool.model.vision import has_head_bias, timm_name
+
+# B batch, S input side in pixels, N patches, E embedding
+
+
+def open_clip_model_config(config: ModelConfig) -> dict[str, Any]:
+    """`config` in open_clip's vocabulary, as its JSON files and `local-dir:` folders hold it."""
+    assert config.text is not None, f"{config.name} is a MIM model; it has no text tower"
+    text = {key: value for key, value in config.text.items() if value is not None}
+    return {
+        "embed_dim": config.embed_dim,
+        "vision_cfg": {
+            "image_size": config.image_size,
+            "timm_model_name": timm_name(config),
+            "timm_model_pretrained": False,
+            "timm_pool": "token",
+            # timm's own head always has a bias; open_clip's linear projection has none
+            "timm_proj": None if has_head_bias(config) else "linear",
+        },
+        "text_cfg": text,
+        "custom_text": True,
+    }
+
+
+def build_clip(config: ModelConfig, *, patch_dropout: float = 0.0, drop_path_rate: float = 0.0) -> CustomTextCLIP:
+    """A CLIP model with EVA-CLIP's initialisation, on the current default device (also `meta`).
+
+    Parameters are named as open_clip names them: `visual.trunk.*`, `text.*` and `logit_scale` of shape (1,), which
+    every engine can shard. `visual(image (B, 3, S, S)) -> (B, E)`, `text(tokens (B, L)) -> (B, E)`; neither output
+    is normalised.
+
+    Args:
+        patch_dropout: share of patches dropped in training mode; the class token always stays.
+        drop_path_rate: stochastic depth of the last block in training mode, linear from 0 at the first.
+
+    Source: EVA-CLIP/rei/eva_clip/{model,eva_vit_model}.py. Parity: tests/parity/test_golden_clip.py.
+    """
+    arguments = open_clip_model_config(config)
+    arguments.pop("custom_text")
+    arguments["vision_cfg"] |= {"patch_dropout": patch_dropout, "timm_drop_path": drop_path_rate}
+    clip = CustomTextCLIP(**arguments, nonscalar_logit_scale=True)
+    # timm and open_clip initialise everything else as the release does (eva.md 1.1)
+    _init_projection(image_projection(clip), config.vision["head_init_scale"])
+    return clip
+
+
+def _init_projection(projection: nn.Linear, scale: float) -> None:
+    with torch.no_grad():
+        trunc_normal_(projection.weight, std=0.02)
+        projection.weight.mul_(scale)
+        if projection.bias is not None:
+            projection.bias.zero_()
+
+
+def image_projection(clip: CustomTextCLIP) -> nn.Linear:
+    """The linear layer from the image tower's width to the embedding; where it lives depends on its bias."""
+    trunk_head = clip.visual.trunk.head
+    return trunk_head if isinstance(trunk_head, nn.Linear) else clip.visual.head.proj
+
+
+def visual_tokens(clip: CustomTextCLIP, image: Tensor) -> Tensor:
+    """Projected patch tokens: what a MIM student learns to predict.
+
+    Args:
+        image: (B, 3, S, S) float, normalised.
+    Returns: (B, N, E), every patch token after the final norm and the projection; the class token is dropped.
+    Source: EVA-02/asuka/clip_wrapper.py (eva.md 2.4).
+    """
+    tokens = clip.visual.trunk.forward_features(image)
+    return image_projection(clip)(tokens)[:, clip.visual.trunk.num_prefix_tokens :]

@@ -1,0 +1,137 @@
+"""EVA image towers: from a configuration to timm's `Eva`, through timm's registry so that open_clip finds them too."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.layers import RmsNormFp32
+from timm.models import build_model_with_cfg, is_model, register_model
+from timm.models.eva import Eva, checkpoint_filter_fn
+
+from evatool.model.presets import PRESETS, ModelConfig
+from evatool.pixels import CLIP_MEAN, CLIP_STD
+
+# Entry points timm has, and ours in its style for what it lacks: their RMSNorm cannot be written in `model_args`.
+TIMM_NAMES = {
+    "EVA01-CLIP-g-14": "eva_giant_patch14_clip_224",
+    "EVA02-CLIP-B-16": "eva02_base_patch16_clip_224",
+    "EVA02-CLIP-L-14": "eva02_large_patch14_clip_224",
+    "EVA02-CLIP-L-14-336": "eva02_large_patch14_clip_336",
+    "EVA02-CLIP-bigE-14": "eva02_enormous_patch14_clip_224",
+    "EVA-CLIP-8B": "eva_8b_patch14_clip_224",
+    "EVA-CLIP-8B-448": "eva_8b_patch14_clip_448",
+    "EVA-CLIP-18B": "eva_18b_patch14_clip_224",
+    "EVA-CLIP-18B-336": "eva_18b_patch14_clip_336",
+}
+
+_NOT_ARCHITECTURE = ("init", "init_std", "head_init_scale")
+
+
+def eva_arguments(config: ModelConfig) -> dict[str, Any]:
+    """Keyword arguments of timm's `Eva` for the image tower, without head; JSON-ready except for RMSNorm.
+
+    Source: EVA-CLIP/rei/eva_clip/eva_vit_model.py (eva.md 1.1), names translated to timm's.
+    """
+    vision = config.vision
+    inner_norm = vision["subln"] if vision["inner_attn_ln"] is None else vision["inner_attn_ln"]
+    arguments: dict[str, Any] = {
+        "img_size": vision["image_size"],
+        "patch_size": vision["patch_size"],
+        "embed_dim": vision["width"],
+        "depth": vision["layers"],
+        "num_heads": config.num_heads,
+        "mlp_ratio": vision["mlp_ratio"],
+        "qkv_bias": vision["qkv_bias"],
+        "qkv_fused": not vision["subln"],
+        "swiglu_mlp": vision["naiveswiglu"] or vision["swiglu"],
+        "scale_mlp": vision["naiveswiglu"],
+        "scale_attn_inner": inner_norm,
+        "use_rot_pos_emb": vision["rope"],
+        "use_post_norm": vision["postnorm"],
+        "init_values": vision["ls_init_value"],
+        "global_pool": "token",
+    }
+    if vision["rope"]:
+        reference = vision["pt_hw_seq_len"]
+        arguments["ref_feat_shape"] = [reference, reference] if vision["intp_freq"] else None
+    if vision["use_rms_norm"]:
+        # Statistics in float32 in every precision, as the release computes them (eva.md 1.1).
+        arguments["norm_layer"] = partial(RmsNormFp32, eps=1e-6)
+    return arguments
+
+
+def has_head_bias(config: ModelConfig) -> bool:
+    """Whether the projection has a bias: in the release it follows the q/v bias, so 8B and 18B have none."""
+    return bool(config.vision["qkv_bias"])
+
+
+def _architecture(config: ModelConfig) -> dict[str, Any]:
+    return {key: value for key, value in config.vision.items() if key not in _NOT_ARCHITECTURE}
+
+
+def timm_name(config: ModelConfig) -> str:
+    """The timm entry point of this tower, registered on first use; released towers go by timm's own names."""
+    for preset, name in TIMM_NAMES.items():
+        if _architecture(PRESETS[preset]) == _architecture(config):
+            break
+    else:
+        text = json.dumps(config.vision, sort_keys=True)
+        name = f"eva_custom_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    if not is_model(name):
+        _register(name, config)
+    return name
+
+
+def _register(name: str, config: ModelConfig) -> None:
+    arguments = eva_arguments(config) | {"head_init_scale": config.vision["head_init_scale"]}
+    side = config.image_size
+    pretrained_cfg = {
+        "url": "",
+        "num_classes": 0,
+        "input_size": (3, side, side),
+        "fixed_input_size": True,
+        "mean": CLIP_MEAN,
+        "std": CLIP_STD,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+
+    def entry(pretrained: bool = False, **kwargs: Any) -> Eva:
+        kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or pretrained_cfg
+        return build_model_with_cfg(
+            Eva, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **(arguments | kwargs)
+        )
+
+    entry.__name__ = name
+    register_model(entry)
+
+
+def build_trunk(config: ModelConfig, *, drop_path_rate: float = 0.0) -> Eva:
+    """The image tower alone, without projection: what MIM trains. Weights are timm's initialisation."""
+    return timm.create_model(timm_name(config), num_classes=0, global_pool="token", drop_path_rate=drop_path_rate)
+
+
+def restore_buffers(module: torch.nn.Module, device: torch.device | str = "cpu") -> None:
+    """Recompute, on `device`, the buffers that no checkpoint holds (RoPE tables, zero key bias, causal mask).
+
+    For a model that was built on the meta device and then given its weights.
+    """
+    for part in module.modules():
+        stale = [name for name, buffer in part._buffers.items() if buffer is not None and buffer.is_meta]
+        for name in stale:
+            part._buffers[name] = torch.empty_like(part._buffers[name], device=device)  # type: ignore[arg-type]
+        if not stale:
+            continue
+        if hasattr(part, "init_non_persistent_buffers"):
+            part.init_non_persistent_buffers()
+        elif hasattr(part, "build_causal_mask"):
+            part.attn_mask = part.build_causal_mask().to(device)
+        else:
+            raise AssertionError(f"{type(part).__name__} has buffers {stale} that evatool cannot recompute")
