@@ -1,0 +1,176 @@
+"""Distillation: the contrastive loss plus what a frozen teacher adds, each part with its own weight.
+
+Source: feature matching and logit distillation as in CLIP-KD (arXiv 2307.12732) and open_clip `DistillClipLoss`
+(peers.md A5), with weights, the teacher's own picture size and context, and over all ranks.
+"""
+
+# B this rank's batch, G global batch, L text tokens, E student's and T teacher's embedding
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evatool.objective.contrastive import (
+    Logits,
+    accuracies,
+    clamp_logit_scale,
+    contrastive_loss,
+    encode_pair,
+    logit_scale,
+    pair_logits,
+    positives,
+    trim_tokens,
+    unit,
+)
+from evatool.recipe import schema
+from evatool.types import Batch, LossDict
+
+
+class ClipTeacher(Protocol):
+    """A frozen CLIP model in eval mode, on the device of the batch, that keeps its own pixel statistics."""
+
+    context_length: int
+    logit_scale: float  # exponentiated
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8 -> (B, T)."""
+        ...
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """(B, context_length) int64 -> (B, T)."""
+        ...
+
+
+class DistillObjective(nn.Module):
+    """A student CLIP that learns from pairs and from a teacher.
+
+    Args:
+        student: as in `ClipObjective`.
+        teacher: frozen; kept out of this module's parameters and state.
+        section: the recipe's `[objective]`.
+        student_width, teacher_width: E and T. Where they differ and features are matched, one learned projection per
+            tower carries the student's features to the teacher's width; the projections are no part of the student.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: ClipTeacher,
+        section: schema.DistillObjective,
+        *,
+        student_width: int,
+        teacher_width: int,
+    ) -> None:
+        super().__init__()
+        self.model = student
+        self.section = section
+        self._teacher = (teacher,)  # in a tuple, so that torch does not register a module
+        if section.feature_weight > 0 and student_width != teacher_width:
+            self.image_projection: nn.Module = nn.Linear(student_width, teacher_width, bias=False)
+            self.text_projection: nn.Module = nn.Linear(student_width, teacher_width, bias=False)
+        else:
+            self.image_projection = self.text_projection = nn.Identity()
+
+    @property
+    def teacher(self) -> ClipTeacher:
+        """The frozen teacher."""
+        return self._teacher[0]
+
+    def forward(self, batch: Batch) -> LossDict:
+        """Losses of this rank's samples against the global batch; all ranks must call it together.
+
+        Returns: `loss` (the weighted sum, with gradient); unweighted, for the log: `contrastive_loss`, `feature_loss`
+            and `logit_loss` (those whose weight is not 0), `i2t_top1`, `t2i_top1`, `logit_scale` (exponentiated).
+        """
+        section = self.section
+        student = encode_pair(self.model, batch)
+        scale = logit_scale(self.model)
+        is_positive = positives(batch, section.positives)
+        logits = pair_logits(*student, scale)
+        # Also at weight 0: every parameter then takes part in each step, which the multi-rank engines ask for.
+        parts = {"contrastive_loss": contrastive_loss(logits, is_positive)}
+        teacher = teacher_features(self.teacher, batch)
+        if section.feature_weight > 0:
+            parts["feature_loss"] = feature_loss(self.project(*student), teacher)
+        if section.logit_weight > 0:
+            parts["logit_loss"] = logit_loss(logits, teacher_logits(self.teacher, teacher))
+        weights = {
+            "contrastive_loss": section.contrastive_weight,
+            "feature_loss": section.feature_weight,
+            "logit_loss": section.logit_weight,
+        }
+        loss = sum((weights[name] * part for name, part in parts.items()), torch.zeros((), device=scale.device))
+        logs = {name: part.detach() for name, part in parts.items()}
+        return {"loss": loss, **logs, **accuracies(logits, is_positive), "logit_scale": scale.detach()}
+
+    def project(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+        """The student's features at the teacher's width, unit length."""
+        return unit(self.image_projection(image_features)), unit(self.text_projection(text_features))
+
+    @torch.no_grad()
+    def clamp_parameters(self) -> None:
+        """Keep the student's temperature in its range; called after every optimiser step."""
+        clamp_logit_scale(self.model)
+
+
+# -------------------------------------------------------------------------------------------------------- teacher
+
+
+@torch.no_grad()
+def teacher_features(teacher: ClipTeacher, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The teacher's unit-length image and text features (B, T) of the same samples, without gradient."""
+    assert batch.tokens is not None, "distillation needs tokens in its batches"
+    image = batch.image if batch.teacher_image is None else batch.teacher_image
+    tokens = fit_tokens(batch.tokens, teacher.context_length)
+    return unit(teacher.encode_image(image)), unit(teacher.encode_text(tokens))
+
+
+@torch.no_grad()
+def teacher_logits(teacher: ClipTeacher, features: tuple[Tensor, Tensor]) -> Logits:
+    """The teacher's similarities of this rank's samples against the global batch, at the teacher's own temperature."""
+    return pair_logits(*features, teacher.logit_scale)
+
+
+def fit_tokens(tokens: Tensor, context_length: int) -> Tensor:
+    """Tokens (B, L) at another context length, as the tokenizer would have made them.
+
+    Padding is added or dropped; a caption that is too long is cut and ends with its end-of-text token (the largest id).
+    """
+    tokens = trim_tokens(tokens)
+    missing = context_length - tokens.shape[1]
+    if missing >= 0:
+        return F.pad(tokens, (0, missing))
+    end, cut = tokens.amax(dim=-1), tokens[:, :context_length].clone()
+    is_cut = tokens.argmax(dim=-1) >= context_length
+    cut[:, -1] = torch.where(is_cut, end, cut[:, -1])
+    return cut
+
+
+# --------------------------------------------------------------------------------------------------------- losses
+
+
+def feature_loss(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> Tensor:
+    """1 - cosine between student and teacher, averaged over this rank's samples and both towers; in [0, 2].
+
+    Args:
+        student, teacher: (image, text) features (B, T) of unit length.
+    """
+    dtype = student[0].dtype
+    cosines = [(s * t.to(dtype)).sum(dim=-1).mean() for s, t in zip(student, teacher, strict=True)]
+    return 1 - (cosines[0] + cosines[1]) / 2
+
+
+def logit_loss(student: Logits, teacher: Logits) -> Tensor:
+    """KL divergence from the teacher's to the student's softmax over the global batch, both directions averaged.
+
+    Its gradient is open_clip `DistillClipLoss`'s, which reports the cross-entropy (KL plus the teacher's entropy).
+    """
+    parts = [
+        F.kl_div(s.log_softmax(dim=1), t.to(s.dtype).log_softmax(dim=1), reduction="batchmean", log_target=True)
+        for s, t in zip(student, teacher, strict=True)
+    ]
+    return (parts[0] + parts[1]) / 2

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from evatool.objective.mim import MimObjective, masked_feature_loss
+from evatool.recipe import schema
+from evatool.types import Batch
+
+# The pictures are 4 x 4 with patches of 2 x 2: N = 4 patches of 12 numbers.
+
+
+def patches(image: Tensor) -> Tensor:
+    """(B, 3, 4, 4) -> (B, 4, 12)."""
+    return nn.functional.unfold(image.float(), kernel_size=2, stride=2).transpose(1, 2)
+
+
+class Student(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(12, 8), nn.Linear(8, 5)
+        self.mask_token = nn.Parameter(torch.randn(8))
+
+    def forward(self, image: Tensor, mask: Tensor) -> Tensor:
+        tokens = torch.where(mask[..., None], self.mask_token, self.embed(patches(image)))
+        return self.head(tokens + tokens.mean(dim=1, keepdim=True))[mask]
+
+
+class Teacher:
+    def __init__(self) -> None:
+        self.head = nn.Linear(12, 5)
+        self.seen: list[Tensor] = []
+
+    def visual_tokens(self, image: Tensor) -> Tensor:
+        self.seen.append(image)
+        return self.head(patches(image))
+
+
+@pytest.fixture
+def objective() -> MimObjective:
+    torch.manual_seed(0)
+    return MimObjective(Student(), Teacher(), schema.MimObjective())
+
+
+@pytest.fixture
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, 3, 4, 4), generator=generator, dtype=torch.uint8)
+    mask = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 0], [1, 1, 1, 0]], dtype=torch.bool)  # ragged, as block masks are
+    return Batch(image=image, keys=["a", "b", "c"], mask=mask)
+
+
+def test_loss_is_the_negative_mean_cosine() -> None:
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = torch.randn(2, 5, 7, dtype=torch.float64, generator=generator)
+    expected = 0.0
+    for p, t in zip(prediction.tolist(), target.tolist(), strict=True):
+        dot = sum(a * b for a, b in zip(p, t, strict=True))
+        expected -= dot / math.sqrt(sum(a * a for a in p) * sum(b * b for b in t)) / 5
+    assert float(masked_feature_loss(prediction, target)) == pytest.approx(expected, abs=1e-14)
+
+
+def test_loss_ignores_scale_and_reaches_minus_one() -> None:
+    target = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    assert float(masked_feature_loss(1e-3 * target, target)) == pytest.approx(-1.0, abs=1e-6)
+    assert float(masked_feature_loss(-40 * target, target)) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_gradient_goes_to_the_prediction_only() -> None:
+    prediction, target = torch.randn(2, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    prediction.requires_grad_()
+    target.requires_grad_()
+    masked_feature_loss(prediction, target).backward()
+    assert prediction.grad is not None
+    assert target.grad is None
+    assert torch.autograd.gradcheck(lambda p: masked_feature_loss(p, target.detach()), (prediction,))
+
+
+def test_loss_is_float32_from_half_inputs_also_under_autocast() -> None:
+    target = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
+    prediction = target.flip(0)
+    expected = masked_feature_loss(prediction.bfloat16().float(), target.bfloat16().float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = masked_feature_loss(prediction.bfloat16(), target.bfloat16())
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize(("shapes", "message"), [(((0, 7), (0, 7)), "no patch"), (((2, 7), (2, 8)), "differ in shape")])
+def test_what_cannot_be_compared_is_refused(shapes: tuple[tuple[int, int], ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        masked_feature_loss(*(torch.zeros(shape) for shape in shapes))
+
+
+def test_every_masked_patch_weighs_the_same(objective: MimObjective, batch: Batch) -> None:
+    losses = objective(batch)
+    prediction, target, mask = objective.predict(batch)
+    cosines = torch.cosine_similarity(prediction, target[mask], dim=-1)
+    assert len(cosines) == 6
+    assert float(losses["loss"].detach()) == pytest.approx(-float(cosines.detach().sum()) / 6, abs=1e-6)
+    assert float(losses["mask_ratio"]) == 0.5
+
+
+def test_student_never_sees_masked_pixels_but_the_teacher_does(objective: MimObjective, batch: Batch) -> None:
+    hidden = batch.mask.view(3, 1, 2, 2).repeat_interleave(2, 2).repeat_interleave(2, 3).expand(3, 3, 4, 4)
+    changed = Batch(**{**vars(batch), "image": torch.where(hidden, 255 - batch.image, batch.image)})
+    before, after = objective.predict(batch), objective.predict(changed)
+    torch.testing.assert_close(after[0], before[0], rtol=0, atol=0)
+    assert not torch.equal(after[1][batch.mask], before[1][batch.mask])
+
+
+def test_teacher_sees_its_own_view_where_there_is_one(objective: MimObjective, batch: Batch) -> None:
+    other = 255 - batch.image
+    objective(Batch(**{**vars(batch), "teacher_image": other}))
+    assert torch.equal(objective.teacher.seen[-1], other)
+
+
+def test_teacher_is_frozen_and_no_part_of_the_module(objective: MimObjective, batch: Batch) -> None:
+    objective(batch)["loss"].backward()
+    assert all(p.grad is None for p in objective.teacher.head.parameters())
+    assert all(name.startswith("model.") for name in objective.state_dict())
+    assert all(p.grad is not None for p in objective.parameters())
