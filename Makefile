@@ -17,9 +17,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PYTEST) -n 2 --dist worksteal -m "not slow"
 
-# Also the slow matrices. Resumable: tests that passed since the last complete run are not repeated.
+# Also the slow matrices. Resumable: tests that passed on this very tree are not repeated.
 test-full: $(STAMP)
-	$(PYTEST) -n 2 --dist worksteal --stepwise-skip-passed-file .test-full-passed
+	$(PYTEST) -n 2 --dist worksteal --resume-file .test-full.json --record docs/test-full.md
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -50,4 +50,4 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis .test-full-passed
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis .test-full.json
