@@ -20,7 +20,8 @@ from evatool.pixels import normalize_images
 from evatool.recipe.schema import InfoNceObjective
 from evatool.types import Batch, LossDict
 
-LOGIT_SCALE_MAX = math.log(100)  # eva.md 3.8: the log of the scale is kept in [0, ln 100] after every step
+PARAMETER_BOUNDS = {"model.logit_scale": (0.0, math.log(100))}
+"""The logarithm of the temperature after every optimiser step (eva.md 3.8); the engine holds it there."""
 
 
 class ClipObjective(nn.Module):
@@ -31,6 +32,8 @@ class ClipObjective(nn.Module):
             (the logarithm, shape (1,) or ()).
         section: the recipe's `[objective]`.
     """
+
+    parameter_bounds = PARAMETER_BOUNDS
 
     def __init__(self, model: nn.Module, section: InfoNceObjective) -> None:
         super().__init__()
@@ -49,11 +52,6 @@ class ClipObjective(nn.Module):
         logits = pair_logits(image_features, text_features, scale)
         loss = contrastive_loss(logits, is_positive)
         return {"loss": loss, **accuracies(logits, is_positive), "logit_scale": scale.detach()}
-
-    @torch.no_grad()
-    def clamp_parameters(self) -> None:
-        """Keep the temperature in its range; called after every optimiser step."""
-        clamp_logit_scale(self.model)
 
 
 # ------------------------------------------------------------------------------------------------------- features
@@ -109,12 +107,6 @@ def logit_scale(model: nn.Module) -> Tensor:
     log_scale = model.logit_scale
     assert isinstance(log_scale, Tensor)
     return log_scale.to(torch.promote_types(log_scale.dtype, torch.float32)).exp().squeeze()
-
-
-def clamp_logit_scale(model: nn.Module) -> None:
-    """Clamp the logarithm of the temperature to [0, ln 100] in place (eva.md 3.8)."""
-    assert isinstance(model.logit_scale, Tensor)
-    model.logit_scale.clamp_(0.0, LOGIT_SCALE_MAX)
 
 
 def _input_dtype(model: nn.Module) -> torch.dtype:

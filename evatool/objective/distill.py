@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evatool.objective.contrastive import (
+    PARAMETER_BOUNDS,
     Logits,
     accuracies,
-    clamp_logit_scale,
     contrastive_loss,
     encode_pair,
     logit_scale,
@@ -55,6 +55,8 @@ class DistillObjective(nn.Module):
         student_width, teacher_width: E and T. Where they differ and features are matched, one learned projection per
             tower carries the student's features to the teacher's width; the projections are no part of the student.
     """
+
+    parameter_bounds = PARAMETER_BOUNDS
 
     def __init__(
         self,
@@ -110,11 +112,6 @@ class DistillObjective(nn.Module):
     def project(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
         """The student's features at the teacher's width, unit length."""
         return unit(self.image_projection(image_features)), unit(self.text_projection(text_features))
-
-    @torch.no_grad()
-    def clamp_parameters(self) -> None:
-        """Keep the student's temperature in its range; called after every optimiser step."""
-        clamp_logit_scale(self.model)
 
 
 # -------------------------------------------------------------------------------------------------------- teacher
