@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import logging
+import os
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def env_rank() -> int:
+    """This process's rank as torchrun sets it in the environment; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@cache
+def stderr_console() -> Console:
+    """The one console for logs, bars and messages: shared, so that a log line does not tear a live bar."""
+    from rich.console import Console
+
+    return Console(stderr=True)
 
 
 def configure(rank: int = 0, debug: bool = False) -> None:
     """Send the package's records to stderr on rank 0; other ranks keep warnings only."""
-    from rich.console import Console
     from rich.logging import RichHandler
 
     root = logging.getLogger("evatool")
@@ -16,7 +34,7 @@ def configure(rank: int = 0, debug: bool = False) -> None:
     root.propagate = False
     for handler in list(root.handlers):
         root.removeHandler(handler)
-    handler = RichHandler(console=Console(stderr=True), show_path=debug, show_time=False, markup=False)
+    handler = RichHandler(console=stderr_console(), show_path=debug, show_time=False, markup=False)
     handler.setLevel(logging.DEBUG if debug else logging.INFO if rank == 0 else logging.ERROR)
     root.addHandler(handler)
 

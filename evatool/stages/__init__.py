@@ -1,0 +1,77 @@
+"""The stages of the pipeline. `run_stage` imports the one that is asked for, so that nothing else is paid for."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from evatool.errors import EvatoolError, ExitCode, Preempted
+from evatool.recipe.load import Resolved
+from evatool.stages.run_dir import RunDir, RunOptions, stored_result
+from evatool.types import Result
+
+log = logging.getLogger(__name__)
+
+
+def run_stage(resolved: Resolved, options: RunOptions) -> Result:
+    """Run the recipe's stage and keep the run folder's `status.json` true, also when it fails.
+
+    A finished run that is resumed hands back its stored result at once. Every exception is raised again.
+    """
+    recipe = resolved.recipe
+    stored = stored_result(recipe, options)
+    if stored is not None:
+        log.info("%s is already done: nothing to do", stored.run_dir)
+        return stored
+    options.opened = None
+    stage = importlib.import_module("evatool.stages." + recipe.stage.replace("-", "_"))
+    try:
+        with _sigterm_raises():
+            result: Result = stage.run(recipe, options)
+    except KeyboardInterrupt:
+        _record_failure(options.opened, ExitCode.INTERRUPTED, "stopped by Ctrl-C")
+        raise
+    except EvatoolError as error:
+        _record_failure(options.opened, error.exit_code, str(error))
+        raise
+    except Exception as error:
+        _record_failure(options.opened, ExitCode.FAILED, f"{type(error).__name__}: {error}")
+        raise
+    if options.opened is not None:
+        options.opened.finish(result)
+    return result
+
+
+def _record_failure(run_dir: RunDir | None, exit_code: int, message: str) -> None:
+    """Status and trace of a failed run; the terminal shows the message only, the run's log has the trace."""
+    if run_dir is None:
+        return
+    record = log.makeRecord(log.name, logging.ERROR, __file__, 0, "the stage failed", (), sys.exc_info())
+    for handler in run_dir.handlers:
+        handler.handle(record)
+    run_dir.fail(exit_code, message)
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM outside the training loop, which has its own handler, ends the stage like an exception."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Preempted(
+            f"stopped by {signal.Signals(number).name}", fix="run again with --resume: saved work is not repeated"
+        )
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,375 @@
+"""Recipe files to checked recipes: `extends`, `unset`, `--set`, and every error at once with a way out."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from evatool.errors import RecipeError, UsageError
+from evatool.recipe import schema
+from evatool.recipe.problems import describe
+from evatool.recipe.write import dotted, flatten, format_value, to_table
+
+SET_ORIGIN = "--set"
+DEFAULT_ORIGIN = "default"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A checked recipe and where each of its values came from."""
+
+    recipe: schema.Recipe
+    name: str
+    """Name of the default run folder: the shipped name, or the file's stem."""
+    origins: dict[str, str]
+    """Dotted key -> the file, `--set`, `command line` or `default`; one entry per value of `resolved.toml`."""
+    path: Path | None = None
+    """The recipe file; None for the short forms of the command line."""
+
+
+@dataclass
+class _Layer:
+    """A table under construction and the origin of each of its leaves."""
+
+    table: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+
+    def merge(self, other: _Layer) -> None:
+        """Lay `other` over this: tables merge, the rest replaces, a table whose `kind` changes replaces the old one."""
+        _merge(self.table, other.table)
+        self.origins |= other.origins
+        kept = flatten(self.table)
+        self.origins = {key: origin for key, origin in self.origins.items() if key in kept}
+
+
+# ---------------------------------------------------------------------------------------------------- entry points
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = (), stage: str | None = None) -> Resolved:
+    """The recipe of a `.toml` file or of a shipped name such as `demo/train-clip`, checked.
+
+    Args:
+        overrides: `key=value` texts in order of precedence, the last one wins.
+        stage: the command's stage; a recipe of another stage is refused.
+    Raises: RecipeError with all known problems, UsageError for an override that cannot be read.
+    """
+    path = find_recipe(source)
+    layer = _read_layers(path, chain=())
+    return _resolve(layer, recipe_name(path), path, display_path(path), overrides, stage)
+
+
+def resolve_table(
+    table: Mapping[str, Any],
+    stage: str,
+    origin: str = "command line",
+    overrides: Sequence[str] = (),
+    name: str | None = None,
+) -> Resolved:
+    """The same for a table built in Python, as the short forms of the command line do; `name` defaults to the stage."""
+    own = {"stage": stage, **json.loads(json.dumps(dict(table), default=str))}
+    layer = _Layer(own, dict.fromkeys(flatten(own), origin))
+    return _resolve(layer, name or stage, None, origin, overrides, stage)
+
+
+def find_recipes_dir() -> Path:
+    """The shipped recipes: `evatool/_recipes` in an installed wheel, `recipes/` in a source tree."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "_recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def list_recipes() -> list[tuple[str, str, str]]:
+    """(name, stage, source of the figures) of every shipped recipe that a stage can run, by pipeline order and name."""
+    rows = []
+    for path in sorted(find_recipes_dir().rglob("*.toml")):
+        table = _read_layers(path, chain=()).table
+        if "stage" in table:  # the pieces that recipes extend have none
+            rows.append((recipe_name(path), str(table["stage"]), str(table.get("source", ""))))
+    order = {name: i for i, name in enumerate(schema.RECIPES)}
+    return sorted(rows, key=lambda row: (row[0].rpartition("/")[0], order.get(row[1], len(order)), row[0]))
+
+
+def is_recipe(source: str | Path) -> bool:
+    """True if `source` is read as a recipe: a `.toml` file, existing or not, or a shipped recipe's name."""
+    return str(source).endswith(".toml") or shipped_path(str(source)) is not None
+
+
+def shipped_path(name: str) -> Path | None:
+    """The file of a shipped recipe; None if there is none of this name."""
+    root = find_recipes_dir()
+    path = root / f"{name}.toml"
+    inside = name and ".." not in Path(name).parts and not Path(name).is_absolute()
+    return path if inside and path.is_file() else None
+
+
+def find_recipe(source: str | Path) -> Path:
+    """The file behind a recipe argument. Raises: RecipeError that names the nearest shipped recipe."""
+    text = str(source)
+    if text.endswith(".toml"):
+        path = Path(text)
+        if path.is_file():
+            return path
+        raise RecipeError(
+            f"there is no recipe file {text}" if not path.exists() else f"{text} is not a file",
+            fix="`evatool recipe list` shows the recipes that ship with evatool",
+        )
+    shipped = shipped_path(text)
+    if shipped is None:
+        raise RecipeError(
+            f"there is no recipe named {text!r}",
+            expected="a .toml file or the name of a shipped recipe" + suggest_recipe(text),
+            fix="`evatool recipe list` shows them",
+        )
+    return shipped
+
+
+def suggest_recipe(text: str) -> str:
+    """`, such as demo/eval` for the shipped names nearest to a misspelt one, or nothing."""
+    root = find_recipes_dir()
+    names = [recipe_name(path) for path in root.rglob("*.toml")]
+    near = get_close_matches(text, names, n=1, cutoff=0.6)
+    return f", such as {near[0]}" if near else ""
+
+
+def recipe_name(path: Path) -> str:
+    """`demo/train-clip` for a shipped recipe, `mine` for mine.toml, the folder's name for a run's resolved.toml."""
+    absolute, root = path.resolve(), find_recipes_dir()
+    if absolute.is_relative_to(root):
+        return absolute.relative_to(root).with_suffix("").as_posix()
+    return absolute.parent.name if absolute.name == "resolved.toml" else absolute.stem
+
+
+def display_path(path: Path) -> str:
+    """The path as a reader would type it: relative where it lies under the current directory."""
+    absolute, here = path.resolve(), Path.cwd()
+    return str(absolute.relative_to(here) if absolute.is_relative_to(here) else absolute)
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def _read_layers(path: Path, chain: tuple[Path, ...]) -> _Layer:
+    """The file over its bases; `chain` holds the files that led here, to refuse cycles."""
+    path = path.resolve()
+    shown = display_path(path)
+    if path in chain:
+        circle = " -> ".join(display_path(p) for p in (*chain[chain.index(path) :], path))
+        raise RecipeError("recipes extend each other in a circle", where=circle, fix="remove one of these `extends`")
+    own = _read_toml(path)
+    extends, unset = _names(own, "extends", shown), _names(own, "unset", shown)
+    layer = _Layer()
+    for name in extends:
+        layer.merge(_read_layers(_find_base(name, path), (*chain, path)))
+    _unset(layer, unset, shown)
+    layer.merge(_Layer(own, dict.fromkeys(flatten(own), shown)))
+    return layer
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    shown = display_path(path)
+    try:
+        # utf-8-sig: editors on Windows put a byte-order mark in front, which TOML forbids
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except tomllib.TOMLDecodeError as error:
+        message, _, place = str(error).rpartition(" (at ")
+        line = place.removeprefix("line ").partition(",")[0] if message else "end"
+        where = f"{shown}, line {line}" if line.isdigit() else f"{shown}, end of file"
+        raise RecipeError(f"not valid TOML: {message or error}", where=where) from error
+    except UnicodeDecodeError as error:
+        raise RecipeError("not UTF-8 text, which TOML must be", where=f"{shown}, byte {error.start}") from error
+    except OSError as error:
+        raise RecipeError(f"the recipe cannot be read: {error.strerror}", where=shown) from error
+
+
+def _names(table: dict[str, Any], key: str, where: str) -> list[str]:
+    """Take `extends` or `unset` out of the table: a string or an array of strings."""
+    value = table.pop(key, [])
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RecipeError(
+            f"{key} = {format_value(value)} is neither a string nor an array of strings",
+            where=where,
+            expected=f'{key} = ["..."] above the first [table]',
+        )
+    return names
+
+
+def _find_base(name: str, child: Path) -> Path:
+    """A base's file: a `.toml` path relative to the file that extends it, else a shipped name."""
+    if not name.endswith(".toml"):
+        found = shipped_path(name)
+        expected = "a .toml path relative to this file, or a shipped recipe" + suggest_recipe(name)
+    else:
+        path = child.parent / name
+        found = path if path.is_file() else None
+        expected = f"a file at {display_path(path)}"
+    if found is None:
+        raise RecipeError(f"extends = {name!r} is not there", where=display_path(child), expected=expected)
+    return found
+
+
+def _unset(layer: _Layer, keys: Sequence[str], where: str) -> None:
+    """Drop values of the bases. A key that no base sets is an error: it would silently do nothing."""
+    for key in keys:
+        try:
+            *parents, last = _key_path(key)
+            table = layer.table
+            for part in parents:
+                table = table[part]
+            del table[last]
+        except (KeyError, TypeError, tomllib.TOMLDecodeError) as error:
+            near = get_close_matches(key, list(flatten(layer.table)), n=1)
+            raise RecipeError(
+                f"unset = [{format_value(key)}] names a key that no base sets",
+                where=where,
+                expected="a dotted key of a base" + (f", such as {near[0]}" if near else ""),
+            ) from error
+    kept = flatten(layer.table)
+    layer.origins = {key: origin for key, origin in layer.origins.items() if key in kept}
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:
+    for key, value in over.items():
+        old = base.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and not _kind_changes(old, value):
+            _merge(old, value)
+        else:
+            base[key] = _copy(value)
+
+
+def _kind_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return "kind" in old and "kind" in new and old["kind"] != new["kind"]
+
+
+def _copy(value: Any) -> Any:
+    """Tables are copied, so that merging into one recipe never writes into another's."""
+    return {k: _copy(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+# ---------------------------------------------------------------------------------------------------- --set
+
+
+def _read_overrides(overrides: Sequence[str]) -> _Layer:
+    """All `--set key=value` as one layer, the last of equal keys winning.
+
+    One layer, so that `--set model.init.path=x --set model.init.kind=clip` works in either order: a changed `kind`
+    replaces the recipe's table once, not what the line before has just set.
+    """
+    table: dict[str, Any] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or "\n" in key:
+            raise _bad_override(text)
+        try:
+            *parents, last = _key_path(key.strip())
+            text.encode("utf-8")
+        except (tomllib.TOMLDecodeError, UnicodeEncodeError) as error:
+            raise _bad_override(text) from error
+        if key.strip() == "extends":
+            raise UsageError("--set extends= has no effect", fix="write a recipe file that extends both")
+        inner = table
+        for part in parents:
+            if not isinstance(inner.get(part), dict):
+                inner[part] = {}
+            inner = inner[part]
+        inner[last] = _override_value(value)
+    return _Layer(table, dict.fromkeys(flatten(table), SET_ORIGIN))
+
+
+def _bad_override(text: str) -> UsageError:
+    return UsageError(
+        f"--set {text!r} is not readable", expected="--set dotted.key=value", fix="for example --set train.seed=1"
+    )
+
+
+def _override_value(text: str) -> Any:
+    """The text as a TOML value, else as a string: `1e-3`, `true`, `[1, 2]` and `"x"`, but also plain `runs/x`."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    # A line break in the text could smuggle in a second key, and TOML reads 2024-01-01 as a date: both are strings.
+    plain = set(parsed) == {"value"} and not _is_date(parsed["value"])
+    return parsed["value"] if plain else text
+
+
+def _key_path(key: str) -> tuple[str, ...]:
+    """A dotted TOML key as its parts. Raises: tomllib.TOMLDecodeError."""
+    table: Any = tomllib.loads(f"{key} = 0")
+    parts: list[str] = []
+    while isinstance(table, dict):
+        ((part, table),) = table.items()
+        parts.append(part)
+    return tuple(parts)
+
+
+# ---------------------------------------------------------------------------------------------------- checking
+
+
+def _resolve(
+    layer: _Layer, name: str, path: Path | None, top: str, overrides: Sequence[str], stage: str | None
+) -> Resolved:
+    over = _read_overrides(overrides)
+    _unset(layer, _names(over.table, "unset", SET_ORIGIN), SET_ORIGIN)
+    layer.merge(over)
+    model = _recipe_model(layer, top, stage)
+    unreadable = [
+        f"{layer.origins.get(key, top)}: {key} = {format_value(value)}: recipes hold no dates; quote it"
+        for key, value in flatten(layer.table).items()
+        if any(_is_date(item) for item in _items(value))
+    ]
+    try:
+        recipe = model.model_validate_json(json.dumps(layer.table, default=str))
+    except ValidationError as error:
+        problems = unreadable + describe(error, model, layer.table, layer.origins, top)
+        raise _recipe_error(problems, top) from error
+    if unreadable:
+        raise _recipe_error(unreadable, top)
+    origins = {key: layer.origins.get(key, DEFAULT_ORIGIN) for key in flatten(to_table(recipe))}
+    return Resolved(recipe=recipe, name=name, origins=origins, path=path)
+
+
+def _recipe_error(problems: list[str], top: str) -> RecipeError:
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return RecipeError(f"the recipe has {count}: {top}", problems=problems)
+
+
+def _recipe_model(layer: _Layer, top: str, stage: str | None) -> type[schema.Recipe]:
+    """The model of the recipe's stage, which must be the command's."""
+    seen = layer.table.get("stage")
+    origin = layer.origins.get("stage", top)
+    if seen is None:
+        example = stage or "train-clip"
+        raise RecipeError("the recipe names no stage", where=top, fix=f'add `stage = "{example}"` at its top')
+    if seen not in schema.RECIPES:
+        near = get_close_matches(str(seen), list(schema.RECIPES), n=1)
+        raise RecipeError(
+            f"{dotted(('stage',))} = {format_value(seen)} is no stage",
+            where=origin,
+            expected=f"`{near[0]}`" if near else "one of " + ", ".join(schema.RECIPES),
+        )
+    if stage is not None and seen != stage:
+        raise RecipeError(
+            f"a recipe for {seen}, not for {stage}", where=origin, fix=f"run `evatool {seen}` with this recipe"
+        )
+    return schema.RECIPES[seen]
+
+
+def _items(value: Any) -> Iterator[Any]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _items(item)
+    else:
+        yield value
+
+
+def _is_date(value: Any) -> bool:
+    return isinstance(value, datetime.date | datetime.time)
