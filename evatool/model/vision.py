@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from open_clip.transformer import TextTransformer
 from timm.layers import RmsNormFp32
 from timm.models import build_model_with_cfg, is_model, register_model
 from timm.models.eva import Eva, checkpoint_filter_fn
@@ -76,10 +77,9 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
 
 def timm_name(config: ModelConfig) -> str:
     """The timm entry point of this tower, registered on first use; released towers go by timm's own names."""
-    for preset, name in TIMM_NAMES.items():
-        if _architecture(PRESETS[preset]) == _architecture(config):
-            break
-    else:
+    same = (n for preset, n in TIMM_NAMES.items() if _architecture(PRESETS[preset]) == _architecture(config))
+    name = next(same, None)
+    if name is None:
         text = json.dumps(config.vision, sort_keys=True)
         name = f"eva_custom_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     if not is_model(name):
@@ -124,14 +124,14 @@ def restore_buffers(module: torch.nn.Module, device: torch.device | str = "cpu")
     For a model that was built on the meta device and then given its weights.
     """
     for part in module.modules():
-        stale = [name for name, buffer in part._buffers.items() if buffer is not None and buffer.is_meta]
-        for name in stale:
-            part._buffers[name] = torch.empty_like(part._buffers[name], device=device)  # type: ignore[arg-type]
+        stale = {name: buffer for name, buffer in part._buffers.items() if buffer is not None and buffer.is_meta}
+        for name, buffer in stale.items():
+            part._buffers[name] = torch.empty_like(buffer, device=device)
         if not stale:
             continue
-        if hasattr(part, "init_non_persistent_buffers"):
-            part.init_non_persistent_buffers()
-        elif hasattr(part, "build_causal_mask"):
+        if isinstance(part, TextTransformer):
             part.attn_mask = part.build_causal_mask().to(device)
         else:
-            raise AssertionError(f"{type(part).__name__} has buffers {stale} that evatool cannot recompute")
+            recompute = getattr(part, "init_non_persistent_buffers", None)
+            assert recompute is not None, f"{type(part).__name__} has buffers {list(stale)} that nothing recomputes"
+            recompute()

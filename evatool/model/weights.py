@@ -1,0 +1,187 @@
+"""Weights into models, exactly: what is missing, left over or of another shape is refused and listed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from open_clip import CustomTextCLIP
+from torch import Tensor, nn
+
+from evatool.errors import CheckpointError
+from evatool.model.mim import MimModel
+from evatool.model.names import PROJECTION, TOWER, RenamedState, canonical_state, shape_of
+from evatool.model.resize import PatchResize, resize_patch_kernel, resize_positions
+from evatool.model.vision import restore_buffers
+
+# What starts fresh when an image tower comes from a MIM model or another CLIP model (eva.md 3.1 and 3.9).
+FRESH_PROJECTION = (re.escape(PROJECTION), re.escape(TOWER) + r"head\.(weight|bias)")
+FRESH_ATTENTION_NORM = (re.escape(TOWER) + r"blocks\.\d+\.attn\.norm\.(weight|bias)",)
+
+
+@dataclass
+class LoadReport:
+    """What loading did, in our names."""
+
+    loaded: int = 0
+    fresh: list[str] = field(default_factory=list)  # parameters that keep their first weights
+    unused: list[str] = field(default_factory=list)  # tensors of the source with no place here, as expected
+    resized: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = [f"{self.loaded} tensors loaded"]
+        parts += [f"{len(self.fresh)} fresh ({_short(self.fresh)})"] if self.fresh else []
+        parts += [f"{len(self.unused)} not used ({_short(self.unused)})"] if self.unused else []
+        parts += [f"resized {', '.join(self.resized)}"] if self.resized else []
+        return "; ".join(parts)
+
+
+def init_image_tower(
+    clip: CustomTextCLIP,
+    state: Mapping[str, Tensor],
+    *,
+    where: str = "state dict",
+    patch_resize: PatchResize = "bicubic",
+) -> LoadReport:
+    """Give `clip` the image tower of a MIM or CLIP model, in any naming that `canonical_state` knows.
+
+    The projection keeps its first weights, and so do the norms inside the attention where the source has none of
+    them (EVA-02's MIM models). Positions and the patch kernel are resized to `clip`'s. Anything else that is
+    missing, left over or of another shape raises CheckpointError, and `clip` is unchanged.
+    """
+    source = canonical_state(state, where)
+    tower = [name for name in source if name.startswith(TOWER)]
+    projection = [name for name in source if _matches(name, FRESH_PROJECTION)]
+    has_attention_norm = any(_matches(name, FRESH_ATTENTION_NORM) for name in tower)
+    report = load_parameters(
+        clip,
+        source,
+        only=lambda name: name.startswith("visual."),
+        take=set(tower) - set(projection),
+        may_be_fresh=FRESH_PROJECTION + (() if has_attention_norm else FRESH_ATTENTION_NORM),
+        where=where,
+        patch_resize=patch_resize,
+    )
+    report.unused = [name for name in source if name not in tower or name in projection]
+    return report
+
+
+def load_clip_weights(clip: CustomTextCLIP, state: Mapping[str, Tensor], *, where: str = "state dict") -> LoadReport:
+    """All weights of a CLIP model, in any naming that `canonical_state` knows; image positions are resized to fit.
+
+    Raises CheckpointError, leaving `clip` unchanged, unless every parameter has its tensor and every tensor its place.
+    """
+    source = canonical_state(state, where)
+    return load_parameters(clip, source, take=set(source), where=where)
+
+
+def load_mim_weights(model: MimModel, state: Mapping[str, Tensor], *, where: str = "state dict") -> LoadReport:
+    """All weights of a MIM model from our checkpoint or a file of BAAI's. Raises CheckpointError as above."""
+    source = canonical_state(state, where)
+    ours = {"visual." + name.removeprefix(TOWER) if name.startswith(TOWER) else name: name for name in source}
+    return load_parameters(model, RenamedState(source, ours), take=set(ours), where=where)
+
+
+def load_parameters(
+    module: nn.Module,
+    source: Mapping[str, Tensor],
+    *,
+    take: set[str],
+    only: Callable[[str], bool] = lambda name: True,
+    may_be_fresh: Iterable[str] = (),
+    where: str = "state dict",
+    patch_resize: PatchResize = "bicubic",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> LoadReport:
+    """Copy the tensors named in `take` into the parameters of `module` that `only` selects, one at a time.
+
+    Parameters on the meta device are given memory of their own on `device` and, if set, of `dtype`; then buffers that
+    no checkpoint holds are recomputed. Shapes are checked before anything is written.
+
+    Args:
+        may_be_fresh: patterns (whole-name regular expressions) of parameters that may be missing from `source`.
+    """
+    parameters = {name: p for name, p in module.named_parameters() if only(name)}
+    missing = [name for name in parameters if name not in take]
+    fresh = [name for name in missing if _matches(name, may_be_fresh)]
+    _refuse_differences(
+        parameters, source, take=take, missing=[name for name in missing if name not in fresh], where=where
+    )
+    report = LoadReport(loaded=len(take), fresh=fresh)
+    for name in take:
+        target = parameters[name]
+        tensor = _fitted(source[name], name, tuple(target.shape), patch_resize)
+        if tuple(shape_of(source, name)) != tuple(target.shape) and target.ndim > 1:
+            report.resized.append(name)
+        _place(module, name, tensor.reshape(target.shape), dtype, device)
+    still_meta = [name for name in fresh if parameters[name].is_meta]
+    assert not still_meta, f"fresh parameters without memory: {still_meta}"
+    restore_buffers(module, device)
+    return report
+
+
+def _place(module: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str) -> None:
+    parent_name, _, leaf = name.rpartition(".")
+    parent = module.get_submodule(parent_name)
+    parameter = getattr(parent, leaf)
+    if parameter.is_meta:
+        fresh = torch.empty(tensor.shape, dtype=dtype or torch.float32, device=device).copy_(tensor)
+        setattr(parent, leaf, nn.Parameter(fresh, requires_grad=parameter.requires_grad))
+    else:
+        with torch.no_grad():
+            parameter.copy_(tensor)
+
+
+def _fitted(tensor: Tensor, name: str, shape: tuple[int, ...], patch_resize: PatchResize) -> Tensor:
+    if name.endswith("pos_embed") and tuple(tensor.shape) != shape:
+        side = round((shape[1] - 1) ** 0.5)
+        return resize_positions(tensor, (side, side))
+    if name.endswith("patch_embed.proj.weight"):
+        return resize_patch_kernel(tensor, shape[-1], patch_resize)
+    return tensor
+
+
+def _refuse_differences(
+    parameters: Mapping[str, Tensor], source: Mapping[str, Tensor], *, take: set[str], missing: list[str], where: str
+) -> None:
+    unexpected = sorted(name for name in take if name not in parameters)
+    misfits = []
+    for name in sorted(take - set(unexpected)):
+        theirs, ours = tuple(shape_of(source, name)), tuple(parameters[name].shape)
+        if not _can_fit(name, theirs, ours):
+            misfits.append(f"{name} is {theirs}, the model has {ours}")
+    if not (missing or unexpected or misfits):
+        return
+    if not set(parameters) & take:
+        what = "nothing in this file matches the model"
+    else:
+        counts = {"missing": len(missing), "unexpected": len(unexpected), "of another shape": len(misfits)}
+        what = "the weights do not fit the model: " + ", ".join(f"{n} {word}" for word, n in counts.items() if n)
+    lines = [f"missing: {_short(missing)}"] if missing else []
+    lines += [f"unexpected: {_short(unexpected)}"] if unexpected else []
+    lines += misfits[:8] + ([f"... and {len(misfits) - 8} more"] if len(misfits) > 8 else [])
+    raise CheckpointError("\n  ".join([what, *lines]), where=where, fix="name the model this file was made with")
+
+
+def _can_fit(name: str, theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
+    if theirs == ours:
+        return True
+    if name in ("logit_scale", "logit_bias"):
+        return len(theirs) <= 1 and len(ours) <= 1  # open_clip has both forms of one number
+    if name.endswith("pos_embed"):
+        return len(theirs) == 3 and theirs[::2] == ours[::2] and round((theirs[1] - 1) ** 0.5) ** 2 == theirs[1] - 1
+    if name.endswith("patch_embed.proj.weight"):
+        return len(theirs) == 4 and theirs[:2] == ours[:2] and theirs[2] == theirs[3]
+    return False
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+def _short(names: list[str], limit: int = 6) -> str:
+    shown = ", ".join(names[:limit])
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
