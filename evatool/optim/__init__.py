@@ -1,0 +1,1 @@
+"""Parameter groups and schedules: what the optimiser steps with, and how far."""

@@ -1,0 +1,97 @@
+"""The few exchanges between ranks that training needs. At world size 1 each is free and needs no process group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+from torch import Tensor
+
+# b samples of this rank, W ranks, E features
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _everyone() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None, "no process group"
+    return group
+
+
+class _AllGather(torch.autograd.Function):
+    """Concatenate over ranks; backward adds up what every rank wants of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.num_rows = x.shape[0]
+        return functional.wait_tensor(functional.all_gather_tensor(x.contiguous(), 0, _everyone()))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = grads[0].contiguous()
+        if dist.get_backend() == "nccl":
+            return functional.wait_tensor(functional.reduce_scatter_tensor(grad, "sum", 0, _everyone()))
+        # gloo has no fast reduce-scatter; the features of a batch are small.
+        total = functional.wait_tensor(functional.all_reduce(grad, "sum", _everyone()))
+        start = dist.get_rank() * ctx.num_rows
+        return total[start : start + ctx.num_rows]
+
+
+def all_gather_with_grad(x: Tensor) -> Tensor:
+    """The rows of all ranks in rank order, with gradients to all of them; every rank must call it.
+
+    The backward pass sums over ranks. So if the job's loss is the mean over ranks of each rank's loss (the rank's own
+    rows against all columns, or the whole loss computed everywhere), the engine's mean of parameter gradients over
+    ranks equals the gradient of the same loss in one process.
+
+    Args:
+        x: (b, ...), the same shape on every rank; integers pass too, without gradient.
+    Returns: (W b, ...); `x` itself at world size 1.
+    Source: open_clip issues 980 and 1047 (gathers that drop the gradient). Test: tests/dist/test_gradients.py.
+    """
+    if world_size() == 1:
+        return x
+    return _AllGather.apply(x)
+
+
+def all_gather_rows(x: Tensor) -> Tensor:
+    """The rows of all ranks in rank order without gradient: (b, ...) -> (W b, ...); every rank must call it."""
+    with torch.no_grad():
+        return all_gather_with_grad(x)
+
+
+def all_reduce_mean(x: Tensor) -> Tensor:
+    """Mean over ranks, without gradient; every rank must call it."""
+    if world_size() == 1:
+        return x.detach()
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
+def all_reduce_max(x: Tensor) -> Tensor:
+    """Largest value over ranks, element by element, without gradient; every rank must call it."""
+    if world_size() == 1:
+        return x.detach()
+    largest = x.detach().clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Small Python values of all ranks in rank order (pickled by torch; for messages, not for tensors)."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values

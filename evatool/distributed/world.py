@@ -1,0 +1,76 @@
+"""Who am I among how many: the ranks of a job, read from the launcher's environment."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from evatool.errors import UsageError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the job."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes files and speaks to the user."""
+        return self.rank == 0
+
+
+def init_world(device: str | None = None, timeout_sec: float = 600.0) -> World:
+    """Join the job that the environment describes; every rank must call it.
+
+    `torchrun` sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them this is a job of one
+    process and no process group is made. Several processes talk over nccl on GPUs and gloo on CPUs.
+
+    Args:
+        device: "cpu" or "cuda"; a GPU where there is one when absent.
+        timeout_sec: a collective that waits longer than this fails instead of hanging.
+    Raises: UsageError if the environment is incomplete or names more local ranks than there are GPUs.
+    """
+    world_size, rank, local_rank = (_from_env(k, d) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UsageError(
+                f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}",
+                expected="at most one process a GPU",
+                fix="start fewer processes (torchrun --nproc-per-node, or engine.processes in the recipe)",
+            )
+        torch.cuda.set_device(local_rank)
+    where = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+    if world_size > 1 and not dist.is_initialized():
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise UsageError(
+                f"WORLD_SIZE is {world_size} but {', '.join(missing)} is not set",
+                where="environment",
+                fix="start with `torchrun --nproc-per-node N -m evatool ...`, or unset WORLD_SIZE",
+            )
+        backend = "nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_sec))
+    return World(rank=rank, world_size=world_size, local_rank=local_rank, device=where)
+
+
+def close_world() -> None:
+    """Leave the job; harmless where no process group was made."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _from_env(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UsageError(f"{name} = {text!r} is not a number", where="environment", expected="an integer") from error

@@ -1,0 +1,87 @@
+"""A picture of the loss over the run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evatool.distributed.collectives import rank
+from evatool.train.hooks import Hook, read_metrics
+
+if TYPE_CHECKING:
+    from evatool.train.trainer import Trainer
+
+INK, FAINT, ACCENT, GRID = "#1f2933", "#9fb3c8", "#0b6e99", "#e4e7eb"
+
+
+class LossCurve(Hook):
+    """Draws `metrics.jsonl` as a PNG when the run stops or ends.
+
+    Args:
+        metrics: the file that `MetricsFile` writes, listed before this hook.
+        picture: PNG to write.
+        title: above the curve.
+        reference: a value to mark and its label, for instance (6.24, "ln(batch)").
+    """
+
+    def __init__(self, metrics: Path, picture: Path, title: str, reference: tuple[float, str] | None = None) -> None:
+        self._metrics, self._picture, self._title, self._reference = metrics, picture, title, reference
+
+    def on_stop(self, trainer: Trainer) -> None:
+        self._draw()
+
+    def at_end(self, trainer: Trainer) -> None:
+        self._draw()
+
+    def _draw(self) -> None:
+        if rank() == 0 and self._metrics.exists():
+            draw_loss_curve(read_metrics(self._metrics), self._picture, self._title, self._reference)
+
+
+def draw_loss_curve(
+    records: list[dict[str, Any]], picture: Path, title: str, reference: tuple[float, str] | None = None
+) -> None:
+    """Write a PNG of `train/loss` over `samples_seen`, as recorded and smoothed, with the learning rate below it."""
+    # The object interface of matplotlib: no global state, no display, and no backend is chosen for the host program.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    figure = Figure(figsize=(8, 5), dpi=120, facecolor="white", layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [4, 1]})
+    points = [(r["samples_seen"], r["train/loss"]) for r in records if r.get("train/loss") is not None]
+    samples, losses = [p[0] for p in points], [p[1] for p in points]
+    top.plot(samples, losses, color=FAINT, linewidth=1, label="as recorded")
+    top.plot(samples, smoothed(losses), color=ACCENT, linewidth=2, label="smoothed")
+    if reference is not None:
+        top.axhline(reference[0], color=INK, linewidth=1, linestyle=":", label=f"{reference[1]} = {reference[0]:.2f}")
+    top.set_title(title, loc="left", color=INK, fontsize=13, fontweight="bold")
+    top.set_ylabel("train loss", color=INK)
+    top.legend(frameon=False, loc="upper right")
+    for key in sorted({key for r in records for key in r if key.startswith("optim/lr/")}):
+        with_key = [r for r in records if key in r]
+        bottom.plot([r["samples_seen"] for r in with_key], [r[key] for r in with_key], label=key.rpartition("/")[2])
+    bottom.set_ylabel("lr", color=INK)
+    bottom.set_xlabel("samples seen", color=INK)
+    bottom.set_ylim(bottom=0)
+    if bottom.lines:
+        bottom.legend(frameon=False, fontsize=8, loc="upper right")
+    bottom.xaxis.set_major_formatter(EngFormatter(sep=""))
+    for axes in (top, bottom):
+        axes.grid(color=GRID)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    part = picture.with_name(f".{picture.name}.tmp")
+    FigureCanvasAgg(figure).print_png(part)
+    os.replace(part, picture)
+
+
+def smoothed(values: list[float], share: float = 0.05) -> list[float]:
+    """Exponential mean over about `share` of the points, started without a bias towards the first."""
+    weight = max(share * len(values), 1.0)
+    keep, out, total, count = 1 - 1 / weight, [], 0.0, 0.0
+    for value in values:
+        total, count = keep * total + value, keep * count + 1
+        out.append(total / count)
+    return out

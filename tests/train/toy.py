@@ -1,0 +1,99 @@
+"""A contrastive toy: two linear towers with dropout, and a loader whose batches follow from (seed, position)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evatool.distributed.collectives import all_gather_with_grad, rank
+from evatool.optim.param_groups import build_param_groups
+from evatool.recipe.schema import GroupSection, OptimSection
+from evatool.types import Batch, LossDict, ParamGroup
+
+B, S, L, E, VOCAB = 8, 4, 5, 8, 32
+
+
+class ToyVisual(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.patch_embed = nn.Linear(3 * S * S, E)
+        self.blocks = nn.ModuleList([nn.Linear(E, E) for _ in range(2)])
+        self.norm = nn.LayerNorm(E)
+        self.dropout = nn.Dropout(dropout)
+        self.register_buffer("scale", torch.full((1,), 2.0))
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.patch_embed(image.flatten(1).to(self.norm.weight.dtype) / 255)
+        for block in self.blocks:
+            x = x + self.dropout(torch.tanh(block(x)))
+        return self.norm(x) * self.scale
+
+
+class ToyText(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(VOCAB, E)
+        self.text_projection = nn.Parameter(torch.randn(E, E) * E**-0.5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.token_embedding(tokens).mean(1) @ self.text_projection
+
+
+class ToyClip(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.visual, self.text = ToyVisual(dropout), ToyText()
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
+
+
+class ToyObjective(nn.Module):
+    parameter_bounds = {"model.logit_scale": (0.0, math.log(100))}  # noqa: RUF012
+
+    def __init__(self, dropout: float = 0.1, has_projection: bool = False) -> None:
+        super().__init__()
+        self.model = ToyClip(dropout)
+        self.projection = nn.Linear(E, E) if has_projection else None
+
+    def forward(self, batch: Batch) -> LossDict:
+        assert batch.tokens is not None
+        image, text = F.normalize(self.model.visual(batch.image), dim=-1), self.model.text(batch.tokens)
+        text = F.normalize(text if self.projection is None else self.projection(text), dim=-1)
+        scale = self.model.logit_scale.exp()
+        labels = torch.arange(len(image)) + rank() * len(image)
+        to_text = F.cross_entropy(scale * image @ all_gather_with_grad(text).T, labels)
+        to_image = F.cross_entropy(scale * text @ all_gather_with_grad(image).T, labels)
+        return {"loss": (to_text + to_image) / 2, "logit_scale": scale.detach()}
+
+
+class ToyLoader:
+    """This rank's rows of batches of `B` samples over all ranks."""
+
+    def __init__(self, seed: int = 0, position: int = 0, batch_size: int = B, rank: int = 0, world_size: int = 1) -> None:
+        self.position, self._seed, self._batch_size = position, seed, batch_size
+        self._rows = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.position)
+            image = torch.randint(0, 256, (self._batch_size, 3, S, S), generator=generator, dtype=torch.uint8)
+            tokens = torch.randint(1, VOCAB, (self._batch_size, L), generator=generator)
+            keys = [f"sample{self.position + i}" for i in range(self._batch_size)]
+            self.position += self._batch_size
+            yield Batch(image[self._rows], keys[self._rows], tokens[self._rows], position=self.position)
+
+
+def toy_optim(layer_decay: float = 0.8, has_other: bool = True) -> OptimSection:
+    return OptimSection(
+        visual=GroupSection(lr=1e-2, weight_decay=0.1, layer_decay=layer_decay),
+        text=GroupSection(lr=5e-3, weight_decay=0.1),
+        other=GroupSection(lr=1e-2) if has_other else None,
+        grad_clip_norm=1.0,
+    )
+
+
+def toy_groups(objective: nn.Module, section: OptimSection | None = None) -> list[ParamGroup]:
+    return build_param_groups(objective.named_parameters(), section or toy_optim(), depth_visual=2, depth_text=0)
