@@ -289,12 +289,12 @@ _CLIP: dict[str, tuple[int, dict[str, Any], tuple[int, int, int]]] = {
 # was seen to stay at ln(batch), because the projection starts a thousand times too small to be found in time.
 _TOY = {**_EVA02, "image_size": 48, "patch_size": 8, "head_init_scale": 1.0}
 _TOYS: dict[str, tuple[int, dict[str, Any], dict[str, int]]] = {
-    "EVA02-CLIP-toy-8": (
+    "EVA02-CLIP-toy": (
         128,
         {**_TOY, "layers": 6, "width": 192},
         {"context_length": 16, "width": 128, "heads": 4, "layers": 2},
     ),
-    "EVA02-CLIP-toy-8-small": (
+    "EVA02-CLIP-toy-small": (
         128,
         {**_TOY, "layers": 4, "width": 128},
         {"context_length": 16, "width": 128, "heads": 4, "layers": 2},
@@ -349,6 +349,8 @@ _ALIASES = {
     "EVA02-E-14-plus": "EVA02-CLIP-bigE-14-plus",
     "EVA02-CLIP-E-14": "EVA02-CLIP-bigE-14",
     "EVA02-CLIP-E-14-plus": "EVA02-CLIP-bigE-14-plus",
+    "EVA02-CLIP-toy-8": "EVA02-CLIP-toy",
+    "EVA02-CLIP-toy-8-small": "EVA02-CLIP-toy-small",
     "EVA-CLIP-8B-plus": "EVA-CLIP-8B-448",
     "EVA-CLIP-18B-plus": "EVA-CLIP-18B-336",
 }
