@@ -1,0 +1,1 @@
+"""Pictures and captions: preparation into shards, loading for training, evaluation sets."""

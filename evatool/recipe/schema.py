@@ -117,6 +117,8 @@ class TrainDataSection(Section):
 
     train: Path
     """Folder with shards and their `manifest.json`, as `evatool data-prepare` writes it."""
+    caption: Literal["txt", "json-captions"] = "txt"
+    """`txt`: the sample's txt member. `json-captions`: one of the `captions` in its json member, drawn each time."""
     augment: AugmentSection = AugmentSection()
     num_workers: NonNegative = 0
     """Loader processes per rank; 0 reads in the training process."""

@@ -1,0 +1,1 @@
+"""Sources of samples for `evatool data-prepare`, and what is written beside the shards."""

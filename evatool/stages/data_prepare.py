@@ -1,0 +1,105 @@
+"""`evatool data-prepare`: pictures and captions to shards, evaluation sets, a manifest and a contact sheet.
+
+    train/00000.tar ... manifest.json   eval/<set>/...   contact_sheet.png   manifest.json
+
+Everything is made in a hidden folder beside and moved into place at the end, the manifest last.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from evatool.data.prepare.contact_sheet import draw_contact_sheet
+from evatool.data.prepare.pack import Packed, pack_drawings
+from evatool.data.shards import MANIFEST, sync_folder, write_file
+from evatool.errors import EvatoolError
+from evatool.progress import progress
+from evatool.recipe.schema import DataPrepareRecipe
+from evatool.stages.run_dir import RunOptions, open_run_dir
+from evatool.types import Result
+
+log = logging.getLogger(__name__)
+
+PARTIAL = ".partial"
+MADE = ("train", "eval", "contact_sheet.png", MANIFEST)  # in the order they are moved into place
+
+
+def run(recipe: DataPrepareRecipe, run: RunOptions) -> Result:
+    """Prepare the data of `recipe`. A resumed run that was not finished starts again from nothing."""
+    run_dir = open_run_dir(recipe, run)
+    with _work_folder(run_dir.path) as work:
+        match recipe.data.kind:
+            case "drawings":
+                packed = pack_drawings(recipe.data, recipe.shards, work, progress)
+        draw_contact_sheet(packed.contact, work / "contact_sheet.png")
+        manifest = packed.manifest | {"recipe": recipe.model_dump(mode="json", exclude_none=True)}
+        write_file(work / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+        _publish(work, run_dir.path)
+    return _result(packed, run_dir.path)
+
+
+@contextmanager
+def _work_folder(run_dir: Path) -> Iterator[Path]:
+    """An empty folder to build in. Nothing of an earlier attempt survives, and nothing of this one if it fails."""
+    work = run_dir / PARTIAL
+    _remove(work)
+    for name in MADE:
+        _remove(run_dir / name)
+    work.mkdir()
+    try:
+        yield work
+    except OSError as err:
+        if err.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(run_dir).free
+        raise EvatoolError(
+            f"the disk is full: {err.strerror}, {free / 2**20:.0f} MiB free",
+            where=str(run_dir),
+            expected="room for the pictures once more, plus a tenth",
+            fix="make room and run the same command again, or choose another disk with --run-dir",
+        ) from err
+    finally:
+        _remove(work)
+
+
+def _publish(work: Path, run_dir: Path) -> None:
+    for name in MADE:
+        if (work / name).exists():
+            os.replace(work / name, run_dir / name)
+            sync_folder(run_dir)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _result(packed: Packed, run_dir: Path) -> Result:
+    train = packed.manifest["train"]
+    outputs = {"train": run_dir / "train", "contact_sheet": run_dir / "contact_sheet.png"}
+    metrics: dict[str, float | int | str] = {
+        "train_samples": train["num_samples"],
+        "train_bytes": train["num_bytes"],
+        "train_shards": train["num_shards"],
+        "bad_samples": packed.num_bad,
+    }
+    table = [["set", "pictures", "classes"], ["train", f"{train['num_samples']}", ""]]
+    if packed.manifest["eval"]:
+        outputs["eval"] = run_dir / "eval"
+    for name, entry in packed.manifest["eval"].items():
+        metrics[f"eval_samples/{name}"] = entry["num_samples"]
+        table.append([f"eval/{name}", f"{entry['num_samples']}", f"{entry['num_classes'] or ''}"])
+    for cause, names in packed.manifest["bad_samples"].items():
+        metrics[f"bad_samples/{cause}"] = len(names)
+        table.append([f"skipped: {cause}", f"{len(names)}", ""])
+    next_command = f"evatool train-clip demo/train-clip --set data.train={run_dir / 'train'}"
+    return Result("data-prepare", run_dir, outputs, metrics, next_command, table)
