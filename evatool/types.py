@@ -51,6 +51,20 @@ class Loader(Protocol):
 
 
 @dataclass
+class ParamGroup:
+    """Parameters that share a learning rate and a weight decay; made by `optim`, stepped by an engine, saved by name."""
+
+    name: str  # tower/layer/decay, for instance "visual/layer_03/decay"
+    tower: str  # "visual", "text" or "other"
+    layer: int | None  # 0 the embeddings, i + 1 block i, depth + 1 the head; None where a tower has no layer decay
+    lr: float  # the tower's peak learning rate
+    lr_scale: float  # factor of layer decay on it
+    weight_decay: float
+    params: list[Tensor]
+    param_names: list[str]  # as in the objective's `named_parameters()`, in the order of `params`
+
+
+@dataclass
 class Result:
     """What a stage hands back to the command line (and `--json` prints)."""
 
