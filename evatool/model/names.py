@@ -25,6 +25,7 @@ _TOWER_RENAMES = (
     ("mlp.w2.", "mlp.fc1_x."),
     ("mlp.w3.", "mlp.fc2."),
 )
+_TOWER_PARTS = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight")
 # OpenAI's order: the text tower stands at the root.
 _ROOT_TEXT = re.compile(r"(token_embedding|positional_embedding|transformer|ln_final|text_projection)(\.|$)")
 _RECOMPUTED = re.compile(r"(^|\.)rope\.|\.k_bias$|(^|\.)attn_mask$|\.position_ids$")
@@ -88,7 +89,7 @@ class _renamer:
     def __init__(self, names: Iterable[str], where: str) -> None:
         names = set(names)
         for prefix in (TOWER, "visual.", ""):
-            if f"{prefix}patch_embed.proj.weight" in names and f"{prefix}cls_token" in names:
+            if {f"{prefix}{part}" for part in _TOWER_PARTS} <= names:
                 self.prefix = prefix
                 break
         else:

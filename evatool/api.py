@@ -1,0 +1,298 @@
+"""What other people's Python imports: a trained model of any origin, ready to encode.
+
+import evatool
+clip = evatool.load_clip("runs/demo/distill")
+features = clip.encode_image(clip.preprocess(picture)[None])
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from open_clip import CustomTextCLIP
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor
+
+from evatool.checkpoint import load as checkpoints
+from evatool.data.tokenizer import Tokenizer, build_tokenizer
+from evatool.errors import CheckpointError, RecipeError, UsageError
+from evatool.model.clip import build_clip, visual_tokens
+from evatool.model.detect import fitting_preset
+from evatool.model.files import open_weights
+from evatool.model.names import canonical_state
+from evatool.model.presets import ModelConfig, fingerprint_text, resolve_preset
+from evatool.model.registration import register
+from evatool.model.weights import load_clip_weights
+from evatool.pixels import CLIP_MEAN, CLIP_STD, normalize_images
+
+__all__ = ["LoadedClip", "Weights", "load_clip", "read_weights", "register"]
+
+log = logging.getLogger(__name__)
+
+# B batch, S input side in pixels, N patches, L text tokens, E embedding
+
+Precision = Literal["fp32", "bf16", "fp16"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
+
+
+@dataclass
+class Weights:
+    """Weights as they were found, and what is known about their model."""
+
+    state: Mapping[str, Tensor]
+    config: ModelConfig | None  # None where the source does not say and no preset fits
+    source: str  # the file or folder that was read
+
+
+@dataclass(eq=False)
+class LoadedClip:
+    """A CLIP model in eval mode, without gradients."""
+
+    model: CustomTextCLIP
+    config: ModelConfig
+    source: str
+    """Where the weights came from; `random weights of <preset>` for a preset."""
+    preprocess: Callable[[Any], Tensor]
+    """Picture (PIL) -> (3, S, S) float, resized by its shortest side, centre-cropped and normalised."""
+    tokenizer: Tokenizer
+    """Captions -> (B, L) int64."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def image_size(self) -> int:
+        """Input side in pixels."""
+        return self.config.image_size
+
+    @property
+    def context_length(self) -> int:
+        """Text tokens of a caption, padding included."""
+        return self.config.context_length
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of the features."""
+        assert self.config.embed_dim is not None
+        return self.config.embed_dim
+
+    @cached_property
+    def logit_scale(self) -> float:
+        """The temperature's inverse, exponentiated."""
+        return float(self.model.logit_scale.float().exp())
+
+    @torch.no_grad()
+    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+        """Image features (B, E) in float32.
+
+        Args:
+            image: (B, 3, S, S) uint8, or float that `preprocess` or `normalize_images` has normalised; any device.
+            normalize: to unit length.
+        """
+        return _unit(self.model.encode_image(self._pixels(image)), normalize)
+
+    @torch.no_grad()
+    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
+        """Text features (B, E) in float32.
+
+        Args:
+            tokens: (B, L) int64, L at most the context length; shorter rows are padded with zeros.
+            normalize: to unit length.
+        """
+        tokens = F.pad(tokens, (0, self.context_length - tokens.shape[1])).to(self.device)
+        return _unit(self.model.encode_text(tokens), normalize)
+
+    @torch.no_grad()
+    def visual_tokens(self, image: Tensor) -> Tensor:
+        """Projected patch tokens (B, N, E) in float32, class token dropped; `image` as in `encode_image`."""
+        return visual_tokens(self.model, self._pixels(image)).float()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the configuration and all weights: equal if and only if two models are the same."""
+        digest = hashlib.sha256(fingerprint_text(self.config).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def _pixels(self, image: Tensor) -> Tensor:
+        dtype = self.model.visual.trunk.pos_embed.dtype
+        return normalize_images(image.to(self.device), dtype=dtype)
+
+
+def load_clip(
+    source: str | Path,
+    model_config: ModelConfig | Mapping[str, Any] | str | Path | None = None,
+    precision: Precision = "fp32",
+    device: torch.device | str = "cpu",
+) -> LoadedClip:
+    """A CLIP model from what `source` names, in eval mode.
+
+    Args:
+        source: a run folder (its newest whole checkpoint), a checkpoint folder, an exported open_clip folder, a weight
+            file in BAAI's or open_clip's naming, or a preset name (random weights, with a warning).
+        model_config: the model of a file that does not say it: a preset name, or a configuration in BAAI's vocabulary
+            (mapping or JSON file). By default the preset whose shapes the file has.
+        precision: arithmetic and storage of the weights; temperature, RoPE and RMSNorm stay float32.
+
+    Raises: CheckpointError if the weights are missing, damaged or of another model; UsageError if `source` is neither
+    a path nor a preset.
+    """
+    register()
+    config = None if model_config is None else _as_config(model_config)
+    path = Path(source).expanduser()
+    if path.exists():
+        weights = read_weights(path)
+        config = config or weights.config
+        clip = _build_loaded(weights, config)
+        origin = weights.source
+    else:
+        config = config or _preset_or_usage_error(str(source))
+        clip = build_clip(_clip_only(config, str(source)))
+        origin = f"random weights of {config.name}"
+        log.warning("%s is a preset: its weights are random", source)
+    assert config is not None
+    clip = _cast(clip, _DTYPES[precision]).to(device).eval().requires_grad_(False)
+    preprocess = PreprocessCfg(size=config.image_size, mean=CLIP_MEAN, std=CLIP_STD)
+    return LoadedClip(
+        model=clip,
+        config=config,
+        source=origin,
+        preprocess=image_transform_v2(preprocess, is_train=False),
+        tokenizer=build_tokenizer(config.context_length),
+        device=torch.device(device),
+    )
+
+
+def read_weights(source: str | Path) -> Weights:
+    """The weights of a CLIP or MIM model from anything on disk that `load_clip` reads, by content.
+
+    Raises: CheckpointError where there are none, or where they are damaged.
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise CheckpointError("there is no such file or folder", where=str(path))
+    if path.is_file():
+        state = open_weights(path)
+        return Weights(state, fitting_preset(canonical_state(state, str(path))), str(path))
+    if (path / OPEN_CLIP_CONFIG).is_file():
+        return _read_open_clip_folder(path)
+    if (path / "model_config.json").is_file():
+        return _read_checkpoint(path)
+    checkpoint = checkpoints.latest_checkpoint(path)
+    if checkpoint is not None:
+        return _read_checkpoint(checkpoint)
+    exported = [folder for folder in path.iterdir() if (folder / OPEN_CLIP_CONFIG).is_file()]
+    if len(exported) == 1:
+        return _read_open_clip_folder(exported[0])
+    raise CheckpointError(
+        "this folder holds no model",
+        where=str(path),
+        expected="a run folder with checkpoints, a checkpoint, or an exported open_clip folder",
+        fix="if its run was interrupted before the first checkpoint, run it again with --resume",
+    )
+
+
+def _read_checkpoint(path: Path) -> Weights:
+    state, table = checkpoints.read_model(path)
+    return Weights(state, ModelConfig.from_json(table), str(path))
+
+
+def _read_open_clip_folder(path: Path) -> Weights:
+    weights = path / OPEN_CLIP_WEIGHTS
+    if not weights.is_file():
+        raise CheckpointError(f"{OPEN_CLIP_WEIGHTS} is missing", where=str(path), fix="export the model again")
+    state = open_weights(weights)
+    try:
+        table = json.loads((path / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{OPEN_CLIP_CONFIG} is damaged: {error}", where=str(path)) from error
+    if "evatool" in table:
+        config: ModelConfig | None = ModelConfig.from_json(table["evatool"]["model"])
+    else:
+        config = fitting_preset(canonical_state(state, str(weights)))
+    return Weights(state, config, str(path))
+
+
+def _build_loaded(weights: Weights, config: ModelConfig | None) -> CustomTextCLIP:
+    if config is None:
+        raise CheckpointError(
+            "no preset has the shapes of these weights",
+            where=weights.source,
+            fix="name the model: --model-config FILE.json (embed_dim, vision_cfg, text_cfg), or a preset",
+        )
+    with torch.device("meta"):
+        clip = build_clip(_clip_only(config, weights.source))
+    try:
+        report = load_clip_weights(clip, weights.state, where=weights.source)
+    except CheckpointError as error:
+        fits = weights.config
+        if fits is not None and fits != config:
+            error.fix = f"these weights fit the preset {fits.name}"
+        raise
+    log.debug("%s: %s", weights.source, report)
+    return clip
+
+
+def _clip_only(config: ModelConfig, where: str) -> ModelConfig:
+    if config.task != "clip":
+        raise CheckpointError(
+            f"{config.name} is a MIM model: it has an image tower and no text tower",
+            where=where,
+            expected="a CLIP model",
+            fix="train a CLIP model from it: evatool train-clip with model.init.kind = 'image-tower'",
+        )
+    return config
+
+
+def _as_config(given: ModelConfig | Mapping[str, Any] | str | Path) -> ModelConfig:
+    if isinstance(given, ModelConfig):
+        return given
+    if isinstance(given, Mapping):
+        return ModelConfig.from_json(given)
+    path = Path(given)
+    if path.suffix != ".json":
+        return resolve_preset(str(given))
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"the model configuration cannot be read: {error}", where=str(path)) from error
+    return ModelConfig.from_json(table, name=path.stem)
+
+
+def _preset_or_usage_error(source: str) -> ModelConfig:
+    try:
+        return resolve_preset(source)
+    except RecipeError as error:
+        raise UsageError(
+            f"{source!r} is neither a file or folder nor a model preset",
+            expected="a run folder, an exported folder, a weight file or a preset name",
+            fix=error.fix,
+        ) from error
+
+
+def _cast(clip: CustomTextCLIP, dtype: torch.dtype) -> CustomTextCLIP:
+    """Weights in `dtype`, except the temperature; buffers (RoPE tables) stay as they are."""
+    if dtype == torch.float32:
+        return clip
+    for name, parameter in clip.named_parameters():
+        if name not in ("logit_scale", "logit_bias"):
+            parameter.data = parameter.data.to(dtype)
+    return clip
+
+
+def _unit(features: Tensor, normalize: bool) -> Tensor:
+    features = features.float()
+    return F.normalize(features, dim=-1) if normalize else features
