@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,9 @@ from evatool.errors import DataError
 MANIFEST = "manifest.json"
 FORMAT = "evatool-shards-1"
 PICTURE_MEMBERS = (*EXTENSIONS.values(), "jpeg")
+
+Scan = tuple[list[str], list[dict[str, tuple[int, int]]]]
+"""Sample keys of a tar and, for each, its members as extension -> (offset, size) of the bytes in the file."""
 
 
 @dataclass(frozen=True)
@@ -195,62 +198,50 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def scan_tar(path: Path) -> tuple[list[str], list[dict[str, tuple[int, int]]]]:
-    """Sample keys of a tar and, for each, its members as extension -> (offset, size) of the bytes in the file."""
+def scan_tar(path: Path) -> Scan:
+    """Read the headers of a tar. Raises: DataError where it is no tar or ends early."""
     keys: list[str] = []
     members: list[dict[str, tuple[int, int]]] = []
-    with tarfile.open(path, "r:") as tar:
-        for entry in tar:
-            if not entry.isreg():
-                continue
-            # WebDataset: the key ends at the first dot of the last path component.
-            folder, slash, name = entry.name.rpartition("/")
-            stem, _, extension = name.partition(".")
-            key = folder + slash + stem
-            if not keys or keys[-1] != key:
-                keys.append(key)
-                members.append({})
-            members[-1][extension] = (entry.offset_data, entry.size)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for entry in tar:
+                if not entry.isreg():
+                    continue
+                # WebDataset: the key ends at the first dot of the last path component.
+                folder, slash, name = entry.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                key = folder + slash + stem
+                if not keys or keys[-1] != key:
+                    keys.append(key)
+                    members.append({})
+                members[-1][extension] = (entry.offset_data, entry.size)
+    except (tarfile.TarError, OSError) as err:
+        raise DataError(f"{path.name} cannot be read as a tar: {err}", where=str(path), fix="copy it again") from err
     return keys, members
 
 
-class ShardIndex:
-    """Random access to the samples of a folder of shards, without unpacking.
+class TarReader:
+    """Random access to the samples of tars, without unpacking; sample i is the i-th in the order of `paths`.
 
-    Sample i is the i-th in the order of the manifest. Reading is safe from several processes: each opens the tars
-    itself and reads at explicit offsets.
+    Reading is safe from several processes: each opens the tars itself and reads at explicit offsets.
 
     Args:
-        folder: as `ShardWriter` left it.
-    Raises: DataError naming the folder or shard where something is missing or of another size than written.
+        paths: tars.
+        scanned: what `scan_tar` says of each tar, where it is known already.
+    Raises: DataError naming a tar that cannot be scanned.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.manifest = read_manifest(folder)
+    def __init__(self, paths: Sequence[Path], scanned: Iterable[Scan] | None = None) -> None:
         self.keys: list[str] = []
-        self.max_pixels = int(self.manifest.get("max_pixels", MAX_PIXELS))
-        self.decoded_bytes = int(self.manifest["decoded_bytes"])
         self._members: list[dict[str, tuple[int, int]]] = []
         self._shard: list[int] = []
-        self._paths: list[Path] = []
-        for number, shard in enumerate(self.manifest["shards"]):
-            path = folder / shard["file"]
-            _check_size(path, shard["bytes"])
-            keys, members = _read_index(folder / shard["index"], path)
-            if len(keys) != shard["num_samples"]:
-                raise DataError(
-                    f"{path.name} has {len(keys)} samples in its index and {shard['num_samples']} in the manifest",
-                    where=str(folder),
-                    fix="run `evatool data-prepare` again into a new folder",
-                )
-            self._paths.append(path)
+        self._paths = list(paths)
+        self._files: dict[tuple[int, int], int] = {}  # (process, shard) -> file descriptor
+        scans = map(scan_tar, self._paths) if scanned is None else scanned
+        for number, (keys, members) in enumerate(scans):
             self.keys += keys
             self._members += members
             self._shard += [number] * len(keys)
-        if not self.keys:
-            raise DataError("the manifest lists no samples", where=str(folder / MANIFEST))
-        self._files: dict[tuple[int, int], int] = {}  # (process, shard) -> file descriptor
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -258,6 +249,10 @@ class ShardIndex:
     def shard_name(self, i: int) -> str:
         """File name of the tar that holds sample i."""
         return self._paths[self._shard[i]].name
+
+    def extensions(self, i: int) -> list[str]:
+        """Members of sample i."""
+        return list(self._members[i])
 
     def read(self, i: int, extensions: Iterable[str] | None = None) -> dict[str, bytes]:
         """Members of sample i by extension; only those in `extensions` where given and present.
@@ -289,6 +284,38 @@ class ShardIndex:
         if key not in self._files:
             self._files[key] = os.open(self._paths[shard], os.O_RDONLY)
         return self._files[key]
+
+
+class ShardIndex(TarReader):
+    """The samples of a folder as `ShardWriter` left it, in the order of its manifest.
+
+    Attributes:
+        manifest: as read.
+        decoded_bytes: size of all pictures as uint8 RGB.
+        max_pixels: limit on a picture's size, as prepared.
+    Raises: DataError naming the folder or shard where something is missing or of another size than written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        self.max_pixels = int(self.manifest.get("max_pixels", MAX_PIXELS))
+        self.decoded_bytes = int(self.manifest["decoded_bytes"])
+        shards = self.manifest["shards"]
+        paths = [folder / shard["file"] for shard in shards]
+        for path, shard in zip(paths, shards, strict=True):
+            _check_size(path, shard["bytes"])
+        scans = [_read_index(folder / shard["index"], path) for path, shard in zip(paths, shards, strict=True)]
+        for path, shard, (keys, _) in zip(paths, shards, scans, strict=True):
+            if len(keys) != shard["num_samples"]:
+                raise DataError(
+                    f"{path.name} has {len(keys)} samples in its index and {shard['num_samples']} in the manifest",
+                    where=str(folder),
+                    fix="run `evatool data-prepare` again into a new folder",
+                )
+        super().__init__(paths, scans)
+        if not self.keys:
+            raise DataError("the manifest lists no samples", where=str(folder / MANIFEST))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -329,7 +356,7 @@ def _check_size(path: Path, expected: int) -> None:
         )
 
 
-def _read_index(path: Path, tar: Path) -> tuple[list[str], list[dict[str, tuple[int, int]]]]:
+def _read_index(path: Path, tar: Path) -> Scan:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
