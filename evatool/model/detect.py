@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from evatool.model.names import PROJECTION, TOWER, shape_of
+from evatool.model.names import PROJECTION, TOWER
 from evatool.model.presets import PRESETS, ModelConfig
+from evatool.tensorfile import shape_of
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from evatool.errors import CheckpointError
+from evatool.tensorfile import TensorMap, dtype_of, shape_of
 
 TOWER = "visual.trunk."
 PROJECTION = "visual.head.proj.weight"  # without bias it is open_clip's linear projection, not timm's head
@@ -31,8 +33,8 @@ _ROOT_TEXT = re.compile(r"(token_embedding|positional_embedding|transformer|ln_f
 _RECOMPUTED = re.compile(r"(^|\.)rope\.|\.k_bias$|(^|\.)attn_mask$|\.position_ids$")
 
 
-class RenamedState(Mapping[str, Tensor]):
-    """Another state dict under our names; tensors are read from it one at a time, when asked for."""
+class RenamedMap(TensorMap):
+    """Other tensors under our names, read from there one at a time, when asked for."""
 
     def __init__(self, base: Mapping[str, Tensor], source_by_name: Mapping[str, str]) -> None:
         self._base, self._source = base, dict(source_by_name)
@@ -47,17 +49,15 @@ class RenamedState(Mapping[str, Tensor]):
         return len(self._source)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape without reading the data where the file's header has it."""
+        """Shape at the source."""
         return shape_of(self._base, self._source[name])
 
-
-def shape_of(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    """Shape of a tensor of `state`, without reading its data where the state knows it."""
-    shape = getattr(state, "shape", None)
-    return shape(name) if shape is not None else tuple(state[name].shape)
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype at the source."""
+        return dtype_of(self._base, self._source[name])
 
 
-def canonical_state(state: Mapping[str, Tensor], where: str = "state dict") -> RenamedState:
+def canonical_state(state: Mapping[str, Tensor], where: str = "state dict") -> RenamedMap:
     """`state` under our names; buffers that are recomputed (RoPE tables among them) are left out.
 
     Understands BAAI's CLIP and MIM files, open_clip's names, timm's `Eva` and our own MIM checkpoints, by the names
@@ -75,7 +75,7 @@ def canonical_state(state: Mapping[str, Tensor], where: str = "state dict") -> R
                 f"{key} and {translated[ours]} are both {ours}", where=where, expected="one tensor a parameter"
             )
         translated[ours] = key
-    return RenamedState(state, translated)
+    return RenamedMap(state, translated)
 
 
 def _without_wrapper(key: str) -> str:

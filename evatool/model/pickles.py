@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from evatool.errors import CheckpointError
-from evatool.model.files import read_into
+from evatool.tensorfile import TensorMap, read_into, tensor_bytes
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -109,7 +109,7 @@ class _Storage:
     size: int
 
 
-class ArchiveState(Mapping[str, Tensor]):
+class ArchiveMap(TensorMap):
     """The tensors of a zip archive under dotted names. `scalars` holds the plain values beside them."""
 
     def __init__(self, path: Path, tensors: dict[str, StoredTensor], reader: _Archive, scalars: dict[str, Any]) -> None:
@@ -125,8 +125,12 @@ class ArchiveState(Mapping[str, Tensor]):
         return len(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape without reading the data."""
+        """Shape from the pickle."""
         return self._tensors[name].size
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype from the pickle."""
+        return self._tensors[name].dtype
 
 
 def open_torch_archive(path: Path) -> Mapping[str, Tensor]:
@@ -161,7 +165,7 @@ def state_from(root: Any, reader: _Archive | None, path: Path) -> Mapping[str, T
     _flatten(tree, "", tensors, scalars)
     if not tensors:
         raise CheckpointError("there are no tensors in this file", where=str(path))
-    return tensors if reader is None else ArchiveState(path, tensors, reader, scalars)
+    return tensors if reader is None else ArchiveMap(path, tensors, reader, scalars)
 
 
 def _flatten(tree: Any, prefix: str, tensors: dict[str, Any], scalars: dict[str, Any]) -> None:
@@ -222,7 +226,7 @@ class _Archive:
             start = info.header_offset + 30 + name_length + extra_length
             file.seek(start + stored.offset * stored.dtype.itemsize)
             read_into(file, flat, self.path, name)
-        if flat.nbytes == info.file_size and zlib.crc32(flat.view(torch.uint8).numpy()) != info.CRC:  # type: ignore[arg-type]
+        if flat.nbytes == info.file_size and zlib.crc32(tensor_bytes(flat)) != info.CRC:
             raise CheckpointError(
                 f"the data of {name} does not match its checksum",
                 where=str(self.path),

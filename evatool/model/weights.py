@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from evatool.errors import CheckpointError
 from evatool.model.mim import MimModel
-from evatool.model.names import PROJECTION, TOWER, RenamedState, canonical_state, shape_of
+from evatool.model.names import PROJECTION, TOWER, RenamedMap, canonical_state
 from evatool.model.resize import PatchResize, resize_patch_kernel, resize_positions
 from evatool.model.vision import restore_buffers
+from evatool.tensorfile import shape_of
 
 # What starts fresh when an image tower comes from a MIM model or another CLIP model (eva.md 3.1 and 3.9).
 FRESH_PROJECTION = (re.escape(PROJECTION), re.escape(TOWER) + r"head\.(weight|bias)")
@@ -81,7 +82,7 @@ def load_mim_weights(model: MimModel, state: Mapping[str, Tensor], *, where: str
     """All weights of a MIM model from our checkpoint or a file of BAAI's. Raises CheckpointError as above."""
     source = canonical_state(state, where)
     ours = {"visual." + name.removeprefix(TOWER) if name.startswith(TOWER) else name: name for name in source}
-    return load_parameters(model, RenamedState(source, ours), take=set(ours), where=where)
+    return load_parameters(model, RenamedMap(source, ours), take=set(ours), where=where)
 
 
 def load_parameters(
