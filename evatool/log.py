@@ -25,16 +25,31 @@ def stderr_console() -> Console:
     return Console(stderr=True)
 
 
-def configure(rank: int = 0, debug: bool = False) -> None:
-    """Send the package's records to stderr on rank 0; other ranks keep warnings only."""
-    from rich.logging import RichHandler
+class _ConsoleHandler(logging.Handler):
+    """Records on the shared console, imported with the first of them: `--help` and `--dry-run` have none."""
 
+    _STYLES = ((logging.ERROR, "bold red"), (logging.WARNING, "yellow"), (logging.INFO, "blue"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            from rich.text import Text
+
+            style = next((style for level, style in self._STYLES if record.levelno >= level), "dim")
+            line = Text.assemble((f"{record.levelname.lower():8}", style), self.format(record))
+            stderr_console().print(line, soft_wrap=True, highlight=False)
+        except Exception:
+            self.handleError(record)
+
+
+def configure(rank: int = 0, debug: bool = False) -> None:
+    """Send the package's records to stderr on rank 0; other ranks keep errors only."""
     root = logging.getLogger("evatool")
     root.setLevel(logging.DEBUG if debug else logging.INFO)
     root.propagate = False
     for handler in list(root.handlers):
         root.removeHandler(handler)
-    handler = RichHandler(console=stderr_console(), show_path=debug, show_time=False, markup=False)
+    handler = _ConsoleHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s" if debug else "%(message)s"))
     handler.setLevel(logging.DEBUG if debug else logging.INFO if rank == 0 else logging.ERROR)
     root.addHandler(handler)
 

@@ -103,11 +103,10 @@ def is_recipe(source: str | Path) -> bool:
 
 
 def shipped_path(name: str) -> Path | None:
-    """The file of a shipped recipe; None if there is none of this name."""
-    root = find_recipes_dir()
-    path = root / f"{name}.toml"
-    inside = name and ".." not in Path(name).parts and not Path(name).is_absolute()
-    return path if inside and path.is_file() else None
+    """The file of a shipped recipe; None if there is none of this name. `./demo/eval` is a path, not a name."""
+    path = find_recipes_dir() / f"{name}.toml"
+    is_name = not name.startswith((".", "/")) and ".." not in Path(name).parts
+    return path if is_name and path.is_file() else None
 
 
 def find_recipe(source: str | Path) -> Path:
@@ -148,9 +147,12 @@ def recipe_name(path: Path) -> str:
 
 
 def display_path(path: Path) -> str:
-    """The path as a reader would type it: relative where it lies under the current directory."""
+    """The path as a reader would name it: relative under the current directory, else `shipped NAME`, else absolute."""
     absolute, here = path.resolve(), Path.cwd()
-    return str(absolute.relative_to(here) if absolute.is_relative_to(here) else absolute)
+    if absolute.is_relative_to(here):
+        return str(absolute.relative_to(here))
+    root = find_recipes_dir()
+    return f"shipped {absolute.relative_to(root)}" if absolute.is_relative_to(root) else str(absolute)
 
 
 # ---------------------------------------------------------------------------------------------------- files

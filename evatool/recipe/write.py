@@ -42,11 +42,13 @@ def to_toml(recipe: Recipe, origins: Mapping[str, str] | None = None, docs: bool
                 lines += ["", *_comment(descriptions[".".join(path)]), f"[{dotted(path)}]"]
             else:
                 lines += ["", f"[{dotted(path)}]"]
-        for name, value in table.items():
+        settings = {name: f"{quote_key(name)} = {format_value(value)}" for name, value in table.items()}
+        width = min(48, max(map(len, settings.values()), default=0))  # a long value does not push all comments away
+        for name, setting in settings.items():
             key = dotted((*path, name))
             lines += _comment(descriptions.get(key, ""))
-            origin = f"  # {_one_line(origins[key])}" if origins and key in origins else ""
-            lines.append(f"{quote_key(name)} = {format_value(value)}{origin}")
+            origin = origins.get(key) if origins else None
+            lines.append(f"{setting:{width}}  # {_one_line(origin)}" if origin else setting)
     return "\n".join(lines) + "\n"
 
 

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from evatool import log as logs
 from evatool.errors import EvatoolError, ExitCode, Preempted
 from evatool.recipe.load import Resolved
-from evatool.stages.run_dir import RunDir, RunOptions, stored_result
+from evatool.stages.run_dir import RunDir, RunOptions, check_run_dir, stored_result
 from evatool.types import Result
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ def run_stage(resolved: Resolved, options: RunOptions) -> Result:
         log.info("%s is already done: nothing to do", stored.run_dir)
         return stored
     options.opened = None
+    if logs.env_rank() == 0:
+        check_run_dir(recipe, options)  # before the seconds that importing torch takes
     stage = importlib.import_module("evatool.stages." + recipe.stage.replace("-", "_"))
     try:
         with _sigterm_raises():

@@ -134,13 +134,12 @@ def open_run_dir(recipe: Recipe, options: RunOptions, rank: int = 0) -> RunDir:
     Raises: UsageError if the folder is used, RecipeError if a resumed recipe differs.
     """
     path = run_path(recipe, options)
-    run_dir = RunDir(path, rank=rank)
     used = _is_used(path)
-    if used and rank == 0:
-        _check_reuse(recipe, path, options.resume)
-    if rank == 0 and options.resume and not used:
-        log.info("nothing to resume in %s: the run starts from the beginning", path)
-    run_dir.resumed = used
+    if rank == 0:
+        check_run_dir(recipe, options)
+        if options.resume and not used:
+            log.info("nothing to resume in %s: the run starts from the beginning", path)
+    run_dir = RunDir(path, rank=rank, resumed=used)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -163,6 +162,13 @@ def run_path(recipe: Recipe, options: RunOptions) -> Path:
     return options.run_dir or recipe.run_dir or Path("runs") / options.name
 
 
+def check_run_dir(recipe: Recipe, options: RunOptions) -> None:
+    """Refuse a used folder without `options.resume`, and a resume whose recipe differs. Changes nothing."""
+    path = run_path(recipe, options)
+    if _is_used(path):
+        _check_reuse(recipe, path, options.resume)
+
+
 def stored_result(recipe: Recipe, options: RunOptions) -> Result | None:
     """The result of a run that is already done, under `options.resume`; None if there is something left to do.
 
@@ -171,7 +177,12 @@ def stored_result(recipe: Recipe, options: RunOptions) -> Result | None:
     path = run_path(recipe, options)
     if not options.resume or read_status(path).get("state") != "done" or not (path / "result.json").is_file():
         return None
-    _check_reuse(recipe, path, resume=True)
+    check_run_dir(recipe, options)
+    return read_result(path)
+
+
+def read_result(path: Path) -> Result:
+    """The result that a finished run left in its folder."""
     stored = json.loads((path / "result.json").read_text(encoding="utf-8"))
     return Result(
         stage=stored["stage"],

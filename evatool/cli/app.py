@@ -1,0 +1,347 @@
+"""The commands, in pipeline order: load the recipe, call the stage, print the result."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import evatool
+from evatool.cli import options as opt
+from evatool.cli.console import Report, execute
+from evatool.errors import RecipeError
+
+
+def _examples(*commands: str) -> str:
+    return "\n\n".join(["Examples:", *commands])
+
+
+app = typer.Typer(
+    name="evatool",
+    help="Train EVA-style CLIP models: from pictures and captions to an exported, evaluated model.",
+    epilog=_examples("evatool demo", "evatool train-clip demo/train-clip --dry-run"),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+recipe_app = typer.Typer(
+    help="List, show and check recipes.",
+    epilog=_examples("evatool recipe list", "evatool recipe show demo/train-clip"),
+    no_args_is_help=True,
+)
+
+
+def main() -> None:
+    """Entry point of the `evatool` script, of `python -m evatool` and of `torchrun -m evatool`."""
+    app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"evatool {evatool.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# ---------------------------------------------------------------------------------------------------- stages
+
+
+@app.command(
+    "data-prepare",
+    epilog=_examples(
+        "evatool data-prepare demo/data-prepare",
+        "evatool data-prepare photos/ --captions photos/captions.csv --run-dir runs/photos",
+    ),
+)
+def data_prepare(
+    source: Annotated[str, typer.Argument(metavar="RECIPE|IMAGES", help="A recipe, or a folder of pictures.")],
+    captions: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Short form: CSV, TSV or JSONL with columns image and caption.")
+    ] = None,
+    overrides: opt.Overrides = None,
+    run_dir: opt.RunDirectory = None,
+    resume: opt.Resume = False,
+    dry_run: opt.DryRun = False,
+    json_output: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Turn pictures and captions into training shards, a manifest and a contact sheet.
+
+    The demo's recipe also makes evaluation sets, from the drawings that ship with evatool.
+    """
+    given = {"--captions": captions}
+    _stage("data-prepare", source, given, overrides, run_dir, resume, dry_run, json_output, debug)
+
+
+@app.command(
+    "pretrain-mim",
+    epilog=_examples(
+        "evatool pretrain-mim demo/pretrain-mim",
+        "evatool pretrain-mim EVA02-CLIP-toy --teacher runs/demo/train-clip --data runs/demo/data-prepare "
+        "--samples-seen 60000",
+    ),
+)
+def pretrain_mim(
+    source: Annotated[str, typer.Argument(metavar="RECIPE|PRESET", help="A recipe, or a model preset's name.")],
+    teacher: opt.Teacher = None,
+    data: opt.TrainData = None,
+    samples_seen: opt.SamplesSeen = None,
+    overrides: opt.Overrides = None,
+    run_dir: opt.RunDirectory = None,
+    resume: opt.Resume = False,
+    dry_run: opt.DryRun = False,
+    json_output: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Train an image encoder to predict a CLIP teacher's features at masked patches.
+
+    Short form defaults: batch 256, AdamW at 1.5e-3, 10 % warm-up, gradient norm clipped at 3.
+    Everything else through --set.
+    """
+    given = {"--teacher": teacher, "--data": data, "--samples-seen": samples_seen}
+    _stage("pretrain-mim", source, given, overrides, run_dir, resume, dry_run, json_output, debug)
+
+
+@app.command(
+    "train-clip",
+    epilog=_examples(
+        "evatool train-clip demo/train-clip --set train.seed=1 --run-dir runs/seed1",
+        "evatool train-clip EVA02-CLIP-toy --data runs/demo/data-prepare --samples-seen 120000",
+    ),
+)
+def train_clip(
+    source: Annotated[str, typer.Argument(metavar="RECIPE|PRESET", help="A recipe, or a model preset's name.")],
+    data: opt.TrainData = None,
+    samples_seen: opt.SamplesSeen = None,
+    overrides: opt.Overrides = None,
+    run_dir: opt.RunDirectory = None,
+    resume: opt.Resume = False,
+    dry_run: opt.DryRun = False,
+    json_output: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Train a CLIP model on image-text shards; starts one process a GPU itself.
+
+    Short form defaults: random weights, batch 256, AdamW at 5e-4, 10 % warm-up, gradient norm clipped at 1.
+    Everything else through --set, such as --set model.init.kind=image-tower --set model.init.path=runs/mim.
+    """
+    given = {"--data": data, "--samples-seen": samples_seen}
+    _stage("train-clip", source, given, overrides, run_dir, resume, dry_run, json_output, debug)
+
+
+@app.command(
+    "distill",
+    epilog=_examples(
+        "evatool distill demo/distill",
+        "evatool distill EVA02-CLIP-toy-small --teacher runs/demo/train-clip-mim --data runs/demo/data-prepare",
+    ),
+)
+def distill(
+    source: Annotated[str, typer.Argument(metavar="RECIPE|PRESET", help="A recipe, or the student's preset name.")],
+    teacher: opt.Teacher = None,
+    data: opt.TrainData = None,
+    samples_seen: opt.SamplesSeen = None,
+    overrides: opt.Overrides = None,
+    run_dir: opt.RunDirectory = None,
+    resume: opt.Resume = False,
+    dry_run: opt.DryRun = False,
+    json_output: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Train a smaller CLIP model on the data and on a frozen teacher's features and logits.
+
+    Short form defaults: batch 256, AdamW at 5e-4, 10 % warm-up, gradient norm clipped at 1, all weights 1.
+    Everything else through --set.
+    """
+    given = {"--teacher": teacher, "--data": data, "--samples-seen": samples_seen}
+    _stage("distill", source, given, overrides, run_dir, resume, dry_run, json_output, debug)
+
+
+@app.command(
+    "export",
+    epilog=_examples(
+        "evatool export demo/export", "evatool export runs/demo/distill --to open_clip --out exported/student"
+    ),
+)
+def export(
+    source: Annotated[
+        str, typer.Argument(metavar="RECIPE|CHECKPOINT", help="A recipe, or a run or checkpoint folder.")
+    ],
+    to: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="Short form: format to write. Default: open_clip.")
+    ] = None,
+    overrides: opt.Overrides = None,
+    run_dir: opt.OutDirectory = None,
+    resume: opt.Resume = False,
+    dry_run: opt.DryRun = False,
+    json_output: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Write a trained model as files that other libraries load, and verify that they do."""
+    _stage("export", source, {"--to": to}, overrides, run_dir, resume, dry_run, json_output, debug)
+
+
+@app.command(
+    "eval",
+    epilog=_examples(
+        "evatool eval demo/eval --json", "evatool eval runs/demo/distill --suite drawings --data runs/demo/data-prepare"
+    ),
+)
+def evaluate(
+    source: Annotated[str, typer.Argument(metavar="RECIPE|MODEL", help="A recipe, or a run folder or model file.")],
+    suite: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Short form: suite of evaluation sets. Default: drawings.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Short form: evaluation sets (DIR or DIR/eval), one folder a set."),
+    ] = None,
+    overrides: opt.Overrides = None,
+    run_dir: opt.RunDirectory = None,
+    resume: opt.Resume = False,
+    dry_run: opt.DryRun = False,
+    json_output: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Measure zero-shot classification and retrieval with 95 % intervals, and write a report."""
+    given = {"--suite": suite, "--data": data}
+    _stage("eval", source, given, overrides, run_dir, resume, dry_run, json_output, debug)
+
+
+def _stage(
+    stage: str,
+    source: str,
+    given: dict[str, Any],
+    overrides: list[str] | None,
+    run_dir: Path | None,
+    resume: bool,
+    dry_run: bool,
+    json_output: bool,
+    debug: bool,
+) -> None:
+    """One stage's command: everything heavy is imported after the recipe is known to be good."""
+
+    def action() -> Report:
+        from evatool.cli.reports import dry_run_report, result_report
+        from evatool.cli.short_forms import resolve_argument
+        from evatool.stages import run_stage
+        from evatool.stages.launch import launch_if_needed
+        from evatool.stages.run_dir import RunOptions, run_path, stored_result
+
+        resolved = resolve_argument(stage, source, given, overrides or [])
+        options = RunOptions(resolved.name, run_dir, resume, debug, command=("evatool", *sys.argv[1:]))
+        if dry_run:
+            return dry_run_report(resolved, run_path(resolved.recipe, options))
+        result = stored_result(resolved.recipe, options) or launch_if_needed(resolved.recipe, options, sys.argv[1:])
+        return result_report(result or run_stage(resolved, options))
+
+    execute(action, json_output=json_output, debug=debug)
+
+
+# ---------------------------------------------------------------------------------------------------- demo, recipe
+
+
+@app.command("demo", epilog=_examples("evatool demo", "evatool demo --out runs/seed1 --seed 1"))
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the whole chain.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of every training stage.")] = 0,
+    debug_size: Annotated[
+        bool, typer.Option("--debug-size", help="A minute instead of ten; the models are toys.")
+    ] = False,
+    json_output: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Run the whole chain on real pictures in about ten minutes on a CPU, and write a report.
+
+    Stages that are finished are not repeated: interrupt it and run it again.
+    """
+
+    def action() -> Report:
+        from evatool.cli.reports import result_report
+        from evatool.stages.demo import DemoOptions, run
+
+        return result_report(run(DemoOptions(out=out, seed=seed, debug_size=debug_size)))
+
+    execute(action, json_output=json_output, debug=debug)
+
+
+app.add_typer(recipe_app, name="recipe")
+
+
+@recipe_app.command("list", epilog=_examples("evatool recipe list", "evatool recipe list --json"))
+def recipe_list(json_output: opt.Json = False, debug: opt.Debug = False) -> None:
+    """List the recipes that ship with evatool."""
+
+    def action() -> Report:
+        from evatool.cli.reports import recipe_list_report
+        from evatool.recipe.load import list_recipes
+
+        return recipe_list_report(list_recipes())
+
+    execute(action, json_output=json_output, debug=debug)
+
+
+@recipe_app.command(
+    "show",
+    epilog=_examples(
+        "evatool recipe show demo/train-clip", "evatool recipe show demo/train-clip --set train.seed=1 --docs"
+    ),
+)
+def recipe_show(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A .toml file or a shipped recipe's name.")],
+    overrides: opt.Overrides = None,
+    docs: Annotated[bool, typer.Option("--docs", help="Say above each key what it means.")] = False,
+    json_output: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Print the resolved recipe with the origin of each value."""
+
+    def action() -> Report:
+        from evatool.cli.reports import recipe_report
+        from evatool.recipe.load import load_recipe
+
+        return recipe_report(load_recipe(recipe, overrides or []), docs)
+
+    execute(action, json_output=json_output, debug=debug)
+
+
+@recipe_app.command(
+    "check", epilog=_examples("evatool recipe check mine.toml", "evatool recipe check recipes/demo/*.toml")
+)
+def recipe_check(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help=".toml files or shipped recipes' names.")],
+    json_output: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Check recipes and report all their problems at once."""
+    execute(lambda: _check(recipes), json_output=json_output, debug=debug)
+
+
+def _check(recipes: list[str]) -> Report:
+    from evatool.cli.figures import derived_figures
+    from evatool.recipe.load import load_recipe
+
+    good: list[list[str]] = []
+    problems: list[str] = []
+    for name in recipes:
+        try:
+            recipe = load_recipe(name).recipe
+            derived_figures(recipe)
+            good.append([name, recipe.stage])
+        except RecipeError as error:
+            own = error.problems or [f"{name}: " + ": ".join([error.what, *(text for _, text in error.details())])]
+            problems += own
+    if problems:
+        raise RecipeError(f"{len(recipes) - len(good)} of {len(recipes)} recipes have problems", problems=problems)
+    data = {"recipes": [{"recipe": name, "stage": stage, "ok": True} for name, stage in good]}
+    return Report(data=data, lines=[f"{name}: a good recipe for {stage}" for name, stage in good])

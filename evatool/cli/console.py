@@ -1,0 +1,154 @@
+"""The only place that words errors and prints: results to stdout, everything else to stderr, exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+import typer
+
+from evatool import log as logs
+from evatool.errors import EvatoolError, ExitCode, RecipeError
+
+
+@dataclass
+class Report:
+    """What a command has to say: `data` under `--json`; else the text, the table and the lines, in this order."""
+
+    data: dict[str, Any]
+    text: str = ""
+    table: list[list[str]] = field(default_factory=list)
+    """Header row first."""
+    lines: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Failure:
+    """An exception in words."""
+
+    kind: str
+    message: str
+    exit_code: ExitCode
+    problems: list[str] = field(default_factory=list)
+    details: dict[str, str] = field(default_factory=dict)
+    """`where`, `expected` and `next`, those that are known."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        error: dict[str, Any] = {"type": self.kind, "message": self.message, **self.details}
+        if self.problems:
+            error["problems"] = self.problems
+        return {"error": error, "exit_code": int(self.exit_code)}
+
+
+def execute(action: Callable[[], Report], *, json_output: bool, debug: bool) -> None:
+    """Run a command's action, print its report or its failure, and leave with the right exit code.
+
+    Only rank 0 prints. While the action runs, whatever writes to stdout reaches stderr.
+    Raises: typer.Exit.
+    """
+    rank = logs.env_rank()
+    failure: Failure | None = None
+    report: Report | None = None
+    with _stdout_kept_for_results():
+        logs.configure(rank=rank, debug=debug)
+        try:
+            report = action()
+        except (KeyboardInterrupt, Exception) as error:
+            failure = explain(error)
+            if debug:
+                traceback.print_exc()
+    if rank == 0:
+        if failure is not None:
+            _print_failure(failure)
+        if json_output:
+            data = failure.to_json() if failure else report.data if report else {}
+            _write_line(sys.stdout, json.dumps(data, ensure_ascii=False, allow_nan=False))
+        elif report is not None:
+            _print_report(report)
+    raise typer.Exit(int(failure.exit_code) if failure else ExitCode.DONE)
+
+
+def explain(error: BaseException) -> Failure:
+    """An exception as what is shown to the user."""
+    if isinstance(error, EvatoolError):
+        problems = error.problems if isinstance(error, RecipeError) else []
+        return Failure(type(error).__name__, error.what, error.exit_code, problems, dict(error.details()))
+    if isinstance(error, KeyboardInterrupt):
+        advice = {"next": "run the same command with --resume to go on"}
+        return Failure("Interrupted", "stopped by Ctrl-C", ExitCode.INTERRUPTED, details=advice)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = {"where": str(error.filename)} if error.filename else {}
+        advice = {"next": "free some space, then run the same command with --resume"}
+        return Failure("OSError", "the disk is full", ExitCode.FAILED, details=where | advice)
+    if isinstance(error, OSError) and error.filename:
+        message = (error.strerror or str(error)).lower()
+        return Failure("OSError", message, ExitCode.FAILED, details={"where": str(error.filename)})
+    name = type(error).__name__
+    first_line = (str(error).strip().splitlines() or ["no message"])[0]
+    advice = {"next": "run with --debug for the trace"}
+    return Failure(name, f"internal error: {name}: {first_line}", ExitCode.FAILED, details=advice)
+
+
+def _print_failure(failure: Failure) -> None:
+    from rich.text import Text
+
+    console = logs.stderr_console()
+    show = lambda text: console.print(text, soft_wrap=True, highlight=False)  # noqa: E731
+    show(Text.assemble(("error: ", "bold red"), failure.message))
+    for line in failure.problems:
+        show(Text(f"  {line}"))
+    for label, text in failure.details.items():
+        show(Text.assemble((f"{label}: ", "bold"), text))
+
+
+def _print_report(report: Report) -> None:
+    if report.text:
+        _write_line(sys.stdout, report.text.rstrip("\n"))
+    if report.table:
+        from rich.box import SIMPLE
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        header, *rows = report.table
+        table = Table(box=SIMPLE, pad_edge=False)
+        for name in header:
+            table.add_column(Text(name))
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        # a pipe has no width: do not fold what a script or a log file will read
+        Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(table)
+    for line in report.lines:
+        _write_line(sys.stdout, line)
+
+
+def _write_line(stream: IO[str], line: str) -> None:
+    stream.write(line + "\n")
+    stream.flush()
+
+
+@contextlib.contextmanager
+def _stdout_kept_for_results() -> Iterator[None]:
+    """Send stdout to stderr meanwhile, for C code and child processes as well: DeepSpeed logs to stdout."""
+    original = sys.stdout
+    original.flush()
+    saved: int | None = None
+    with contextlib.suppress(OSError, ValueError):  # no file behind it, as under a test runner, or stderr is closed
+        if original.fileno() == 1:
+            saved = os.dup(1)
+            os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if saved is not None:
+            os.dup2(saved, 1)
+            os.close(saved)

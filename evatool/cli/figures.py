@@ -1,0 +1,60 @@
+"""What follows from a recipe without building anything: steps, warm-up, samples a rank, token grid. No torch."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from evatool.errors import RecipeError
+from evatool.recipe.schema import PretrainMimRecipe, Recipe, TrainingRecipe
+
+
+def derived_figures(recipe: Recipe) -> dict[str, Any]:
+    """Figures by name, empty for stages that do not train.
+
+    Raises: RecipeError for an unknown preset, or a batch that does not divide over the ranks.
+    """
+    return _training_figures(recipe) if isinstance(recipe, TrainingRecipe) else {}
+
+
+def _training_figures(recipe: Any) -> dict[str, Any]:
+    # What these import is torch-free; where it lives says how the stage itself computes the same figure.
+    from evatool.model.presets import resolve_preset
+    from evatool.optim.schedules import warmup_steps_of
+
+    train = recipe.train
+    world_size = _world_size(recipe)
+    warmup = warmup_steps_of(recipe.schedule, num_steps=train.num_steps, global_batch_size=train.global_batch_size)
+    config = resolve_preset(recipe.model.preset).with_image_size(recipe.model.image_size)
+    rows, columns = config.grid
+    figures = {
+        "steps": train.num_steps,
+        "warmup_steps": warmup,
+        "samples_not_used": train.samples_seen - train.num_steps * train.global_batch_size,
+        "world_size": world_size,
+        "samples_per_rank_and_step": samples_per_rank(train.global_batch_size, world_size),
+        "image_size": config.image_size,
+        "token_grid": [rows, columns],
+    }
+    if isinstance(recipe, PretrainMimRecipe):
+        figures["masked_patches_at_most"] = round(recipe.objective.mask_ratio * rows * columns)
+    return figures
+
+
+def samples_per_rank(global_batch_size: int, world_size: int) -> int:
+    """Samples of one step on each rank. Raises: RecipeError with the nearest batch sizes that divide."""
+    each, rest = divmod(global_batch_size, world_size)
+    if rest:
+        near = [n for n in (each * world_size, (each + 1) * world_size) if n]
+        raise RecipeError(
+            f"train.global_batch_size = {global_batch_size} does not divide over {world_size} ranks",
+            expected="nearest that do: " + ", ".join(map(str, near)),
+        )
+    return each
+
+
+def _world_size(recipe: TrainingRecipe) -> int:
+    """Ranks of torchrun, else of the recipe, else 1: counting GPUs would need torch."""
+    if "RANK" in os.environ:
+        return int(os.environ.get("WORLD_SIZE", "1"))
+    return recipe.engine.processes or 1

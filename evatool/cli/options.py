@@ -1,0 +1,42 @@
+"""Options that commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change one value of the recipe, read as TOML, else as text. Repeatable."
+    ),
+]
+RunDirectory = Annotated[
+    Path | None, typer.Option("--run-dir", metavar="DIR", help="Folder to write. Default: runs/<recipe name>.")
+]
+OutDirectory = Annotated[
+    Path | None,
+    typer.Option("--out", "--run-dir", metavar="DIR", help="Folder to write. Default: runs/<recipe name>."),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on in a used run folder; a finished run hands back its result at once.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved recipe, the origin of each value and derived figures.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show debug records, and the trace of an error.")]
+
+TrainData = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="DIR", help="Short form: shards, as data-prepare writes them (DIR or DIR/train)."),
+]
+Teacher = Annotated[
+    str | None, typer.Option("--teacher", metavar="MODEL", help="Short form: the frozen model to learn from.")
+]
+SamplesSeen = Annotated[
+    int | None,
+    typer.Option("--samples-seen", metavar="N", min=1, help="Short form: length of the run. Default: 1000000."),
+]
