@@ -117,7 +117,7 @@ class TrainLoader:
                 self.bad_samples[bad.sample] = bad
                 log.warning("bad sample replaced: %s", bad)
         base = min(self.num_samples, max(self._num_tried, _LIMIT_FLOOR))
-        if made.batch is None or len(self.bad_samples) > self.max_bad_fraction * base:
+        if made.batch is None or len(self.bad_samples) > int(self.max_bad_fraction * base + 1e-9):
             raise self._beyond_limit(base)
 
     def _beyond_limit(self, base: int) -> BadDataLimitError:

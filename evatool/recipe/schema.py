@@ -6,10 +6,11 @@ unset; what can be switched off has a `kind = "none"`.
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -55,6 +56,17 @@ class FolderSource(Section):
     """Column (or JSON key) with the caption."""
     encoding: str = "utf-8"
     """Text encoding of the caption file."""
+    license: str | None = None
+    """Licence of the pictures, for the manifest."""
+
+    @field_validator("encoding")
+    @classmethod
+    def _encoding_is_known(cls, encoding: str) -> str:
+        try:
+            codecs.lookup(encoding)
+        except LookupError as error:
+            raise ValueError(f"unknown text encoding {encoding!r}; for instance utf-8, utf-16 or cp1252") from error
+        return encoding
 
 
 class ShardSection(Section):

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from evatool.data.prepare.contact_sheet import draw_contact_sheet
-from evatool.data.prepare.pack import Packed, pack_drawings
+from evatool.data.prepare.pack import Packed, pack_drawings, pack_folder
 from evatool.data.shards import MANIFEST, sync_folder, write_file
 from evatool.errors import EvatoolError
 from evatool.progress import progress
@@ -38,6 +38,8 @@ def run(recipe: DataPrepareRecipe, run: RunOptions) -> Result:
         match recipe.data.kind:
             case "drawings":
                 packed = pack_drawings(recipe.data, recipe.shards, work, progress)
+            case "folder":
+                packed = pack_folder(recipe.data, recipe.shards, work, progress)
         draw_contact_sheet(packed.contact, work / "contact_sheet.png")
         manifest = packed.manifest | {"recipe": recipe.model_dump(mode="json", exclude_none=True)}
         write_file(work / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())

@@ -60,6 +60,11 @@ def draw_contact_sheet(entries: Sequence[Entry], path: Path) -> None:
     write_file(path, out.getvalue())
 
 
+def thumbnail(pixels: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) at the size the sheet shows, so that a large picture need not be kept."""
+    return np.asarray(_fit(pixels))
+
+
 def _fit(pixels: np.ndarray) -> Image.Image:
     picture = Image.fromarray(pixels)
     scale = PICTURE_SIDE / max(picture.size)

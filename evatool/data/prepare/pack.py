@@ -12,11 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from evatool.data.order import epoch_order
-from evatool.data.prepare.contact_sheet import Entry
+from evatool.data.prepare.contact_sheet import Entry, thumbnail
 from evatool.data.prepare.drawings import SETS, TEMPLATES, TRAIN_SETS, Drawings, Tile
 from evatool.data.prepare.eval_layout import write_eval_set
+from evatool.data.prepare.folder import PictureFolder
 from evatool.data.shards import ShardWriter
-from evatool.recipe.schema import DrawingsSource, ShardSection
+from evatool.errors import DataError
+from evatool.recipe.schema import DrawingsSource, FolderSource, ShardSection
 
 MANIFEST_FORMAT = "evatool-data-1"
 
@@ -89,6 +91,51 @@ def pack_drawings(section: DrawingsSource, shards: ShardSection, folder: Path, p
     contact = [
         Entry(drawings.pixels(tile), tile.concept.label, tile.set) for tile in tiles[: shards.contact_sheet_images]
     ]
+    return Packed(manifest, contact)
+
+
+def pack_folder(section: FolderSource, shards: ShardSection, folder: Path, progress: Progress) -> Packed:
+    """Training shards of a user's pictures below `folder`. Files are copied byte for byte.
+
+    Raises: DataError, BadDataLimitError.
+    """
+    source = PictureFolder(section, shards)
+    order = epoch_order(shards.shuffle_seed, 0, len(source.pictures))
+    contact: list[Entry] = []
+    with (
+        progress(section.images.name, len(order)) as bar,
+        ShardWriter(folder / "train", samples_per_shard=shards.samples_per_shard) as writer,
+    ):
+        for i in order.tolist():
+            picture = source.pictures[i]
+            read = source.read(picture)
+            bar.advance(1)
+            if read is None or source.bad.is_beyond_limit:
+                continue  # beyond the limit nothing is kept; the rest is only searched, to name it all at once
+            sample, pixels = read
+            writer.write(sample)
+            if len(contact) < shards.contact_sheet_images:
+                contact.append(Entry(thumbnail(pixels), picture.captions[0], Path(picture.file).name))
+        source.bad.check()
+        if writer.num_samples == 0:
+            raise DataError("no picture is left to train on", where=str(section.images), expected="at least one")
+        train = writer.finish(max_pixels=shards.max_pixels)
+    source.bad.report()
+    credit = {
+        "name": str(section.images),
+        "captions": str(section.captions),
+        "captions_sha256": hashlib.sha256(section.captions.read_bytes()).hexdigest(),
+        "caption_rows": source.num_rows,
+        "license": section.license,
+        "train_samples": train["num_samples"],
+    }
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "train": summary(train),
+        "eval": {},
+        "sources": [{name: value for name, value in credit.items() if value is not None}],
+        "bad_samples": source.bad.by_cause,
+    }
     return Packed(manifest, contact)
 
 
