@@ -8,6 +8,7 @@ Source: feature matching and logit distillation as in CLIP-KD (arXiv 2307.12732)
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -20,6 +21,7 @@ from evatool.objective.contrastive import (
     accuracies,
     contrastive_loss,
     encode_pair,
+    encode_text,
     logit_scale,
     pair_logits,
     positives,
@@ -33,15 +35,23 @@ from evatool.types import Batch, LossDict
 class ClipTeacher(Protocol):
     """A frozen CLIP model in eval mode, on the device of the batch, that keeps its own pixel statistics."""
 
-    context_length: int
-    logit_scale: float  # exponentiated
+    @property
+    def model(self) -> nn.Module:
+        """The towers, for the text side."""
+        ...
+
+    @property
+    def context_length(self) -> int:
+        """Text tokens of a caption."""
+        ...
+
+    @property
+    def logit_scale(self) -> float:
+        """The temperature, exponentiated."""
+        ...
 
     def encode_image(self, image: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 -> (B, T)."""
-        ...
-
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """(B, context_length) int64 -> (B, T)."""
         ...
 
 
@@ -52,6 +62,7 @@ class DistillObjective(nn.Module):
         student: as in `ClipObjective`.
         teacher: frozen; kept out of this module's parameters and state.
         section: the recipe's `[objective]`.
+        context_length: text tokens of the student; batches may hold more, cut to it for the student.
         student_width, teacher_width: E and T. Where they differ and features are matched, one learned projection per
             tower carries the student's features to the teacher's width; the projections are no part of the student.
     """
@@ -64,12 +75,14 @@ class DistillObjective(nn.Module):
         teacher: ClipTeacher,
         section: schema.DistillObjective,
         *,
+        context_length: int,
         student_width: int,
         teacher_width: int,
     ) -> None:
         super().__init__()
         self.model = student
         self.section = section
+        self.context_length = context_length
         self._teacher = (teacher,)  # in a tuple, so that torch does not register a module
         if section.feature_weight > 0 and student_width != teacher_width:
             self.image_projection: nn.Module = nn.Linear(student_width, teacher_width, bias=False)
@@ -89,7 +102,7 @@ class DistillObjective(nn.Module):
             and `logit_loss` (those whose weight is not 0), `i2t_top1`, `t2i_top1`, `logit_scale` (exponentiated).
         """
         section = self.section
-        student = encode_pair(self.model, batch)
+        student = encode_pair(self.model, self.student_view(batch))
         scale = logit_scale(self.model)
         is_positive = positives(batch, section.positives)
         logits = pair_logits(*student, scale)
@@ -109,6 +122,11 @@ class DistillObjective(nn.Module):
         logs = {name: part.detach() for name, part in parts.items()}
         return {"loss": loss, **logs, **accuracies(logits, is_positive), "logit_scale": scale.detach()}
 
+    def student_view(self, batch: Batch) -> Batch:
+        """The batch at the student's context length: captions are tokenized once, for the longer of both contexts."""
+        assert batch.tokens is not None, "distillation needs tokens in its batches"
+        return replace(batch, tokens=fit_tokens(batch.tokens, self.context_length))
+
     def project(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
         """The student's features at the teacher's width, unit length."""
         return unit(self.image_projection(image_features)), unit(self.text_projection(text_features))
@@ -123,7 +141,7 @@ def teacher_features(teacher: ClipTeacher, batch: Batch) -> tuple[Tensor, Tensor
     assert batch.tokens is not None, "distillation needs tokens in its batches"
     image = batch.image if batch.teacher_image is None else batch.teacher_image
     tokens = fit_tokens(batch.tokens, teacher.context_length)
-    return unit(teacher.encode_image(image)), unit(teacher.encode_text(tokens))
+    return unit(teacher.encode_image(image)), unit(encode_text(teacher.model, tokens))
 
 
 @torch.no_grad()

@@ -43,10 +43,17 @@ class TrainState:
 class SavedRun(Protocol):
     """What a loaded checkpoint offers (`checkpoint.load.Checkpoint` is one)."""
 
-    objective_state: Mapping[str, Tensor]
-    optimizer_state: Mapping[str, Tensor]
-    groups: Sequence[Mapping[str, Any]]
-    train_state: Mapping[str, Any]
+    @property
+    def objective_state(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def optimizer_state(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def groups(self) -> Sequence[Mapping[str, Any]]: ...
+
+    @property
+    def train_state(self) -> Mapping[str, Any]: ...
 
 
 def describe_groups(groups: Sequence[ParamGroup]) -> list[dict[str, Any]]:

@@ -1,0 +1,58 @@
+"""The command that comes after a finished training stage. No torch."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from evatool.recipe.load import load_recipe, shipped_path
+from evatool.recipe.schema import TrainingRecipe
+
+# The shipped chains (recipes/demo, recipes/debug): last part of a recipe's name -> stage and name of the next.
+_NEXT = {
+    "train-clip": ("pretrain-mim", "pretrain-mim"),
+    "pretrain-mim": ("train-clip", "train-clip-mim"),
+    "train-clip-mim": ("distill", "distill"),
+    "distill": ("export", "export"),
+}
+_START = "demo/train-clip"
+
+
+def next_in_chain(recipe: TrainingRecipe, name: str, run_dir: Path) -> str | None:
+    """The next command of the shipped chain that recipe `name` belongs to, if that command would find this run.
+
+    It does where the run is in its default folder and on the chain's own data; else None.
+    """
+    folder, _, last = name.rpartition("/")
+    stage, following = _NEXT.get(last, (None, ""))
+    sibling = f"{folder}/{following}"
+    if stage is None or shipped_path(sibling) is None or run_dir != Path("runs") / name:
+        return None
+    then = load_recipe(sibling).recipe
+    if isinstance(then, TrainingRecipe) and then.data.train != recipe.data.train:
+        return None
+    return f"evatool {stage} {sibling}"
+
+
+def use_clip(recipe: TrainingRecipe, run_dir: Path) -> str:
+    """What to do with a trained CLIP: evaluate it where evaluation sets lie beside the data, else export it."""
+    sets = recipe.data.train.parent / "eval"
+    if sets.is_dir():
+        return f"evatool eval {_quoted(run_dir)} --suite drawings --data {_quoted(sets)}"
+    return f"evatool export {_quoted(run_dir)} --to open_clip --out {_quoted(run_dir / 'open_clip')}"
+
+
+def use_image_tower(recipe: TrainingRecipe, preset: str, run_dir: Path) -> str:
+    """What to do with a MIM encoder: start a CLIP from it."""
+    settings = {
+        "model.preset": preset,
+        "model.init.kind": "image-tower",
+        "model.init.path": str(run_dir),
+        "data.train": str(recipe.data.train),
+    }
+    sets = " ".join(f"--set {shlex.quote(f'{key}={value}')}" for key, value in settings.items())
+    return f"evatool train-clip {_START} {sets} --run-dir {_quoted(run_dir.with_name(run_dir.name + '-clip'))}"
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))

@@ -1,0 +1,36 @@
+"""`evatool distill`: a student CLIP learns from the data and from a frozen teacher."""
+
+from __future__ import annotations
+
+from evatool.objective.distill import DistillObjective
+from evatool.recipe.schema import DistillRecipe
+from evatool.stages import chain, wiring
+from evatool.stages.run_dir import RunOptions
+from evatool.types import Result
+
+
+def run(recipe: DistillRecipe, run: RunOptions) -> Result:
+    """Train the student of `recipe`, or go on with it; every rank calls it."""
+    with wiring.open_job(recipe, run) as job:
+        config = wiring.clip_config(recipe.model)
+        teacher = wiring.load_teacher(job, recipe.teacher)
+        context_length = max(config.context_length, teacher.context_length)
+        loader = wiring.build_job_loader(job, config, context_length=context_length, teacher=teacher)
+        model = wiring.build_clip_model(config, recipe.model, is_resumed=job.saved is not None)
+        objective = DistillObjective(
+            model,
+            teacher,
+            recipe.objective,
+            context_length=config.context_length,
+            student_width=config.embed_dim or 0,
+            teacher_width=teacher.embed_dim,
+        )
+        groups = wiring.build_groups(recipe, objective, config)
+        engine = wiring.build_job_engine(job, objective, groups)
+        state = wiring.start_state(job, engine, groups, loader)
+        hooks = wiring.build_hooks(job, config, contrastive_key="contrastive_loss")
+        trainer = wiring.build_trainer(job, objective, engine, loader, groups, hooks, state)
+        trainer.fit()
+        path = job.run_dir.path
+        following = chain.next_in_chain(recipe, run.name, path) or chain.use_clip(recipe, path)
+        return wiring.training_result(job, trainer, next_command=following)

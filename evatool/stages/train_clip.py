@@ -1,0 +1,27 @@
+"""`evatool train-clip`: contrastive image-text training."""
+
+from __future__ import annotations
+
+from evatool.objective.contrastive import ClipObjective
+from evatool.recipe.schema import TrainClipRecipe
+from evatool.stages import chain, wiring
+from evatool.stages.run_dir import RunOptions
+from evatool.types import Result
+
+
+def run(recipe: TrainClipRecipe, run: RunOptions) -> Result:
+    """Train the CLIP model of `recipe`, or go on with it; every rank calls it."""
+    with wiring.open_job(recipe, run) as job:
+        config = wiring.clip_config(recipe.model)
+        loader = wiring.build_job_loader(job, config, context_length=config.context_length)
+        model = wiring.build_clip_model(config, recipe.model, is_resumed=job.saved is not None)
+        objective = ClipObjective(model, recipe.objective)
+        groups = wiring.build_groups(recipe, objective, config)
+        engine = wiring.build_job_engine(job, objective, groups)
+        state = wiring.start_state(job, engine, groups, loader)
+        hooks = wiring.build_hooks(job, config, contrastive_key="loss")
+        trainer = wiring.build_trainer(job, objective, engine, loader, groups, hooks, state)
+        trainer.fit()
+        path = job.run_dir.path
+        following = chain.next_in_chain(recipe, run.name, path) or chain.use_clip(recipe, path)
+        return wiring.training_result(job, trainer, next_command=following)
