@@ -1,0 +1,115 @@
+"""95 % intervals by a seeded bootstrap over samples, and paired differences between models.
+
+Resampling N samples with replacement and averaging depends only on how often each distinct value is drawn, so one
+multinomial draw over the distinct values gives a resample's mean exactly in distribution. Right/wrong answers have two
+values (three for a paired difference): 1,000 resamples of 50,000 samples take milliseconds and a few kilobytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+LEVEL = 0.95
+# resamples x distinct values held at once: 2**22 int64 counts are 32 MiB
+_CELLS = 2**22
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with the bounds of its two-sided interval, in the same unit."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """True if both bounds lie on the same side of 0: only then is a difference called a gain or a loss."""
+        return self.low > 0 or self.high < 0
+
+
+def bootstrap_mean(
+    values: ArrayLike,
+    *,
+    num_resamples: int,
+    seed: int,
+    support: tuple[float, float] = (0.0, 1.0),
+    clusters: ArrayLike | None = None,
+    level: float = LEVEL,
+) -> Interval:
+    """Mean of per-sample values with its percentile bootstrap interval.
+
+    Args:
+        values: (N,) finite numbers within `support`, one a sample.
+        num_resamples, seed: how often to resample, and the generator's seed: equal inputs give equal bounds.
+        support: smallest and largest possible value. When all samples agree, resampling knows no spread; the exact
+            binomial bound (the "rule of three") on the share of samples that could still differ is used instead.
+        clusters: (N,) integers; samples of one cluster (captions of one picture) are drawn together.
+        level: coverage of the interval.
+    Raises: ValueError if there are no values, shapes differ, or a value is not finite.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, 13.3; 8.4 for clusters.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim != 1 or x.size == 0:
+        raise ValueError(f"bootstrap_mean needs a one-dimensional array with values, got shape {x.shape}")
+    if not np.isfinite(x).all():
+        raise ValueError("bootstrap_mean got values that are not finite")
+    mean = float(x.mean())
+    sums, counts = (x, np.ones_like(x)) if clusters is None else _cluster_sums(x, clusters)
+    if np.ptp(x) == 0:
+        spread = 1.0 - ((1.0 - level) / 2) ** (1.0 / sums.size)
+        return Interval(mean, mean - spread * (mean - support[0]), mean + spread * (support[1] - mean))
+    means = _resampled_means(sums, counts, num_resamples, np.random.default_rng(seed))
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean, float(low), float(high))
+
+
+def paired_difference(
+    before: ArrayLike,
+    after: ArrayLike,
+    *,
+    num_resamples: int,
+    seed: int,
+    clusters: ArrayLike | None = None,
+    level: float = LEVEL,
+) -> Interval:
+    """Mean of `after - before` over the same samples in the same order, with its interval.
+
+    Pairing removes what is common to both (some pictures are hard for every model), so it tells models apart that
+    their separate intervals cannot. Values lie in [0, 1] per sample.
+
+    Raises: ValueError if the two were not measured on the same number of samples.
+    """
+    a, b = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"a paired difference needs the same samples: {a.shape} and {b.shape} values")
+    return bootstrap_mean(
+        b - a, num_resamples=num_resamples, seed=seed, support=(-1.0, 1.0), clusters=clusters, level=level
+    )
+
+
+def _cluster_sums(x: NDArray[np.float64], clusters: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Sum and number of samples of each cluster."""
+    ids = np.asarray(clusters)
+    if ids.shape != x.shape:
+        raise ValueError(f"one cluster a sample is needed: {ids.shape} clusters, {x.shape} values")
+    _, index = np.unique(ids, return_inverse=True)
+    return np.bincount(index, weights=x).astype(np.float64), np.bincount(index).astype(np.float64)
+
+
+def _resampled_means(
+    sums: NDArray[np.float64], counts: NDArray[np.float64], num_resamples: int, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """(num_resamples,) means of units drawn with replacement; a unit is a sample or a cluster (ratio of sums)."""
+    units, frequency = np.unique(np.stack([sums, counts], axis=1), axis=0, return_counts=True)
+    share = frequency / frequency.sum()
+    rows = max(1, _CELLS // len(units))
+    means = []
+    for start in range(0, num_resamples, rows):
+        drawn = rng.multinomial(sums.size, share, size=min(rows, num_resamples - start))
+        total = drawn @ units
+        means.append(total[:, 0] / total[:, 1])
+    return np.concatenate(means)

@@ -1,0 +1,220 @@
+"""What an evaluation leaves behind: `results.json`, kept predictions, and reading both back. No torch here."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evatool.errors import DataError
+from evatool.eval.intervals import LEVEL, Interval
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """One evaluated model."""
+
+    name: str
+    source: str  # as it was asked for
+    fingerprint: str  # of the weights
+    image_size: int
+    num_parameters: int
+    preset: str = ""
+
+
+@dataclass(frozen=True)
+class SetRecord:
+    """One evaluated set."""
+
+    name: str
+    title: str
+    phrase: str  # the title inside a sentence
+    about: str
+    kind: str  # "classification" or "retrieval"
+    variant: str  # suite and set; says so when it is only a part of the full set
+    n: int  # pictures
+    num_classes: int | None = None
+    largest_class_share: float | None = None  # accuracy of always naming the commonest class
+    headline: bool = False
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One metric of one model on one set. `n` counts the answers averaged: pictures, or queries of a direction."""
+
+    model: str
+    fingerprint: str
+    set: str
+    variant: str
+    kind: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    chance: float
+    n: int
+    num_classes: int | None
+    seed: int
+    seconds: float  # of the model on the set, all its metrics together
+
+    @property
+    def interval(self) -> Interval:
+        """The value with its bounds."""
+        return Interval(self.value, self.low, self.high)
+
+
+@dataclass(frozen=True)
+class DifferenceRow:
+    """`after` less `before`, paired over the samples of one set."""
+
+    before: str
+    after: str
+    set: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def interval(self) -> Interval:
+        """The difference with its bounds."""
+        return Interval(self.value, self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A set that could not be evaluated; `set` is None where the model could not be loaded."""
+
+    model: str
+    set: str | None
+    message: str
+
+
+@dataclass
+class EvalResults:
+    """One evaluation: several models on the sets of a suite."""
+
+    suite: str
+    title: str
+    data: str
+    seed: int
+    num_bootstrap: int
+    models: list[ModelRecord] = field(default_factory=list)  # in the order asked for
+    sets: list[SetRecord] = field(default_factory=list)  # in the suite's order
+    results: list[ResultRow] = field(default_factory=list)
+    differences: list[DifferenceRow] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: str = ""
+    seconds: float = 0.0
+    level: float = LEVEL
+    schema: int = SCHEMA
+
+    def row(self, model: str, set_name: str, metric: str) -> ResultRow | None:
+        """The row of that model, set and metric, if it was measured."""
+        return next((r for r in self.results if (r.model, r.set, r.metric) == (model, set_name, metric)), None)
+
+    def difference(self, before: str, after: str, set_name: str, metric: str) -> DifferenceRow | None:
+        """The paired difference of two models, if it was measured."""
+        wanted = (before, after, set_name, metric)
+        return next((d for d in self.differences if (d.before, d.after, d.set, d.metric) == wanted), None)
+
+    def metrics_of(self, set_name: str) -> list[str]:
+        """Metrics measured on the set, in the order they were."""
+        return list(dict.fromkeys(r.metric for r in self.results if r.set == set_name))
+
+    def headline_set(self) -> SetRecord | None:
+        """The set that reports name first: the one marked so, else the first."""
+        return next((s for s in self.sets if s.headline), self.sets[0] if self.sets else None)
+
+
+def main_metrics(kind: str) -> list[str]:
+    """The metrics that charts and sentences use for a kind of set, the most telling first."""
+    return ["top1"] if kind == "classification" else ["text_to_image_recall@5", "image_to_text_recall@5"]
+
+
+def compared_pairs(models: Sequence[str]) -> list[tuple[str, str]]:
+    """Which models are compared: each with the one before it, and the last with the first."""
+    pairs = list(itertools.pairwise(models))
+    return [*pairs, (models[0], models[-1])] if len(models) > 2 else pairs
+
+
+def file_name(name: str) -> str:
+    """A model's or set's name as a folder or file name."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "_", name).strip(".") or "_"
+
+
+def write_results(path: Path, results: EvalResults) -> None:
+    """`results.json` (docs/eval.md describes each key); complete or not there."""
+    write_atomically(path, (json.dumps(asdict(results), indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_results(path: Path) -> EvalResults:
+    """What `write_results` wrote.
+
+    Raises: DataError if the file is missing, not JSON, or of another schema.
+    """
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read evaluation results: {error}", where=str(path), fix="run evatool eval") from error
+    if not isinstance(table, dict) or table.get("schema") != SCHEMA:
+        raise DataError(
+            "evaluation results have another layout",
+            where=str(path),
+            expected=f'"schema": {SCHEMA}',
+            fix="run evatool eval again",
+        )
+    lists: dict[str, type] = {
+        "models": ModelRecord,
+        "sets": SetRecord,
+        "results": ResultRow,
+        "differences": DifferenceRow,
+        "failures": Failure,
+    }
+    try:
+        parsed = {key: [_record(kind, row) for row in table.get(key, [])] for key, kind in lists.items()}
+        return _record(EvalResults, {**table, **parsed})
+    except TypeError as error:
+        raise DataError(
+            f"evaluation results are incomplete: {error}", where=str(path), fix="run evatool eval"
+        ) from error
+
+
+def _record(kind: type, row: dict[str, Any]) -> Any:
+    known = {f.name for f in fields(kind)}
+    return kind(**{key: value for key, value in row.items() if key in known})
+
+
+def write_predictions(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    """Per-sample answers as one compressed npz; complete or not there."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    write_atomically(path, buffer.getvalue())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside the target, flush to disk, rename: a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,154 @@
+"""Numbers in words: what is said of an interval, and when a difference is called a gain. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from evatool.eval.intervals import Interval
+from evatool.eval.results import DifferenceRow, EvalResults, SetRecord, main_metrics
+
+MINUS = "\N{MINUS SIGN}"
+NO_BREAK = "\N{NO-BREAK SPACE}"
+
+LABELS = {
+    "top1": "top-1",
+    "top5": "top-5",
+    **{f"text_to_image_recall@{k}": f"text → image R@{k}" for k in (1, 5, 10)},
+    **{f"image_to_text_recall@{k}": f"image → text R@{k}" for k in (1, 5, 10)},
+}
+"""Metric name in files -> words in reports."""
+
+
+def percent(share: float, digits: int | None = None) -> str:
+    """0.0741 -> "7.4 %"; below half a percent with two digits."""
+    return f"{_number(share, digits)}{NO_BREAK}%"
+
+
+def bounds(interval: Interval) -> str:
+    """The bounds in percent, with as many digits as the value: "[5.6, 9.3]"."""
+    digits = _digits(interval.value)
+    return f"[{_number(interval.low, digits)},{NO_BREAK}{_number(interval.high, digits)}]"
+
+
+def points(difference: Interval) -> str:
+    """A difference with its bounds, in percentage points: "+1.8 [0.3, 3.4]"."""
+    low, high = _signed(difference.low, False), _signed(difference.high, False)
+    return f"{_signed(difference.value)}{NO_BREAK}[{low},{NO_BREAK}{high}]"
+
+
+def verdict(difference: Interval) -> str:
+    """`gain` or `loss` only if the interval leaves out 0, else `no clear difference`."""
+    if not difference.excludes_zero:
+        return "no clear difference"
+    return "gain" if difference.value > 0 else "loss"
+
+
+def duration(seconds: float) -> str:
+    """A wall time: "48 s", "7 min 05 s", "3 h 12 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def times_chance(value: float, chance: float) -> str:
+    """ "54 times chance"; one digit below ten."""
+    ratio = value / chance
+    return f"{ratio:.0f} times chance" if ratio >= 10 else f"{ratio:.1f} times chance"
+
+
+def set_facts(record: SetRecord, chance: float | None) -> str:
+    """ "729 pictures · 729 classes · chance 0.14 %", and the share of the largest class where that is much more."""
+    facts = [f"{record.n:,} pictures"]
+    if record.num_classes:
+        facts.append(f"{record.num_classes:,} classes")
+    if chance is not None:
+        facts.append(f"chance {percent(chance)}")
+    if record.largest_class_share and chance and record.largest_class_share > 1.5 * chance and record.n > 0:
+        largest = record.largest_class_share
+        # with one picture a class the largest class is chance itself
+        if largest * record.n > 2:
+            facts.append(f"always naming the largest class {percent(largest)}")
+    return " · ".join(facts)
+
+
+def headline(results: EvalResults, model: str, title: str) -> str | None:
+    """What the model reaches on the set that is named first, or None where that was not measured."""
+    record = results.headline_set()
+    row = record and results.row(model, record.name, main_metrics(record.kind)[0])
+    if not record or not row:
+        return None
+    hits = round(row.value * row.n)
+    if record.kind == "classification":
+        what = f"names {hits} of {row.n:,} pictures right at the first try"
+    else:
+        what = f"finds the right picture among its first five for {hits} of {row.n:,} captions"
+    sentence = f"On {record.phrase}, the model “{title}” {what}: {percent(row.value)} {bounds(row.interval)}"
+    if row.low > row.chance:
+        return f"{sentence}, {times_chance(row.value, row.chance)} ({percent(row.chance)})."
+    return f"{sentence}; that cannot be told from chance ({percent(row.chance)})."
+
+
+def step_sentences(results: EvalResults, before: str, after: str) -> list[str]:
+    """What `after` gained and lost against `before`, a sentence a verdict; never a gain whose interval includes 0."""
+    grouped: dict[str, list[str]] = {"gain": [], "loss": [], "no clear difference": []}
+    for record, row in compared_rows(results, before, after):
+        grouped[verdict(row.interval)].append(f"{_subject(record, row.metric)} {points(row.interval)}")
+    openings = {
+        "gain": "Gained, in points: ",
+        "loss": "Lost, in points: ",
+        "no clear difference": "No clear difference: ",
+    }
+    return [f"{openings[kind]}{_joined(parts)}." for kind, parts in grouped.items() if parts]
+
+
+def compared_rows(results: EvalResults, before: str, after: str) -> list[tuple[SetRecord, DifferenceRow]]:
+    """The differences in each set's main metrics, in the suite's order."""
+    rows = [(s, results.difference(before, after, s.name, m)) for s in results.sets for m in main_metrics(s.kind)]
+    return [(record, row) for record, row in rows if row is not None]
+
+
+def set_title(record: SetRecord, metric: str) -> str:
+    """The set's title, with the direction where it has two."""
+    return record.title if metric == "top1" else f"{record.title}, {LABELS[metric]}"
+
+
+def caveats(results: EvalResults, comparisons: int) -> list[str]:
+    """What the intervals cover and what they do not."""
+    notes = [
+        f"Brackets are {results.level:.0%} intervals from {results.num_bootstrap:,} seeded resamples of the pictures; "
+        "differences are paired on the same pictures. They do not cover another training seed."
+    ]
+    if comparisons:
+        by_luck = comparisons * (1 - results.level)
+        notes.append(
+            f"A difference is called a gain or a loss only if its interval leaves out 0. Of {comparisons} comparisons "
+            f"about {by_luck:.1f} would do so by luck alone."
+        )
+    return notes
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _subject(record: SetRecord, metric: str) -> str:
+    return record.phrase if metric == "top1" else LABELS[metric]
+
+
+def _digits(share: float) -> int:
+    return 2 if 0 < abs(share) < 0.005 else 1
+
+
+def _number(share: float, digits: int | None = None) -> str:
+    return f"{100 * share:.{_digits(share) if digits is None else digits}f}"
+
+
+def _signed(share: float, plus: bool = True) -> str:
+    text = f"{abs(100 * share):.1f}"
+    if float(text) == 0:
+        # a bound that rounds to 0 keeps the side it lies on, so that the text never contradicts the verdict
+        return text if share == 0 else f"{MINUS if share < 0 else '+' if plus else ''}{abs(100 * share):.2f}"
+    return f"{MINUS if share < 0 else '+' if plus else ''}{text}"
