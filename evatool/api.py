@@ -22,15 +22,20 @@ from open_clip import CustomTextCLIP
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 
+import evatool
 from evatool.checkpoint import load as checkpoints
 from evatool.data.tokenizer import Tokenizer, build_tokenizer
 from evatool.errors import CheckpointError, RecipeError, UsageError
-from evatool.model.clip import build_clip, visual_tokens
+from evatool.export.open_clip import CONFIG as OPEN_CLIP_CONFIG
+from evatool.export.open_clip import WEIGHTS as OPEN_CLIP_WEIGHTS
+from evatool.export.open_clip import OpenClipDescription
+from evatool.model.clip import build_clip, open_clip_model_config, visual_tokens
 from evatool.model.detect import fitting_preset
 from evatool.model.files import open_weights
 from evatool.model.names import canonical_state
 from evatool.model.presets import ModelConfig, fingerprint_text, resolve_preset
 from evatool.model.registration import register
+from evatool.model.vision import STOCK_NAMES, TIMM_NAMES, timm_config
 from evatool.model.weights import load_clip_weights
 from evatool.pixels import CLIP_MEAN, CLIP_STD, normalize_images
 
@@ -42,9 +47,6 @@ log = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-OPEN_CLIP_CONFIG = "open_clip_config.json"
-OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 
 
 @dataclass
@@ -126,6 +128,32 @@ class LoadedClip:
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    def open_clip_description(self) -> OpenClipDescription:
+        """How open_clip is told to build this model; for `evatool.export`."""
+        model_cfg = open_clip_model_config(self.config)
+        name = model_cfg["vision_cfg"]["timm_model_name"]
+        is_stock = name in STOCK_NAMES
+        config = None if is_stock else timm_config(self.config)
+        if config is None and name not in STOCK_NAMES | set(TIMM_NAMES.values()):
+            raise CheckpointError(
+                f"{self.config.name} has RMSNorm in a tower of no preset's size: neither timm nor evatool.register() "
+                "has a name for it",
+                where=self.source,
+                fix="train one of the presets, or load the run with evatool.load_clip",
+            )
+        return OpenClipDescription(
+            model_cfg=model_cfg,
+            timm_config=config,
+            needs_evatool=config is None and not is_stock,
+            preprocess_cfg={
+                "mean": CLIP_MEAN,
+                "std": CLIP_STD,
+                "interpolation": "bicubic",
+                "resize_mode": "shortest",
+            },
+            evatool={"version": evatool.__version__, "model": self.config.to_json()},
+        )
 
     def _pixels(self, image: Tensor) -> Tensor:
         dtype = self.model.visual.trunk.pos_embed.dtype

@@ -16,7 +16,10 @@ from evatool.model.vision import has_head_bias, timm_name
 
 
 def open_clip_model_config(config: ModelConfig) -> dict[str, Any]:
-    """`config` in open_clip's vocabulary, as its JSON files and `local-dir:` folders hold it."""
+    """`config` in open_clip's vocabulary, as its JSON files and `local-dir:` folders hold it.
+
+    `timm_model_name` is a timm entry point, registered here where timm has none.
+    """
     assert config.text is not None, f"{config.name} is a MIM model; it has no text tower"
     text = {key: value for key, value in config.text.items() if value is not None}
     return {

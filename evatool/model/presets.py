@@ -287,21 +287,21 @@ _CLIP: dict[str, tuple[int, dict[str, Any], tuple[int, int, int]]] = {
 
 # Ours, small enough for a CPU. Head scale 1: with the released 0.001 a toy model at a learning rate that suits it
 # was seen to stay at ln(batch), because the projection starts a thousand times too small to be found in time.
-_TOY = {**_EVA02, "image_size": 48, "patch_size": 8, "head_init_scale": 1.0}
+_TOY = {**_EVA02, "image_size": 48, "patch_size": 12, "head_init_scale": 1.0}
 _TOYS: dict[str, tuple[int, dict[str, Any], dict[str, int]]] = {
     "EVA02-CLIP-toy": (
         128,
-        {**_TOY, "layers": 6, "width": 192},
-        {"context_length": 16, "width": 128, "heads": 4, "layers": 2},
+        {**_TOY, "layers": 4, "width": 128},
+        {"context_length": 16, "width": 128, "heads": 2, "layers": 2},
     ),
     "EVA02-CLIP-toy-small": (
         128,
-        {**_TOY, "layers": 4, "width": 128},
-        {"context_length": 16, "width": 128, "heads": 4, "layers": 2},
+        {**_TOY, "layers": 4, "width": 96, "head_width": 32},
+        {"context_length": 16, "width": 96, "heads": 3, "layers": 2},
     ),
     "EVA02-CLIP-debug": (
         32,
-        {**_TOY, "image_size": 32, "layers": 2, "width": 64, "head_width": 32},
+        {**_TOY, "image_size": 32, "patch_size": 8, "layers": 2, "width": 64, "head_width": 32},
         {"context_length": 16, "width": 64, "heads": 2, "layers": 1},
     ),
 }

@@ -30,6 +30,11 @@ TIMM_NAMES = {
     "EVA-CLIP-18B-336": "eva_18b_patch14_clip_336",
 }
 
+# Entry point of timm whose every argument `timm_config` overrides.
+_TIMM_BASE = "eva02_base_patch16_clip_224"
+# Those of TIMM_NAMES that timm itself knows.
+STOCK_NAMES = frozenset(name for name in TIMM_NAMES.values() if is_model(name))
+
 _NOT_ARCHITECTURE = ("init", "init_std", "head_init_scale")
 
 
@@ -111,6 +116,30 @@ def _register(name: str, config: ModelConfig) -> None:
 
     entry.__name__ = name
     register_model(entry)
+
+
+def timm_config(config: ModelConfig) -> dict[str, Any] | None:
+    """A timm `config.json` that makes stock timm build this tower; None where its norm cannot be written in JSON."""
+    if config.vision["use_rms_norm"]:
+        return None
+    side = config.image_size
+    return {
+        "architecture": _TIMM_BASE,
+        "num_classes": 0,
+        "num_features": config.width,
+        "global_pool": "token",
+        "pretrained_cfg": {
+            "input_size": [3, side, side],
+            "fixed_input_size": True,
+            "mean": list(CLIP_MEAN),
+            "std": list(CLIP_STD),
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+        "model_args": eva_arguments(config),
+    }
 
 
 def build_trunk(config: ModelConfig, *, drop_path_rate: float = 0.0) -> Eva:

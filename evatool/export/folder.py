@@ -1,0 +1,90 @@
+"""Exported files appear whole and verified, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from evatool.errors import EvatoolError, UsageError
+
+_PARTIAL = ".export-"
+
+
+@contextmanager
+def staged_folder(out: Path, files: Sequence[str], *, replace: bool = False) -> Iterator[Path]:
+    """A temporary folder inside `out`; on leaving without an exception, `files` move from it into `out`, in order.
+
+    The last of `files` is the one that makes the folder a model for its readers. If anything fails, nothing that was
+    written remains, and an `out` that this call created is removed.
+
+    Args:
+        replace: `files` that are already there give way (an earlier attempt that was interrupted).
+
+    Raises: UsageError if `out` already holds one of `files`; EvatoolError on a full disk.
+    """
+    present = [name for name in files if (out / name).exists()]
+    if present and not replace:
+        raise UsageError(
+            f"the folder already holds an export: {', '.join(present)}",
+            where=str(out),
+            fix="choose another folder with --out, or remove these files",
+        )
+    created = not out.exists()
+    moved: list[Path] = []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(out)
+        work = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=out))
+        work.chmod(0o755)
+        yield work
+        for name in files:
+            os.replace(work / name, out / name)
+            moved.append(out / name)
+        _sync(out)
+    except BaseException as error:
+        for path in moved:
+            path.unlink(missing_ok=True)
+        _remove_leftovers(out)
+        if created:
+            shutil.rmtree(out, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise EvatoolError(
+                f"the disk is full: {error.strerror}",
+                where=str(out),
+                fix="make room, or choose another disk with --out",
+            ) from error
+        raise
+    _remove_leftovers(out)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a new text file and flush it to the disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a new JSON file and flush it to the disk."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _remove_leftovers(out: Path) -> None:
+    for path in out.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
