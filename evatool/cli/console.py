@@ -48,10 +48,16 @@ class Failure:
         return {"error": error, "exit_code": int(self.exit_code)}
 
 
-def execute(action: Callable[[], Report], *, json_output: bool, debug: bool) -> None:
+GO_ON = "run the same command with --resume to go on"
+
+
+def execute(action: Callable[[], Report], *, json_output: bool, debug: bool, go_on: str = GO_ON) -> None:
     """Run a command's action, print its report or its failure, and leave with the right exit code.
 
     Only rank 0 prints. While the action runs, whatever writes to stdout reaches stderr.
+
+    Args:
+        go_on: what to do after Ctrl-C or a full disk.
     Raises: typer.Exit.
     """
     rank = logs.env_rank()
@@ -62,7 +68,7 @@ def execute(action: Callable[[], Report], *, json_output: bool, debug: bool) -> 
         try:
             report = action()
         except (KeyboardInterrupt, Exception) as error:
-            failure = explain(error)
+            failure = explain(error, go_on)
             if debug:
                 traceback.print_exc()
     if rank == 0:
@@ -76,17 +82,16 @@ def execute(action: Callable[[], Report], *, json_output: bool, debug: bool) -> 
     raise typer.Exit(int(failure.exit_code) if failure else ExitCode.DONE)
 
 
-def explain(error: BaseException) -> Failure:
+def explain(error: BaseException, go_on: str = GO_ON) -> Failure:
     """An exception as what is shown to the user."""
     if isinstance(error, EvatoolError):
         problems = error.problems if isinstance(error, RecipeError) else []
         return Failure(type(error).__name__, error.what, error.exit_code, problems, dict(error.details()))
     if isinstance(error, KeyboardInterrupt):
-        advice = {"next": "run the same command with --resume to go on"}
-        return Failure("Interrupted", "stopped by Ctrl-C", ExitCode.INTERRUPTED, details=advice)
+        return Failure("Interrupted", "stopped by Ctrl-C", ExitCode.INTERRUPTED, details={"next": go_on})
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = {"where": str(error.filename)} if error.filename else {}
-        advice = {"next": "free some space, then run the same command with --resume"}
+        advice = {"next": f"free some space, then {go_on}"}
         return Failure("OSError", "the disk is full", ExitCode.FAILED, details=where | advice)
     if isinstance(error, OSError) and error.filename:
         message = (error.strerror or str(error)).lower()
