@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiny_clip import make_batch, tiny_clip
 from torch import Tensor
 
 from evatool.objective import contrastive
@@ -110,7 +111,7 @@ def test_mean_over_ranks_is_the_global_loss(kind: str, monkeypatch: pytest.Monke
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-def test_trimmed_text_gives_the_same_features_and_gradients(tiny_clip, make_batch) -> None:
+def test_trimmed_text_gives_the_same_features_and_gradients() -> None:
     """Dropping the padding is exact: the tower is causal and pools at the end-of-text token."""
     model, tokens = tiny_clip().double(), make_batch(6).tokens
     assert int(tokens.argmax(dim=-1).max()) + 1 < tokens.shape[1]
@@ -125,13 +126,13 @@ def test_trimmed_text_gives_the_same_features_and_gradients(tiny_clip, make_batc
     assert model.text.attn_mask.shape == (tokens.shape[1], tokens.shape[1])
 
 
-def test_a_tower_that_sees_padding_gets_all_columns(tiny_clip, make_batch) -> None:
+def test_a_tower_that_sees_padding_gets_all_columns() -> None:
     model, tokens = tiny_clip(), make_batch(6).tokens
     model.text.attn_mask = None
     torch.testing.assert_close(encode_text(model, tokens), model.encode_text(tokens), rtol=0, atol=0)
 
 
-def test_objective_reports_loss_accuracy_and_temperature(tiny_clip, make_batch) -> None:
+def test_objective_reports_loss_accuracy_and_temperature() -> None:
     model = tiny_clip()
     losses = ClipObjective(model, InfoNceObjective())(make_batch(6))
     assert set(losses) == {"loss", "i2t_top1", "t2i_top1", "logit_scale"}
@@ -148,14 +149,14 @@ def test_accuracy_counts_every_equal_caption_as_right() -> None:
     assert (float(pair["i2t_top1"]), float(equal["i2t_top1"])) == (pytest.approx(1 / 3), 1.0)
 
 
-def test_temperature_has_bounds_under_its_parameters_name(tiny_clip) -> None:
+def test_temperature_has_bounds_under_its_parameters_name() -> None:
     objective = ClipObjective(tiny_clip(), InfoNceObjective())
     ((name, (low, high)),) = objective.parameter_bounds.items()
     assert name in dict(objective.named_parameters())
     assert (math.exp(low), math.exp(high)) == (1.0, pytest.approx(100.0))
 
 
-def test_logits_stay_float32_under_autocast(tiny_clip, make_batch) -> None:
+def test_logits_stay_float32_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         image, text = contrastive.encode_pair(tiny_clip(), make_batch(6))
         per_image, _ = pair_logits(image, text, 100.0)

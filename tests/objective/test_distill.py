@@ -4,31 +4,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tiny_clip import TinyTeacher, make_batch, tiny_clip
 from torch import Tensor
 
 from evatool.objective.contrastive import pair_logits, unit
 from evatool.objective.distill import DistillObjective, feature_loss, fit_tokens, logit_loss, teacher_features
-from evatool.pixels import normalize_images
 from evatool.recipe import schema
 from evatool.types import Batch
 
 
-class Teacher:
-    """A loaded model's face on a tiny one."""
-
-    def __init__(self, model: torch.nn.Module, context_length: int, logit_scale: float = 50.0) -> None:
-        self.model, self.context_length, self.logit_scale = model.eval(), context_length, logit_scale
-        self.seen: list[Tensor] = []
-
-    def encode_image(self, image: Tensor) -> Tensor:
-        self.seen.append(image)
-        return self.model.encode_image(normalize_images(image))
-
-
 @pytest.fixture
-def objective(tiny_clip) -> Callable[..., DistillObjective]:
+def objective() -> Callable[..., DistillObjective]:
     def make(teacher_width: int = 8, **section: float) -> DistillObjective:
-        teacher = Teacher(tiny_clip(seed=1, width=teacher_width, context_length=9), context_length=9)
+        teacher = TinyTeacher(tiny_clip(seed=1, width=teacher_width, context_length=9), context_length=9)
         return DistillObjective(
             tiny_clip(),
             teacher,
@@ -83,7 +71,7 @@ def test_feature_loss_averages_both_towers() -> None:
     [{}, {"contrastive_weight": 0.0, "logit_weight": 3.0}, {"feature_weight": 0.0}, {"logit_weight": 0.0}],
     ids=["all", "no contrastive", "no feature", "no logit"],
 )
-def test_loss_is_the_weighted_sum_of_what_is_logged(section: dict[str, float], objective, make_batch) -> None:
+def test_loss_is_the_weighted_sum_of_what_is_logged(section: dict[str, float], objective) -> None:
     module = objective(**section)
     losses = module(make_batch(6))
     names = {"contrastive_loss": "contrastive_weight", "feature_loss": "feature_weight", "logit_loss": "logit_weight"}
@@ -99,7 +87,7 @@ def test_loss_is_the_weighted_sum_of_what_is_logged(section: dict[str, float], o
     assert all(p.grad is not None for p in module.parameters()), "an unused parameter stops multi-rank engines"
 
 
-def test_teacher_is_frozen_and_no_part_of_the_module(objective, make_batch) -> None:
+def test_teacher_is_frozen_and_no_part_of_the_module(objective) -> None:
     module = objective(teacher_width=12)
     assert not any("teacher" in name for name in module.state_dict())
     module.train()
@@ -120,7 +108,7 @@ def test_projections_exist_only_where_widths_differ(objective) -> None:
     }
 
 
-def test_teacher_sees_its_own_view_and_context(objective, make_batch) -> None:
+def test_teacher_sees_its_own_view_and_context(objective) -> None:
     module, batch = objective(), make_batch(6)
     other = Batch(**{**vars(batch), "teacher_image": 255 - batch.image})
     teacher_features(module.teacher, batch)
@@ -129,9 +117,9 @@ def test_teacher_sees_its_own_view_and_context(objective, make_batch) -> None:
     assert torch.equal(module.teacher.seen[1], other.teacher_image)
 
 
-def test_a_copy_of_the_teacher_has_nothing_to_learn_from_it(tiny_clip, make_batch) -> None:
+def test_a_copy_of_the_teacher_has_nothing_to_learn_from_it() -> None:
     student = tiny_clip(seed=3)
-    teacher = Teacher(tiny_clip(seed=3), context_length=12, logit_scale=1 / 0.07)
+    teacher = TinyTeacher(tiny_clip(seed=3), context_length=12, logit_scale=1 / 0.07)
     objective = DistillObjective(
         student, teacher, schema.DistillObjective(), context_length=12, student_width=8, teacher_width=8
     )

@@ -4,45 +4,17 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from tiny_clip import TinyPatchTeacher, TinyStudent
 
 from evatool.objective.mim import MimObjective, masked_feature_loss
 from evatool.recipe import schema
 from evatool.types import Batch
 
-# The pictures are 4 x 4 with patches of 2 x 2: N = 4 patches of 12 numbers.
-
-
-def patches(image: Tensor) -> Tensor:
-    """(B, 3, 4, 4) -> (B, 4, 12)."""
-    return nn.functional.unfold(image.float(), kernel_size=2, stride=2).transpose(1, 2)
-
-
-class Student(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.head = nn.Linear(12, 8), nn.Linear(8, 5)
-        self.mask_token = nn.Parameter(torch.randn(8))
-
-    def forward(self, image: Tensor, mask: Tensor) -> Tensor:
-        tokens = torch.where(mask[..., None], self.mask_token, self.embed(patches(image)))
-        return self.head(tokens + tokens.mean(dim=1, keepdim=True))[mask]
-
-
-class Teacher:
-    def __init__(self) -> None:
-        self.head = nn.Linear(12, 5)
-        self.seen: list[Tensor] = []
-
-    def visual_tokens(self, image: Tensor) -> Tensor:
-        self.seen.append(image)
-        return self.head(patches(image))
-
 
 @pytest.fixture
 def objective() -> MimObjective:
     torch.manual_seed(0)
-    return MimObjective(Student(), Teacher(), schema.MimObjective())
+    return MimObjective(TinyStudent(), TinyPatchTeacher(), schema.MimObjective())
 
 
 @pytest.fixture
