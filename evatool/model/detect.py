@@ -80,7 +80,7 @@ def signature_in(state: Mapping[str, Tensor]) -> tuple[Signature, int]:
 def fitting_preset(state: Mapping[str, Tensor]) -> ModelConfig | None:
     """The preset that these weights (under our names) belong to, at their own image size; None if there is none."""
     signature, side = signature_in(state)
-    fits = [config for config in PRESETS.values() if signature_of(config) == signature]
+    fits = [config for config in PRESETS.values() if config.decoder is None and signature_of(config) == signature]
     if not fits:
         return None
     exact = [config for config in fits if config.grid[0] == side]

@@ -9,6 +9,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from evatool.model.init import init_mim
+from evatool.model.mae import MaeModel
 from evatool.model.presets import ModelConfig, mim_config
 from evatool.model.vision import build_trunk
 
@@ -61,7 +62,7 @@ class MimModel(nn.Module):
 
 def build_mim(
     config: ModelConfig, *, predict_dim: int, drop_path_rate: float = 0.0, patch_embed_grad_scale: float = 0.1
-) -> MimModel:
+) -> MimModel | MaeModel:
     """A MIM model of `config`'s image tower with the released initialisation, on the current default device.
 
     A CLIP configuration is taken in its MIM form: no projection, and none of the norms that EVA-02 adds inside the
@@ -70,9 +71,12 @@ def build_mim(
     Args:
         predict_dim: width of the teacher's features.
         drop_path_rate: stochastic depth of the last block in training mode, linear from 0 at the first.
-        patch_embed_grad_scale: factor on the patch embedding's gradient: 0.1 in EVA-02, 1 in EVA-01.
+        patch_embed_grad_scale: factor on the patch embedding's gradient: 0.1 in EVA-02, 1 in EVA-01. EVA-L, a masked
+            autoencoder, has no such factor.
     """
     config = mim_config(config, predict_dim)
+    if config.decoder is not None:
+        return MaeModel(config, predict_dim, drop_path_rate)
     model = MimModel(build_trunk(config, drop_path_rate=drop_path_rate), config, predict_dim, patch_embed_grad_scale)
     init_mim(model)
     return model

@@ -323,6 +323,10 @@ _MIM: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+# A masked autoencoder: plain blocks with q, k and v biases and fixed positions, and a decoder of its own.
+_EVA_L = {"patch_size": 14, "layers": 24, "width": 1024, "mlp_ratio": 4.0}
+
+
 def _build_presets() -> dict[str, ModelConfig]:
     tables: dict[str, dict[str, Any]] = {}
     for name, (embed_dim, vision, (width, heads, layers)) in _CLIP.items():
@@ -332,6 +336,7 @@ def _build_presets() -> dict[str, ModelConfig]:
         tables[name] = {"embed_dim": embed_dim, "vision_cfg": vision, "text_cfg": text}
     for name, (predict_dim, vision) in _MIM.items():
         tables[name] = {"predict_dim": predict_dim, "vision_cfg": vision}
+    tables["EVA-L"] = {"predict_dim": 1024, "vision_cfg": _EVA_L, "decoder": {"width": 512, "layers": 4, "heads": 16}}
     return {name: ModelConfig.from_json(table, name=name) for name, table in tables.items()}
 
 

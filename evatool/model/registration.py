@@ -27,6 +27,6 @@ def register() -> tuple[str, ...]:
         # open_clip's only public way in is a folder that it scans; it keeps what it has read.
         open_clip.add_model_config(folder)
     for config in PRESETS.values():
-        if config.task == "mim":
+        if config.task == "mim" and config.decoder is None:
             timm_name(config)
     return tuple(config.name for config in clips)
