@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.parity.golden import CLIP_FILES, TOLERANCE, read_golden, relative
+from golden import CLIP_FILES, TOLERANCE, read_golden, relative
 
 from evatool.model.clip import build_clip, image_projection, visual_tokens
 from evatool.model.weights import load_clip_weights

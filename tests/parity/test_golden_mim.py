@@ -2,7 +2,7 @@
 
 import pytest
 import torch.nn.functional as F
-from tests.parity.golden import MIM_FILES, TOLERANCE, read_golden, relative
+from golden import MIM_FILES, TOLERANCE, read_golden, relative
 
 from evatool.model.mim import build_mim
 from evatool.model.weights import load_mim_weights

@@ -11,7 +11,7 @@ from torch import Tensor
 from evatool.model.presets import ModelConfig, from_mim_arguments
 from evatool.tensorfile import SafetensorsMap
 
-FOLDER = Path(__file__).parents[1] / "assets" / "golden"
+FOLDER = Path(__file__).parent / "assets" / "golden"
 CLIP_FILES = ["eva01-clip-g", "eva02-clip-b16", "eva02-clip-l14", "eva02-clip-bige14", "eva-clip-8b", "eva-clip-18b"]
 MIM_FILES = ["eva01-mim", "eva02-mim"]
 
