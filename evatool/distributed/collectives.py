@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
 # b samples of this rank, W ranks, E features
@@ -22,27 +21,25 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def _everyone() -> dist.ProcessGroup:
-    group = dist.group.WORLD
-    assert group is not None, "no process group"
-    return group
-
-
 class _AllGather(torch.autograd.Function):
     """Concatenate over ranks; backward adds up what every rank wants of this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.num_rows = x.shape[0]
-        return functional.wait_tensor(functional.all_gather_tensor(x.contiguous(), 0, _everyone()))
+        everyone = x.new_empty(dist.get_world_size() * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(everyone, x.contiguous())
+        return everyone
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        grad = grads[0].contiguous()
         if dist.get_backend() == "nccl":
-            return functional.wait_tensor(functional.reduce_scatter_tensor(grad, "sum", 0, _everyone()))
+            own = grads[0].new_empty(ctx.num_rows, *grads[0].shape[1:])
+            dist.reduce_scatter_tensor(own, grads[0].contiguous())
+            return own
         # gloo has no fast reduce-scatter; the features of a batch are small.
-        total = functional.wait_tensor(functional.all_reduce(grad, "sum", _everyone()))
+        total = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
         start = dist.get_rank() * ctx.num_rows
         return total[start : start + ctx.num_rows]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,12 +42,7 @@ class ReplicatedEngine(Engine):
         self._optimizer = build_adamw(groups, betas=betas, eps=eps)
         named = dict(objective.named_parameters())
         self._bounded = [(named[name], low, high) for name, (low, high) in bounds.items()]
-        # No device_ids: the batch is moved here, and buffers are constants that need no broadcast.
-        self._wrapped: nn.Module = (
-            DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
-            if world.world_size > 1
-            else objective
-        )
+        self._wrapped = _replicated(objective) if world.world_size > 1 else objective
 
     def forward(self, batch: Batch) -> LossDict:
         with autocast(self._precision, self.device):
@@ -88,6 +84,14 @@ class ReplicatedEngine(Engine):
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         load_moments(self._optimizer, self._groups, state)
+
+
+def _replicated(objective: nn.Module) -> nn.Module:
+    # No device_ids: the batch is moved by the engine. Buffers are constants and need no broadcast; newer torch has
+    # another word for that, older torch only this one.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def check_names(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from functools import partial
@@ -10,19 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import B, ToyLoader, ToyObjective, toy_groups
+from toy_run import B, ToyLoader, ToyObjective, toy_engine, toy_groups
 
 from evatool.checkpoint.load import latest_checkpoint, load_checkpoint
 from evatool.checkpoint.save import save_run
-from evatool.distributed.engine import build_engine
-from evatool.distributed.world import World
-from evatool.errors import CheckpointError, ExitCode, Interrupted, Preempted
+from evatool.errors import Preempted
 from evatool.optim.schedules import warmup_cosine
-from evatool.recipe.schema import EngineSection
 from evatool.train.hooks import Checkpoints, Hook, MetricsFile, read_metrics
 from evatool.train.loss_curve import LossCurve
 from evatool.train.state import TrainState, resume_from
-from evatool.train.trainer import Trainer, step_seed
+from evatool.train.trainer import Trainer
 
 NUM_STEPS = 12
 
@@ -33,10 +29,7 @@ def make_trainer(
     torch.manual_seed(seed)
     objective = ToyObjective(has_projection=True)
     groups = toy_groups(objective)
-    world = World(0, 1, 0, torch.device("cpu"))
-    engine = build_engine(
-        EngineSection(), world, objective, groups, precision="fp32", grad_clip_norm=1.0, betas=(0.9, 0.98), eps=1e-6
-    )
+    engine = toy_engine(objective, groups)
     state = TrainState(seed=seed)
     if resume:
         latest = latest_checkpoint(run_dir)
@@ -50,7 +43,12 @@ def make_trainer(
         ToyLoader(seed, state.position),
         groups,
         partial(warmup_cosine, num_steps=NUM_STEPS, warmup_steps=3),
-        [MetricsFile(metrics), *(hooks or []), Checkpoints(save, every_steps), LossCurve(metrics, run_dir / "c.png", "t")],
+        [
+            MetricsFile(metrics),
+            *(hooks or []),
+            Checkpoints(save, every_steps),
+            LossCurve(metrics, run_dir / "c.png", "t"),
+        ],
         state,
         NUM_STEPS,
         B,

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evatool.distributed.collectives import all_gather_with_grad, rank
+from evatool.distributed.collectives import all_gather_with_grad, rank, world_size
+from evatool.distributed.engine import Engine, build_engine
+from evatool.distributed.world import World
 from evatool.optim.param_groups import build_param_groups
-from evatool.recipe.schema import GroupSection, OptimSection
+from evatool.recipe.schema import EngineSection, GroupSection, OptimSection
 from evatool.types import Batch, LossDict, ParamGroup
 
 B, S, L, E, VOCAB = 8, 4, 5, 8, 32
@@ -72,7 +74,9 @@ class ToyObjective(nn.Module):
 class ToyLoader:
     """This rank's rows of batches of `B` samples over all ranks."""
 
-    def __init__(self, seed: int = 0, position: int = 0, batch_size: int = B, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, seed: int = 0, position: int = 0, batch_size: int = B, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.position, self._seed, self._batch_size = position, seed, batch_size
         self._rows = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
@@ -84,6 +88,22 @@ class ToyLoader:
             keys = [f"sample{self.position + i}" for i in range(self._batch_size)]
             self.position += self._batch_size
             yield Batch(image[self._rows], keys[self._rows], tokens[self._rows], position=self.position)
+
+
+def toy_engine(
+    objective: nn.Module, groups: list[ParamGroup], kind: str = "auto", zero_stage: int = 0, clip: float | None = 1.0
+) -> Engine:
+    world = World(rank(), world_size(), rank(), torch.device("cpu"))
+    return build_engine(
+        EngineSection(kind=kind, zero_stage=zero_stage),
+        world,
+        objective,
+        groups,
+        precision="fp32",
+        grad_clip_norm=clip,
+        betas=(0.9, 0.98),
+        eps=1e-6,
+    )
 
 
 def toy_optim(layer_decay: float = 0.8, has_other: bool = True) -> OptimSection:
