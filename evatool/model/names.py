@@ -63,10 +63,10 @@ def canonical_state(state: Mapping[str, Tensor], where: str = "state dict") -> R
     Understands BAAI's CLIP and MIM files, open_clip's names, timm's `Eva` and our own MIM checkpoints, by the names
     themselves. Raises CheckpointError where it finds no EVA image tower, or two sources for one name.
     """
-    names = {_without_wrapper(key): key for key in state}
-    rename = _renamer(names, where)
+    rename = _renamer((_without_wrapper(key) for key in state), where)
     translated: dict[str, str] = {}
-    for name, key in names.items():
+    for key in state:
+        name = _without_wrapper(key)
         if _RECOMPUTED.search(name):
             continue
         ours = rename(name)
