@@ -31,6 +31,7 @@ class ModelRecord:
     image_size: int
     num_parameters: int
     preset: str = ""
+    weights: str = ""  # file or folder they were read from
 
 
 @dataclass(frozen=True)

@@ -426,7 +426,7 @@ class EvalSection(Section):
     num_bootstrap: Positive = 1000
     """Resamples behind each 95 % interval."""
     seed: int = 0
-    """Seed of the resamples."""
+    """Seed of the resamples, and of the random weights where a model is a preset."""
 
 
 class EvalRecipe(Section):

@@ -121,7 +121,9 @@ def _evaluate_model(evaluation: Evaluation, name: str, source: str, on_set: Call
     """Load one model, evaluate it on every set, let it go."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        model = load_clip(source, device=device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(evaluation.section.seed)  # a preset's random weights are the same ones every time
+            model = load_clip(source, device=device)
         record = ModelRecord(
             name=name,
             source=str(source),
@@ -129,6 +131,7 @@ def _evaluate_model(evaluation: Evaluation, name: str, source: str, on_set: Call
             image_size=model.image_size,
             num_parameters=sum(p.numel() for p in model.model.parameters()),
             preset=model.config.name,
+            weights=model.source,
         )
     except (EvatoolError, OSError, RuntimeError) as error:
         if len(evaluation.section.models) == 1:

@@ -1,0 +1,41 @@
+"""Made-up results and galleries for the tests of this folder."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from evatool.eval.gallery import Found, Gallery, Item, Retrieval, data_uri, encode_picture
+from evatool.eval.results import EvalResults, Failure
+from tests.eval.toys import made_up_results
+
+
+@pytest.fixture
+def results() -> EvalResults:
+    """Two models, the second clearly better."""
+    return made_up_results()
+
+
+@pytest.fixture
+def failed_results() -> EvalResults:
+    """Two models and a set that failed."""
+    made = made_up_results()
+    made.failures.append(Failure("second", "coarse-group", "class id 5 is out of range"))
+    return made
+
+
+@pytest.fixture
+def picture() -> bytes:
+    """A PNG of 8 x 8 pixels."""
+    return encode_picture(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+
+
+@pytest.fixture
+def gallery(picture: bytes) -> Gallery:
+    """One hit and one miss in both directions."""
+    tile, words = Item(picture=data_uri(picture)), Item(caption="a <fine> cat")
+    hit = Retrieval("text_to_image", words, [Found(tile, True, 0.5)] + [Found(tile, False, 0.1)] * 4, 1, 9, None)
+    miss = Retrieval("text_to_image", words, [Found(tile, False, 0.1)] * 5, 8, 9, tile)
+    named = Retrieval("image_to_text", tile, [Found(words, True, 0.5)], 1, 9, None)
+    unnamed = Retrieval("image_to_text", tile, [Found(words, False, 0.5)], 7, 9, Item(caption="a dog"))
+    return Gallery("second", "retrieval", [hit, named], [miss, unnamed])

@@ -1,0 +1,162 @@
+"""results.json, kept predictions and galleries: read back equal, complete or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evatool.errors import DataError
+from evatool.eval.gallery import Gallery, data_uri, encode_picture, read_gallery, write_gallery
+from evatool.eval.measures import Measure, measures_of
+from evatool.eval.results import (
+    EvalResults,
+    compared_pairs,
+    file_name,
+    read_results,
+    write_atomically,
+    write_predictions,
+    write_results,
+)
+from evatool.eval.zero_shot import ClassificationResult
+
+
+def test_results_read_back_equal(tmp_path: Path, failed_results: EvalResults) -> None:
+    path = tmp_path / "results.json"
+    write_results(path, failed_results)
+    assert read_results(path) == failed_results
+
+
+def test_the_documented_keys_are_there(tmp_path: Path, results: EvalResults) -> None:
+    path = tmp_path / "results.json"
+    write_results(path, results)
+    row = json.loads(path.read_text())["results"][0]
+    keys = [
+        "model",
+        "fingerprint",
+        "set",
+        "variant",
+        "kind",
+        "metric",
+        "value",
+        "low",
+        "high",
+        "chance",
+        "n",
+        "num_classes",
+        "seed",
+        "seconds",
+    ]
+    assert list(row) == keys
+
+
+def test_every_key_is_described_in_the_docs(tmp_path: Path, failed_results: EvalResults) -> None:
+    path = tmp_path / "results.json"
+    write_results(path, failed_results)
+    table = json.loads(path.read_text())
+    page = (Path(__file__).parents[2] / "docs" / "eval.md").read_text()
+    keys = set(table) | {key for value in table.values() if isinstance(value, list) for row in value for key in row}
+    assert {key for key in keys if f"`{key}`" not in page} == set()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"schema": 0}', '{"schema": 1}', '{"schema": 1, "suite": "s", "results": [{"model": "m"}]}'],
+    ids=["empty", "list", "other-schema", "nothing-else", "half-a-row"],
+)
+def test_a_file_that_is_no_result_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(content)
+    with pytest.raises(DataError) as caught:
+        read_results(path)
+    assert caught.value.where == str(path)
+
+
+def test_predictions_are_compact_and_read_back(tmp_path: Path) -> None:
+    rank = np.random.default_rng(0).integers(0, 300, 50_000).astype(np.int32)
+    path = tmp_path / "predictions" / "a" / "b.npz"
+    write_predictions(path, {"rank": rank})
+    with np.load(path, allow_pickle=False) as stored:
+        assert np.array_equal(stored["rank"], rank)
+    assert path.stat().st_size < rank.nbytes / 2
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "results.json"
+    write_atomically(path, b"old")
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("from scratch", "from_scratch"), ("../../etc", "_.._etc"), ("..", "_"), ("B-16+", "B-16+")]
+)
+def test_names_stay_inside_the_run_folder(name: str, expected: str) -> None:
+    assert file_name(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("models", "pairs"),
+    [([], []), (["a"], []), (["a", "b"], [("a", "b")]), (["a", "b", "c"], [("a", "b"), ("b", "c"), ("a", "c")])],
+    ids=["none", "one", "two", "three"],
+)
+def test_each_model_is_compared_with_the_one_before_and_the_last_with_the_first(models: list, pairs: list) -> None:
+    assert compared_pairs(models) == pairs
+
+
+def test_top5_is_left_out_where_it_says_nothing() -> None:
+    answers = ClassificationResult(np.zeros(4, np.int32), np.zeros((4, 5), np.int32), np.zeros(4, np.int32), 5)
+    assert [m.metric for m in measures_of(answers)] == ["top1"]
+
+
+def test_a_measure_compares_the_same_samples() -> None:
+    before, after = (Measure("top1", np.array([0, 1, 0, 0] * 50) == 1, 0.1), Measure("top1", np.ones(200) == 1, 0.1))
+    change = before.difference_to(after, num_resamples=500, seed=0)
+    assert change.value == 0.75
+    assert change.excludes_zero
+
+
+def test_galleries_read_back_equal(tmp_path: Path, gallery: Gallery) -> None:
+    write_gallery(tmp_path / "gallery.json", gallery)
+    assert read_gallery(tmp_path / "gallery.json") == gallery
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"best": []}'], ids=["cut-off", "list", "half"])
+def test_a_damaged_gallery_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "gallery.json").write_text(content)
+    with pytest.raises(DataError, match="retrieval examples"):
+        read_gallery(tmp_path / "gallery.json")
+
+
+def test_pictures_become_data_uris(tmp_path: Path, picture: bytes) -> None:
+    (tmp_path / "p.png").write_bytes(picture)
+    uri = data_uri(picture)
+    assert uri.startswith("data:image/png;base64,")
+    assert data_uri(tmp_path / "p.png") == data_uri(str(tmp_path / "p.png")) == data_uri(uri) == uri
+
+
+def test_large_pictures_shrink_and_keep_their_shape() -> None:
+    import io
+
+    from PIL import Image
+
+    small = Image.open(io.BytesIO(encode_picture(np.zeros((300, 600, 3), np.uint8), max_side=160)))
+    assert small.size == (160, 80)
+
+
+@pytest.mark.parametrize("content", [b"", b"<svg onload=alert(1)>"], ids=["empty", "not-a-picture"])
+def test_what_is_no_picture_is_refused(content: bytes) -> None:
+    with pytest.raises(DataError, match="no known format"):
+        data_uri(content)

@@ -1,0 +1,174 @@
+"""The stage on real drawings with random weights: what it leaves behind, and what a broken set does not take along."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evatool.errors import CheckpointError, DataError, EvatoolError, ExitCode, RecipeError
+from evatool.eval.gallery import read_gallery
+from evatool.eval.results import EvalResults, read_results
+from evatool.recipe.schema import DataPrepareRecipe, DrawingsSource, EvalRecipe, EvalSection
+from evatool.stages import data_prepare
+from evatool.stages import eval as eval_stage
+from evatool.stages.run_dir import RunOptions
+from evatool.types import Result
+
+TOY = "EVA02-CLIP-toy-small"
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder of data-prepare for 24 concepts, 6 of them never seen."""
+    folder = tmp_path_factory.mktemp("drawings") / "run"
+    recipe = DataPrepareRecipe(data=DrawingsSource(max_concepts=24, num_unseen=6))
+    data_prepare.run(recipe, RunOptions(name="test", run_dir=folder))
+    return folder
+
+
+def run(data: Path, run_dir: Path, **changes: object) -> Result:
+    section = EvalSection(**{"models": {"a model": TOY}, "data": data, "num_bootstrap": 50, **changes})  # type: ignore[arg-type]
+    return eval_stage.run(EvalRecipe(eval=section), RunOptions(name="test", run_dir=run_dir))
+
+
+@pytest.fixture(scope="module")
+def evaluated(drawings: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, EvalResults]:
+    """Two models of the same random weights on all sets."""
+    result = run(drawings, tmp_path_factory.mktemp("eval") / "run", models={"a model": TOY, "its twin": TOY})
+    return result, read_results(result.outputs["results"])
+
+
+def test_every_set_has_its_metrics_for_every_model(evaluated: tuple[Result, EvalResults]) -> None:
+    _, results = evaluated
+    assert [s.name for s in results.sets] == [
+        *("new-artist", "new-shading", "black-and-white", "never-seen", "coarse-group", "coarse-subgroup", "retrieval")
+    ]
+    for record in results.sets:
+        expected = 6 if record.kind == "retrieval" else 2 if (record.num_classes or 0) > 5 else 1
+        for model in ("a model", "its twin"):
+            rows = [r for r in results.results if (r.model, r.set) == (model, record.name)]
+            assert len(rows) == expected
+            assert all(r.low <= r.value <= r.high and r.n > 0 and r.fingerprint for r in rows)
+    assert results.failures == []
+    assert set(results.versions) >= {"evatool", "torch", "clip-benchmark"}
+
+
+def test_a_part_of_the_full_set_does_not_carry_its_name_alone(evaluated: tuple[Result, EvalResults]) -> None:
+    record = evaluated[1].sets[0]
+    assert record.variant == "drawings/new-artist (18 of 729 pictures, 18 of 729 classes)"
+
+
+def test_equal_models_do_not_differ(evaluated: tuple[Result, EvalResults]) -> None:
+    _, results = evaluated
+    first, second = ([(r.set, r.metric, r.value) for r in results.results if r.model == m.name] for m in results.models)
+    assert first == second
+    assert len(results.differences) == len(first)
+    assert all(d.value == 0 and not d.interval.excludes_zero for d in results.differences)
+
+
+def test_kept_predictions_give_the_numbers_back(evaluated: tuple[Result, EvalResults]) -> None:
+    result, results = evaluated
+    for record in results.sets:
+        with np.load(result.outputs["predictions"] / "a_model" / f"{record.name}.npz", allow_pickle=False) as kept:
+            if record.kind == "classification":
+                again = {"top1": (kept["top"][:, 0] == kept["labels"]).mean()}
+            else:
+                again = {f"{d}_recall@5": (kept[d] < 5).mean() for d in ("text_to_image", "image_to_text")}
+        for metric, value in again.items():
+            row = results.row("a model", record.name, metric)
+            assert row is not None
+            assert row.value == pytest.approx(value)
+
+
+def test_the_report_the_gallery_and_the_table_are_made(evaluated: tuple[Result, EvalResults]) -> None:
+    result, _ = evaluated
+    assert result.outputs["report"].stat().st_size > 10_000
+    gallery = read_gallery(result.outputs["gallery"])
+    assert gallery.model == "its twin"
+    assert gallery.worst
+    assert all(r.query.caption for r in gallery.worst if r.direction == "text_to_image")
+    assert result.table[0] == ["set", "metric", "a model", "its twin", "chance", "n"]
+    assert "eval/its twin/new-artist/top1" in result.metrics
+
+
+def test_the_same_seed_gives_the_same_numbers(drawings: Path, tmp_path: Path) -> None:
+    def values(name: str) -> list:
+        rows = read_results(run(drawings, tmp_path / name, sets=["new-artist"]).outputs["results"]).results
+        return [(r.metric, r.value, r.low, r.high) for r in rows]
+
+    assert values("one") == values("two")
+
+
+def broken_copy(drawings: Path, folder: Path) -> Path:
+    shutil.copytree(drawings / "eval", folder)
+    (folder / "new-artist" / "classnames.txt").write_text("only one class")
+    (folder / "never-seen" / "zeroshot_classification_templates.txt").unlink()
+    shutil.rmtree(folder / "coarse-group")
+    return folder
+
+
+def test_broken_sets_are_named_and_do_not_lose_the_others(drawings: Path, tmp_path: Path) -> None:
+    with pytest.raises(EvatoolError) as caught:
+        run(broken_copy(drawings, tmp_path / "sets"), tmp_path / "run")
+    assert caught.value.exit_code == ExitCode.FAILED
+    for name in ("new-artist", "never-seen", "coarse-group"):
+        assert name in caught.value.what
+    assert "out of range" in caught.value.what
+    results = read_results(tmp_path / "run" / "results.json")
+    assert [s.name for s in results.sets] == ["new-shading", "black-and-white", "coarse-subgroup", "retrieval"]
+    assert {f.set for f in results.failures} == {"new-artist", "never-seen", "coarse-group"}
+    assert "Not evaluated" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_set_of_another_kind_is_refused(drawings: Path, tmp_path: Path) -> None:
+    shutil.copytree(drawings / "eval" / "retrieval", tmp_path / "sets" / "new-artist")
+    with pytest.raises(EvatoolError, match="is a retrieval set"):
+        run(tmp_path / "sets", tmp_path / "run", sets=["new-artist"])
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_model_that_cannot_be_loaded_does_not_lose_the_others(drawings: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    models = {"gone": str(tmp_path / "empty"), "here": TOY}
+    with pytest.raises(EvatoolError, match="model gone"):
+        run(drawings, tmp_path / "run", models=models, sets=["new-artist"])
+    results = read_results(tmp_path / "run" / "results.json")
+    assert [m.name for m in results.models] == ["here"]
+    assert [(f.model, f.set) for f in results.failures] == [("gone", None)]
+
+
+def test_the_only_model_keeps_its_own_error(drawings: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError):
+        run(drawings, tmp_path / "run", models={"gone": str(tmp_path / "empty")})
+
+
+def test_a_missing_data_folder_is_named_before_a_run_folder_is_made(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no folder"):
+        run(tmp_path / "nowhere", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_that_would_share_a_folder_are_refused(drawings: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        run(drawings, tmp_path / "run", models={"a b": TOY, "a_B": TOY})
+    assert "'a b' and 'a_B'" in caught.value.problems[0]
+
+
+def test_results_of_an_earlier_start_do_not_survive_a_failure(drawings: Path, tmp_path: Path) -> None:
+    data = tmp_path / "sets"
+    shutil.copytree(drawings / "eval" / "new-artist", data / "new-artist")
+    options = RunOptions(name="test", run_dir=tmp_path / "run")
+    recipe = EvalRecipe(eval=EvalSection(models={"m": TOY}, data=data, sets=["new-artist"], num_bootstrap=50))
+    eval_stage.run(recipe, options)
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["failures"] == []
+    (data / "new-artist" / "test" / "0.tar").write_bytes(b"")
+    options.resume = True
+    with pytest.raises(EvatoolError):
+        eval_stage.run(recipe, options)
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert not (tmp_path / "run" / "report.html").exists()
