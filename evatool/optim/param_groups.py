@@ -77,8 +77,11 @@ def build_param_groups(
         if settings is None:
             continue  # reported by _section_problems
         layer = layer_of(name, depths[tower])
-        if tower != "other" and layer > depths[tower] + 1:
-            problems.append(f"{name} is in block {layer - 1}, but the {tower} tower is said to have {depths[tower]}")
+        block = _BLOCK.search(name)
+        if tower != "other" and block is not None and int(block.group(1)) >= depths[tower]:
+            problems.append(
+                f"{name} is in block {block.group(1)}, but the {tower} tower is said to have {depths[tower]}"
+            )
         has_layers = settings.layer_decay < 1 and tower != "other"
         key = (tower, layer if has_layers else None, decays(name, param.ndim))
         if key not in groups:
