@@ -279,7 +279,7 @@ def demo(
         from evatool.cli.reports import result_report
         from evatool.stages.demo import DemoOptions, run
 
-        return result_report(run(DemoOptions(out=out, seed=seed, debug_size=debug_size)))
+        return result_report(run(DemoOptions(out=out, seed=seed, debug_size=debug_size, debug=debug)))
 
     execute(action, json_output=json_output, debug=debug, go_on="run `evatool demo` again: it goes on where it stopped")
 

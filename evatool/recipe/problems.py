@@ -125,7 +125,7 @@ def _nearest(path: Path, table: Mapping[str, Any], model: type[schema.Section]) 
     elsewhere = _elsewhere(path, keys, here, model)
     if elsewhere:
         return elsewhere
-    near = get_close_matches(path[-1], free, n=1, cutoff=0.6)
+    near = get_close_matches(path[-1], free, n=1, cutoff=0.6) or get_close_matches(path[-1], siblings, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {dotted(siblings[near[0]].path)}?"
     last_names = {k.path[-1]: k for k in keys}

@@ -1,0 +1,71 @@
+"""Results alone on stdout, and exceptions in words."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+
+import pytest
+
+from evatool.cli.console import explain
+from evatool.errors import CheckpointError, ExitCode
+
+NOISY = """
+import os, sys
+from evatool.cli.console import Report, execute
+
+def action():
+    print("from python")
+    os.write(1, b"from C\\n")
+    os.system("echo from a child")
+    return Report(data={"done": True}, table=[["name"], ["[red]x[/red]"]], lines=["next: y"])
+
+execute(action, json_output="--json" in sys.argv, debug=False)
+"""
+# typer.Exit is an exception here: there is no Typer app around it.
+
+
+def run_noisy(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", NOISY, *arguments], capture_output=True, text=True)
+
+
+def test_nothing_but_the_object_reaches_stdout() -> None:
+    """C code and child processes write to the file descriptor, past sys.stdout."""
+    result = run_noisy("--json")
+    assert json.loads(result.stdout) == {"done": True}
+    assert result.stdout.count("\n") == 1
+    for text in ("from python", "from C", "from a child"):
+        assert text in result.stderr
+
+
+def test_nothing_but_the_table_and_lines_reaches_stdout() -> None:
+    result = run_noisy()
+    assert "from" not in result.stdout
+    assert [line.strip() for line in result.stdout.splitlines() if line.strip(" ─")] == [
+        "name",
+        "[red]x[/red]",
+        "next: y",
+    ]
+
+
+def test_a_full_disk_says_so() -> None:
+    failure = explain(OSError(errno.ENOSPC, "No space left on device", "runs/x/0.tar"), go_on="go on")
+    assert (failure.message, failure.exit_code) == ("the disk is full", ExitCode.FAILED)
+    assert failure.details == {"where": "runs/x/0.tar", "next": "free some space, then go on"}
+
+
+@pytest.mark.parametrize("error", [ValueError(), ValueError("one\ntwo"), OSError("no file behind it")], ids=repr)
+def test_a_bug_is_one_line_with_the_way_to_its_trace(error: Exception) -> None:
+    failure = explain(error)
+    assert failure.message.startswith(f"internal error: {type(error).__name__}: ")
+    assert "\n" not in failure.message
+    assert "--debug" in failure.details["next"]
+
+
+def test_json_leaves_out_what_is_not_known() -> None:
+    assert explain(CheckpointError("gone")).to_json() == {
+        "error": {"type": "CheckpointError", "message": "gone"},
+        "exit_code": 1,
+    }

@@ -1,0 +1,119 @@
+"""`resolved.toml` reads back equal."""
+
+from __future__ import annotations
+
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from evatool.recipe import schema
+from evatool.recipe.load import load_recipe
+from evatool.recipe.write import flatten, format_value, to_table, to_toml
+
+
+def values(annotation: Any) -> st.SearchStrategy[Any]:
+    """Anything the annotation's type allows; bounds are left to the schema, which refuses what breaks them."""
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return values(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        return st.one_of([values(a) for a in typing.get_args(annotation)])
+    if origin is typing.Literal:
+        return st.sampled_from(typing.get_args(annotation))
+    if origin is dict:
+        return st.dictionaries(st.text(max_size=8), st.text(max_size=8), min_size=1, max_size=3)
+    if origin is list:
+        return st.lists(values(typing.get_args(annotation)[0]), max_size=3)
+    if origin is tuple:
+        return st.tuples(*map(values, typing.get_args(annotation))).map(sorted).map(tuple)
+    if isinstance(annotation, type) and issubclass(annotation, schema.Section):
+        return sections(annotation)
+    if annotation is type(None):
+        return st.none()
+    if annotation is bool:
+        return st.booleans()
+    if annotation is int:
+        return st.one_of(st.integers(1, 9), st.integers(-(2**62), 2**62))
+    if annotation is float:
+        return st.one_of(st.floats(0, 1), st.sampled_from([0.0, -0.0, 1.0, 1e-300, 5e-324, 0.1, 1 / 3]))
+    if annotation is Path:
+        return st.text(max_size=12).filter(lambda text: "\0" not in text).map(Path)
+    assert annotation is str, annotation
+    return st.text(max_size=12)
+
+
+@st.composite
+def sections(draw: st.DrawFn, section: type[schema.Section]) -> schema.Section:
+    """A valid section: fields that the schema refuses together are drawn anew."""
+    drawn = {name: draw(_field(field)) for name, field in section.model_fields.items()}
+    try:
+        return section.model_validate(drawn)
+    except ValidationError as error:
+        bad = {str(item["loc"][0]) for item in error.errors() if item["loc"]}
+        kept = {k: v for k, v in drawn.items() if k not in bad or section.model_fields[k].is_required()}
+        try:
+            return section.model_validate(kept)
+        except ValidationError:
+            assume(False)
+            raise
+
+
+def _field(field: FieldInfo) -> st.SearchStrategy[Any]:
+    bounds = {type(m).__name__: m for m in field.metadata}
+    if field.annotation in (int, float) and bounds:
+        low = getattr(bounds.get("Ge"), "ge", 0)
+        high = getattr(bounds.get("Le") or bounds.get("Lt"), "le", 0.99 if "Lt" in bounds else 100)
+        return st.integers(max(1, low), 100) if field.annotation is int else st.floats(max(low, 1e-12), high)
+    return values(field.annotation)
+
+
+@pytest.mark.parametrize("stage", schema.RECIPES)
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_valid_recipe_reads_back_equal(stage: str, data: st.DataObject, tmp_path_factory: Any) -> None:
+    recipe = data.draw(sections(schema.RECIPES[stage]))
+    origins = dict.fromkeys(flatten(to_table(recipe)), "a\nfile # 'x'")
+    path = tmp_path_factory.getbasetemp() / f"{stage}.toml"
+    for text in (to_toml(recipe), to_toml(recipe, origins=origins, docs=True)):
+        path.write_text(text, encoding="utf-8")
+        assert load_recipe(path).recipe == recipe
+
+
+@given(st.text(), st.text(), st.floats(allow_nan=False), st.integers(-(2**63), 2**63 - 1), st.booleans())
+def test_any_value_reads_back_equal(key: str, text: str, number: float, count: int, flag: bool) -> None:
+    value = {"text": text, "list": [number, -0.0], "table": {key: count, "flag": flag}, "empty": {}, "none": []}
+    assert tomllib.loads(f"value = {format_value(value)}") == {"value": value}
+
+
+def test_sections_stand_in_the_order_the_data_flows() -> None:
+    text = to_toml(load_recipe("demo/distill").recipe)
+    headers = [line[1:-1] for line in text.splitlines() if line.startswith("[") and "." not in line]
+    assert headers == ["data", "model", "teacher", "objective", "optim", "schedule", "train", "checkpoint", "engine"]
+    assert text.startswith('stage = "distill"\nsource = ')
+
+
+def test_absent_values_are_left_out() -> None:
+    recipe = load_recipe("demo/export").recipe
+    assert recipe.run_dir is None
+    assert "run_dir" not in to_toml(recipe)
+
+
+def test_docs_describe_keys_and_tables() -> None:
+    text = to_toml(load_recipe("demo/train-clip").recipe, docs=True)
+    assert "# Peak learning rate.\nlr = " in text
+    assert "\n# Length, batch and precision.\n[train]\n" in text
+
+
+def test_the_schema_and_this_test_know_the_same_types() -> None:
+    """A field of a type that `values` cannot draw would silently narrow the property above."""
+    for recipe in schema.RECIPES.values():
+        for field in recipe.model_fields.values():
+            values(field.annotation)
