@@ -122,7 +122,11 @@ def _facts(data: DemoReport, names: Names) -> list[Fact]:
                 words.percent(row.value),
                 f"{names.titles[final.name]}, {words.bounds(row.interval)}",
             ),
-            Fact("Against chance", f"{row.value / row.chance:.0f}×", f"chance is {words.percent(row.chance)}"),
+            Fact(
+                "Against chance",
+                f"{row.value / row.chance:.0f}×",
+                f"chance is {words.percent(row.chance)}{'' if row.low > row.chance else ', not told from it'}",
+            ),
         ]
     if final:
         facts.append(Fact("Final model", f"{final.num_parameters / 1e6:.2g} M", "parameters"))

@@ -38,7 +38,7 @@ class Bar:
     high: float
     text: str  # the value
     bounds: str
-    note: str  # how far from chance
+    at_chance: bool  # the interval does not leave chance below it
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,6 @@ def _bar_panel(results: EvalResults, record: SetRecord, metric: str, names: Name
 
 
 def _bar(row: ResultRow, top: float, names: Names) -> Bar:
-    beyond = row.low > row.chance
     return Bar(
         title=names.titles[row.model],
         colour=names.colours[row.model],
@@ -141,7 +140,7 @@ def _bar(row: ResultRow, top: float, names: Names) -> Bar:
         high=100 * row.high / top,
         text=words.percent(row.value),
         bounds=words.bounds(row.interval),
-        note=words.times_chance(row.value, row.chance) if beyond else "not told from chance",
+        at_chance=row.low <= row.chance,
     )
 
 

@@ -61,9 +61,9 @@ def times_chance(value: float, chance: float) -> str:
 
 def set_facts(record: SetRecord, chance: float | None) -> str:
     """ "729 pictures · 729 classes · chance 0.14 %", and the share of the largest class where that is much more."""
-    facts = [f"{record.n:,} pictures"]
+    facts = [_counted(record.n, "picture", "pictures")]
     if record.num_classes:
-        facts.append(f"{record.num_classes:,} classes")
+        facts.append(_counted(record.num_classes, "class", "classes"))
     if chance is not None:
         facts.append(f"chance {percent(chance)}")
     if record.largest_class_share and chance and record.largest_class_share > 1.5 * chance and record.n > 0:
@@ -128,6 +128,10 @@ def caveats(results: EvalResults, comparisons: int) -> list[str]:
             f"about {by_luck:.1f} would do so by luck alone."
         )
     return notes
+
+
+def _counted(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"
 
 
 def _joined(parts: Sequence[str]) -> str:

@@ -33,9 +33,9 @@ def test_bars_stand_where_their_values_are() -> None:
     assert first.colour != second.colour
 
 
-def test_a_value_at_chance_is_not_praised() -> None:
-    results = made_up_results({"only": (0.002, 0.0, 0.005)})
-    assert bar_panels(results, Names.of(results))[0].bars[0].note == "not told from chance"
+def test_a_value_at_chance_is_marked() -> None:
+    results = made_up_results({"at chance": (0.002, 0.0, 0.005), "beyond": (0.05, 0.03, 0.07)})
+    assert [bar.at_chance for bar in bar_panels(results, Names.of(results))[0].bars] == [True, False]
 
 
 @given(st.floats(-0.9, 0.9), st.floats(0.001, 0.3))
