@@ -31,6 +31,7 @@ from torch import Tensor
 MODEL, EXTRA, OPTIMIZER = "model.safetensors", "extra.safetensors", "optimizer.safetensors"
 GROUPS, TRAIN_STATE, MODEL_CONFIG = "groups.json", "train_state.json", "model_config.json"
 RESOLVED, MANIFEST = "resolved.toml", "MANIFEST.json"
+ALWAYS_THERE = frozenset({MODEL, OPTIMIZER, GROUPS, TRAIN_STATE, MODEL_CONFIG, RESOLVED})
 FORMAT_VERSION = 1
 
 MODEL_PREFIX = "model."

@@ -81,17 +81,27 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """MANIFEST.json as written. Raises: CheckpointError if it is missing, damaged or of a later format."""
     path = checkpoint / layout.MANIFEST
     manifest = _read_json(path)
-    names_are_plain = isinstance(manifest, dict) and all(Path(n).name == n for n in manifest.get("files", [""]))
-    if not names_are_plain or not all({"bytes", "sha256"} <= set(e) for e in manifest["files"].values()):
+    if not isinstance(manifest, dict) or "format" not in manifest:
         raise CheckpointError(f"{layout.MANIFEST} is not a checkpoint's manifest", where=str(path), fix=_RESTORE)
-    if manifest.get("format") != layout.FORMAT_VERSION:
+    if manifest["format"] != layout.FORMAT_VERSION:
         raise CheckpointError(
-            f"checkpoint format {manifest.get('format')!r} is not known to this version of evatool",
+            f"checkpoint format {manifest['format']!r} is not known to this version of evatool",
             where=str(path),
             expected=f"format {layout.FORMAT_VERSION}",
             fix="use the version of evatool that wrote it",
         )
+    if not _lists_files(manifest):
+        raise CheckpointError(f"{layout.MANIFEST} does not list a checkpoint's files", where=str(path), fix=_RESTORE)
     return manifest
+
+
+def _lists_files(manifest: dict[str, Any]) -> bool:
+    files = manifest.get("files")
+    if not isinstance(manifest.get("step"), int) or not isinstance(files, dict):
+        return False
+    entries_are_fine = all(isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in files.values())
+    # Only files of this folder, and at least those that every checkpoint has.
+    return entries_are_fine and all(Path(name).name == name for name in files) and layout.ALWAYS_THERE <= set(files)
 
 
 def load_checkpoint(checkpoint: Path) -> Checkpoint:

@@ -1,0 +1,237 @@
+"""Crashes, full disks and damaged files: the newest whole checkpoint is always found, nothing damaged is loaded.
+
+The rows R4, R6, R7 and R8 of scale.md 5.2 as far as one process shows them.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from evatool.checkpoint import layout
+from evatool.checkpoint.load import latest_checkpoint, load_checkpoint, read_model, verify
+from evatool.errors import CheckpointError
+
+FILES = [
+    "model.safetensors",
+    "extra.safetensors",
+    "optimizer.safetensors",
+    "groups.json",
+    "train_state.json",
+    "model_config.json",
+    "resolved.toml",
+    "MANIFEST.json",
+]
+
+
+class Killed(BaseException):
+    """The process is gone: nothing after this reaches the disk."""
+
+
+class FaultyDisk:
+    """Counts every operation that changes the disk; the one numbered `fail_at` fails.
+
+    With `Killed` all later ones fail too, as after kill -9; with an OSError they work, as on a full disk.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, self.fail_at, self.error = 0, -1, None
+        for owner, name in [
+            (Path, "mkdir"),
+            (Path, "open"),
+            (Path, "unlink"),
+            (os, "fsync"),
+            (os, "replace"),
+            (shutil, "rmtree"),
+        ]:
+            monkeypatch.setattr(owner, name, self._wrap(getattr(owner, name)))
+        write = layout.HashingFile.write
+
+        def halfway(file, data):
+            if self._is_due():
+                file._file.write(bytes(data)[: len(data) // 2])
+                file._file.flush()
+                raise self.error
+            write(file, data)
+
+        monkeypatch.setattr(layout.HashingFile, "write", halfway)
+
+    def _is_due(self) -> bool:
+        self.count += 1
+        if self.error is None:
+            return False
+        return self.count >= self.fail_at if isinstance(self.error, Killed) else self.count == self.fail_at
+
+    def _wrap(self, function):
+        def wrapped(*args, **kwargs):
+            if self._is_due():
+                raise self.error
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    def arm(self, fail_at: int, error: BaseException) -> None:
+        self.count, self.fail_at, self.error = 0, fail_at, error
+
+    def disarm(self) -> None:
+        self.error = None
+
+
+@pytest.fixture
+def disk(monkeypatch) -> FaultyDisk:
+    return FaultyDisk(monkeypatch)
+
+
+def test_killed_at_every_write_boundary(save, disk, tmp_path):
+    save(1, keep=1)
+    disk.count = 0
+    save(2, keep=1)
+    num_operations = disk.count
+    assert num_operations > 30
+    outcomes = set()
+    for fail_at in range(1, num_operations + 1):
+        folder = tmp_path / f"killed{fail_at}"
+        save(1, keep=1, folder=folder)
+        disk.arm(fail_at, Killed())
+        with pytest.raises(Killed):
+            save(2, keep=1, folder=folder)
+        disk.disarm()
+        newest = latest_checkpoint(folder)
+        assert newest is not None, fail_at
+        step = load_checkpoint(newest).step
+        assert torch.equal(load_checkpoint(newest).objective_state["model.weight"], torch.full((3, 2), float(step)))
+        outcomes.add(step)
+        # The next save needs no help, and clears away what was left behind.
+        save(3, keep=1, folder=folder)
+        assert [p.name for p in folder.iterdir()] == ["step_00000003"], fail_at
+        shutil.rmtree(folder)
+    assert outcomes == {1, 2}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["full disk", "broken disk"])
+def test_disk_fails_at_every_write_boundary(save, disk, tmp_path, code):
+    save(1, keep=2)
+    disk.count = 0
+    save(2, keep=2)
+    for fail_at in range(1, disk.count + 1):
+        folder = tmp_path / f"full{fail_at}"
+        first = save(1, keep=2, folder=folder)
+        disk.arm(fail_at, OSError(code, os.strerror(code)))
+        with pytest.raises(CheckpointError) as error:
+            save(2, keep=2, folder=folder)
+        disk.disarm()
+        assert "disk is full" in error.value.what if code == errno.ENOSPC else "could not be saved" in error.value.what
+        assert "--resume" in (error.value.fix or "")
+        verify(first)
+        assert latest_checkpoint(folder) in (first, folder / "step_00000002")
+        assert not layout.unfinished_in(folder), "no half-written folder takes up the space that is missing"
+        shutil.rmtree(folder)
+
+
+def test_old_checkpoint_that_cannot_be_removed_is_only_a_warning(save, monkeypatch, caplog, tmp_path):
+    save(1, keep=1)
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(errno.EBUSY, "busy")))
+    newest = save(2, keep=1)
+    assert "could not remove the old checkpoint" in caplog.text
+    assert latest_checkpoint(tmp_path) == newest
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["bit flip", "truncated", "missing"])
+def test_damage_is_found_named_and_passed_over(save, tmp_path, caplog, name, damage):
+    whole, damaged = save(1), save(2)
+    path = damaged / name
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(content[:-1] if name != "MANIFEST.json" else content[:-3])
+    else:
+        # In the manifest, a bit of a checksum; elsewhere, one in the middle.
+        at = content.index(b'"sha256": "') + 11 if name == "MANIFEST.json" else len(content) // 2
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    with pytest.raises(CheckpointError) as error:
+        verify(damaged)
+    if name != "MANIFEST.json":
+        assert name in error.value.what
+    with pytest.raises(CheckpointError):
+        load_checkpoint(damaged)
+    with pytest.raises(CheckpointError):
+        read_model(damaged)
+    assert latest_checkpoint(tmp_path) == whole
+    assert "step_00000002" in caplog.text
+
+
+def test_all_damaged(save, tmp_path):
+    for step in (1, 2):
+        (save(step) / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="all 2 checkpoints are damaged") as error:
+        latest_checkpoint(tmp_path)
+    assert "step_00000001" in error.value.what
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "[]",
+        "{}",
+        '{"format": 1, "step": 1, "files": {"../model.safetensors": {"bytes": 1, "sha256": ""}}}',
+        '{"format": 1, "step": 1, "files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}}',
+        '{"format": 1, "step": 1, "files": {"model.safetensors": 7}}',
+        '{"format": 99, "step": 1, "files": {}}',
+        '{"format": 1, "step": 1, "files": {}}',
+        "not json",
+        "\x00",
+    ],
+    ids=["list", "empty", "parent folder", "absolute", "bare number", "later format", "no files", "text", "null byte"],
+)
+def test_foreign_manifests(save, manifest):
+    path = save(1)
+    (path / "MANIFEST.json").write_text(manifest)
+    with pytest.raises(CheckpointError):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x80\x04K\x07.", (2**62).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]"],
+    ids=["empty", "pickle", "huge header", "list header"],
+)
+def test_foreign_tensor_files_with_a_matching_manifest(save, content):
+    path = save(1)
+    (path / "model.safetensors").write_bytes(content)
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    entry = {"bytes": len(content), "sha256": layout.sha256_of(path / "model.safetensors")}
+    manifest["files"]["model.safetensors"] = entry
+    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+        load_checkpoint(path)
+
+
+def test_everything_is_on_the_disk_before_the_rename(save, monkeypatch, tmp_path):
+    """Power loss: what was not flushed may be gone, so the final name must come after all flushes, then be flushed."""
+    synced: set[int] = set()
+    real_fsync, real_replace = os.fsync, os.replace
+    seen_at_rename: list[set[int]] = []
+
+    def fsync(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        real_fsync(descriptor)
+
+    def replace(source, target):
+        assert all(path.stat().st_ino in synced for path in [source, *Path(source).iterdir()])
+        seen_at_rename.append(set(synced))
+        real_replace(source, target)
+        synced.clear()
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    folder = save(1).parent
+    assert len(seen_at_rename) == 1
+    assert folder.stat().st_ino in synced, "the rename itself is flushed too"
