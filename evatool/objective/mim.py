@@ -76,7 +76,7 @@ def masked_feature_loss(prediction: Tensor, target: Tensor) -> Tensor:
     Returns: scalar, float32 or wider, in [-1, 1]; every masked patch weighs the same. This rank's mean only, as in the
         release: where ranks mask different numbers of patches, their means still weigh the same.
     Raises: ValueError if no patch is masked or the shapes differ.
-    Source: EVA-02/asuka/engine_for_pretraining.py. Parity: tests/parity/test_mim.py, tests/objective/test_mim.py.
+    Source: EVA-02/asuka/engine_for_pretraining.py. Parity: tests/objective/test_mim.py.
     """
     if prediction.shape != target.shape:
         raise ValueError(f"predictions {tuple(prediction.shape)} and targets {tuple(target.shape)} differ in shape")

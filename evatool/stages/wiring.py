@@ -77,9 +77,7 @@ def open_job(recipe: AnyTraining, options: RunOptions) -> Iterator[Job]:
     world = init_world()
     try:
         check_world_size(recipe, world.world_size)
-        run_dir = open_run_dir(recipe, options, world.rank)
-        gather_objects(None)  # nobody goes on before rank 0 has made the folder
-        newest = latest_checkpoint(run_dir.path) if run_dir.resumed else None
+        run_dir, newest = _open_folder(recipe, options, world)
         saved = None if newest is None else load_checkpoint(newest)
         torch.manual_seed(recipe.train.seed)  # first weights; the same on every rank
         log.info(
@@ -94,6 +92,17 @@ def open_job(recipe: AnyTraining, options: RunOptions) -> Iterator[Job]:
         yield Job(recipe, options, world, run_dir, saved)
     finally:
         close_world()
+
+
+def _open_folder(recipe: AnyTraining, options: RunOptions, world: World) -> tuple[RunDir, Path | None]:
+    """The run folder and the checkpoint to go on from: rank 0 opens and decides, the others follow."""
+    if world.is_main:
+        run_dir = open_run_dir(recipe, options)
+        newest = latest_checkpoint(run_dir.path) if run_dir.resumed else None
+        gather_objects(newest)
+        return run_dir, newest
+    newest = gather_objects(None)[0]
+    return open_run_dir(recipe, options, world.rank), newest
 
 
 def check_world_size(recipe: TrainingRecipe, world_size: int) -> None:
@@ -253,7 +262,6 @@ def build_hooks(job: Job, config: ModelConfig, *, contrastive_key: str | None = 
         contrastive_key: the contrastive loss among the objective's losses, watched for being stuck at ln(batch).
     """
     train, run_dir = job.recipe.train, job.run_dir
-    start_loss = math.log(train.global_batch_size)
     hooks: list[Hook] = [NonFiniteGuard()]
     if contrastive_key is not None:
         warmup_steps = warmup_steps_of(
@@ -278,7 +286,7 @@ def build_hooks(job: Job, config: ModelConfig, *, contrastive_key: str | None = 
             run_dir.metrics,
             loss_curve_path(run_dir),
             title=job.options.name,
-            reference=(start_loss, "ln(batch)") if contrastive_key == "loss" else None,
+            reference=(math.log(train.global_batch_size), "ln(batch)") if contrastive_key == "loss" else None,
         ),
     ]
 

@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import pickle
 import time
-import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
-import torch
+from ranks import rank_main
 from torch.distributed import TCPStore
-
-
-def _rank_main(pipe: Connection, payload: bytes, env: dict[str, str]) -> None:
-    os.environ |= env
-    torch.set_num_threads(1)
-    from evatool.distributed.world import close_world, init_world
-
-    try:
-        fn, args = pickle.loads(payload)
-        init_world("cpu", timeout_sec=60)
-        pipe.send_bytes(pickle.dumps((True, fn(*args))))  # plain pickle: tensors travel as bytes
-        close_world()
-    except BaseException:
-        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
-        raise
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +34,7 @@ def run_on_ranks() -> Callable[..., list[Any]]:
         for rank in range(world_size):
             here, there = context.Pipe()
             env = job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = context.Process(target=_rank_main, args=(there, payload, env), daemon=True)
+            process = context.Process(target=rank_main, args=(there, payload, env), daemon=True)
             process.start()
             there.close()
             processes.append(process)

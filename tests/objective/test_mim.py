@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+from golden import MIM_FILES, TOLERANCE, read_golden, relative
 from tiny_clip import TinyPatchTeacher, TinyStudent
 
+from evatool.model.mim import build_mim
+from evatool.model.weights import load_mim_weights
 from evatool.objective.mim import MimObjective, masked_feature_loss
 from evatool.recipe import schema
 from evatool.types import Batch
@@ -95,3 +98,29 @@ def test_teacher_is_frozen_and_no_part_of_the_module(objective: MimObjective, ba
     assert all(p.grad is None for p in objective.teacher.head.parameters())
     assert all(name.startswith("model.") for name in objective.state_dict())
     assert all(p.grad is not None for p in objective.parameters())
+
+
+class GoldenTeacher:
+    """Hands out the stored features."""
+
+    def __init__(self, features: torch.Tensor) -> None:
+        self.features = features
+
+    def visual_tokens(self, image: torch.Tensor) -> torch.Tensor:
+        return self.features
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", MIM_FILES)
+def test_objective_is_the_released_one(name: str) -> None:
+    """Loss and gradients of the original EVA code, through the whole objective."""
+    golden = read_golden(name)
+    model = build_mim(golden.config, predict_dim=golden.config.predict_dim, patch_embed_grad_scale=1.0).train()
+    load_mim_weights(model, golden.state)
+    image, mask = golden.inputs["image"], golden.inputs["mask"]
+    objective = MimObjective(model, GoldenTeacher(golden.inputs["teacher_features"]), schema.MimObjective())
+    loss = objective(Batch(image=image, keys=[""] * len(image), mask=mask))["loss"]
+    loss.backward()
+    assert relative(loss, golden.expected["loss"]) <= TOLERANCE
+    assert relative(model.mask_token.grad, golden.expected["grad.mask_token"]) <= TOLERANCE
+    assert relative(model.lm_head.weight.grad, golden.expected["grad.lm_head.weight"]) <= TOLERANCE
