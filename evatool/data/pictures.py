@@ -96,7 +96,7 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 def encode_png(pixels: np.ndarray) -> bytes:
     """uint8 (H, W, 3) as a PNG file."""
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
+    Image.fromarray(pixels).save(out, "PNG", compress_level=3)  # twice as fast as the default for a tenth more bytes
     return out.getvalue()
 
 

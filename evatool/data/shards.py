@@ -122,11 +122,15 @@ class _OpenTar:
 
         self.path, self.partial = path, path.with_name(f".{path.name}.partial")
         self.num_samples = 0
+        self.last_key = ""
         self.file = _HashingFile(self.partial.open("wb"))
         # A fixed time and owner, so that equal samples give equal bytes and checksums.
         self.tar = TarWriter(self.file, encoder=False, mtime=0, user="evatool", group="evatool")
 
     def add(self, sample: Sample) -> None:
+        assert sample.key != self.last_key, f"two samples in a row have key {sample.key}: readers would merge them"
+        assert "." not in sample.key, f"sample key {sample.key} holds a dot: readers would cut it there"
+        self.last_key = sample.key
         members = {sample.extension: sample.picture, **sample.members}
         self.tar.write({"__key__": sample.key, **members})
         self.num_samples += 1
@@ -153,7 +157,11 @@ class _OpenTar:
         }
 
     def abandon(self) -> None:
-        with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk
+        # Closing flushes what is left, and that fails again on a full disk. The tar goes first: garbage collection
+        # would close it later, into a closed file.
+        with contextlib.suppress(OSError):
+            self.tar.close()
+        with contextlib.suppress(OSError):
             self.file.raw.close()
         self.partial.unlink(missing_ok=True)
 
@@ -328,21 +336,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             expected="a folder of shards as `evatool data-prepare` writes it, e.g. runs/<name>/train",
             fix="run `evatool data-prepare` first, or correct `data.train`",
         )
-    if not path.is_file():
-        inner = folder / "train" / MANIFEST
-        raise DataError(
-            f"{folder} has no {MANIFEST}: it is not a finished folder of shards",
-            expected="a folder of shards as `evatool data-prepare` writes it, e.g. runs/<name>/train",
-            fix=f"did you mean {folder / 'train'}?" if inner.is_file() else "run `evatool data-prepare` (again)",
-        )
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found = manifest["format"]
-    except (ValueError, KeyError, TypeError) as err:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if found.get("format") == FORMAT:
+            return found
+    except (ValueError, AttributeError) as err:
         raise DataError(f"{path} is not a manifest of shards ({err})", fix="run `evatool data-prepare` again") from err
-    if found != FORMAT:
-        raise DataError(f"{path} has format {found!r}", expected=f"format {FORMAT!r}")
-    return manifest
+    inner = folder / "train"
+    raise DataError(
+        f"{path} has format {found.get('format')!r}" if found else f"{folder} has no {MANIFEST}: it is not finished",
+        where=str(folder),
+        expected=f"a folder of shards of format {FORMAT!r}, as `evatool data-prepare` writes it: runs/<name>/train",
+        fix=f"did you mean {inner}?" if (inner / MANIFEST).is_file() else "run `evatool data-prepare` (again)",
+    )
 
 
 def _check_size(path: Path, expected: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 from torch import Tensor
 
@@ -10,6 +11,7 @@ Tokenizer = Callable[[list[str]], Tensor]
 """Captions to ids (B, L) int64, zero-padded after the end-of-text token."""
 
 
+@cache
 def build_tokenizer(context_length: int) -> Tokenizer:
     """open_clip's `SimpleTokenizer` at this context length: longer captions are cut, keeping the end-of-text token."""
     from open_clip.tokenizer import SimpleTokenizer

@@ -123,7 +123,7 @@ def _crop_all(pictures: Sequence[Tensor], boxes: np.ndarray, size: int) -> Tenso
     out = torch.empty((len(pictures), 3, size, size), dtype=torch.uint8)
     for i, (picture, (top, left, height, width)) in enumerate(zip(pictures, boxes.tolist(), strict=True)):
         crop = picture[None, :, top : top + height, left : left + width]
-        # The operator behind torchvision's uint8 resize: within one grey level of Pillow's bicubic.
+        # The operator behind torchvision's uint8 resize: within two grey levels of Pillow's bicubic.
         out[i] = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
     return out
 

@@ -3,26 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-
-from evatool.recipe.schema import DataPrepareRecipe
-from evatool.stages import data_prepare
-from evatool.stages.run_dir import RunOptions
-
-
-def prepare(run_dir: Path, data: dict[str, Any], shards: dict[str, Any] | None = None) -> DataPrepareRecipe:
-    """Run the stage; the recipe as it would come out of a file."""
-    import json
-
-    table = {"data": data, "shards": shards or {}}
-    recipe = DataPrepareRecipe.model_validate_json(json.dumps(table, default=str), strict=True)
-    options = RunOptions(name="test", run_dir=run_dir)
-    result = data_prepare.run(recipe, options)
-    assert options.opened is not None
-    options.opened.finish(result)
-    return recipe
+from preparing import prepare
 
 
 @pytest.fixture(scope="session")

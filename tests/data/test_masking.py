@@ -76,18 +76,20 @@ def test_masks_are_never_empty_and_never_above_the_target(
     rows: int, columns: int, ratio: float, block: float, seed: int
 ) -> None:
     spec = MaskSpec((rows, columns), ratio, block)
+    target, smallest = max(1, round(ratio * rows * columns)), max(1, round(block * rows * columns))
+    if smallest > target:
+        with pytest.raises(RecipeError, match="min_block_fraction"):
+            spec.generator()
+        return
     try:
-        generator = spec.generator()
-        mask = generator(random.Random(seed))
-    except RecipeError as error:
-        # Only where the smallest block is larger than the target, or does not fit with both sides short of the grid.
-        smallest = max(1, round(block * rows * columns))
-        assert smallest > max(1, round(ratio * rows * columns)) or min(rows, columns) < 2 * math.sqrt(smallest)
-        assert "min_block_fraction" in str(error)
+        mask = spec.generator()(random.Random(seed))
+    except RecipeError:
+        # Refused only where a block hardly fits with both of its sides short of the grid's.
+        assert min(rows, columns) < 2 * math.sqrt(smallest)
         return
     assert mask.shape == (rows * columns,)
     assert mask.dtype == np.bool_
-    assert 1 <= mask.sum() <= max(1, round(ratio * rows * columns))
+    assert 1 <= mask.sum() <= target
     assert not mask.all()
 
 

@@ -5,7 +5,15 @@ import torch
 
 from evatool.data.tokenizer import CaptionMemory, build_tokenizer
 
-CAPTIONS = ["penguin", "a drawing of penguin", "penguin", "Jack-O-Lantern, ghost", "  spaced   out ", "über größe 猫", ""]
+CAPTIONS = [
+    "penguin",
+    "a drawing of penguin",
+    "penguin",
+    "Jack-O-Lantern, ghost",
+    "  spaced   out ",
+    "über größe 猫",
+    "",
+]
 
 
 @pytest.mark.parity

@@ -56,7 +56,7 @@ def draw_contact_sheet(entries: Sequence[Entry], path: Path) -> None:
         place = (left + CELL_WIDTH / 2, top + cell_height - 10)
         draw.text(place, note[0] if note else "", fill=FAINT, font=_font(NOTE_SIZE), anchor="ms")
     out = io.BytesIO()
-    sheet.save(out, "PNG", optimize=True)
+    sheet.save(out, "PNG")
     write_file(path, out.getvalue())
 
 

@@ -125,6 +125,8 @@ class Drawings:
         self.unseen_codes = frozenset(c.code for c in ranked[: section.num_unseen])
         self.seen = [c for c in self.concepts if c.code not in self.unseen_codes]
         self.unseen = [c for c in self.concepts if c.code in self.unseen_codes]
+        self._sheets: dict[str, np.ndarray] = {}
+        self._encoded: dict[str, bytes] = {}
         self._unseen_labels = frozenset(c.label for c in self.unseen)
 
     def tiles(self, concepts: Iterable[Concept], sets: Iterable[str]) -> list[Tile]:
@@ -136,10 +138,6 @@ class Drawings:
         """uint8 (64, 64, 3)."""
         row, column = divmod(tile.index, TILES_PER_ROW)
         return self._sheet(tile.set)[row * TILE : (row + 1) * TILE, column * TILE : (column + 1) * TILE]
-
-    @cached_property
-    def _sheets(self) -> dict[str, np.ndarray]:
-        return {}
 
     def _sheet(self, name: str) -> np.ndarray:
         if name not in self._sheets:
@@ -217,8 +215,9 @@ class Drawings:
         }
         if captions is not None:
             info["captions"] = captions
-        picture = encode_png(self.pixels(tile))
-        return Sample(tile.key, "png", picture, {**members, "json": json_member(info)}, 3 * TILE * TILE)
+        if tile.key not in self._encoded:  # the artist of several evaluation sets is encoded once
+            self._encoded[tile.key] = encode_png(self.pixels(tile))
+        return Sample(tile.key, "png", self._encoded[tile.key], {**members, "json": json_member(info)}, 3 * TILE * TILE)
 
     def _labelled(
         self, name: str, title: str, labels: tuple[str, ...], concepts: list[Concept], sets: list[str]

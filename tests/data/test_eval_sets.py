@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from evatool.data.eval_sets import list_eval_sets, open_eval_set
+from evatool.data.prepare.eval_layout import write_eval_set
+from evatool.data.shards import Sample
+from evatool.errors import DataError
+
+NAMES = ["black-and-white", "coarse-group", "coarse-subgroup", "never-seen", "new-artist", "new-shading", "retrieval"]
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def test_all_sets_are_listed(small: Path) -> None:
+    assert list_eval_sets(small / "eval") == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loader_and_pictures_agree(small: Path, name: str) -> None:
+    opened = open_eval_set(small / "eval" / name, transform=to_tensor, batch_size=8)
+    assert (opened.name, opened.kind) == (name, "retrieval" if name == "retrieval" else "classification")
+    for _ in range(2):  # a loader can be iterated again
+        pictures, labels = zip(*opened.loader, strict=True)
+        images = torch.cat(list(pictures))
+        assert len(images) == opened.num_samples > 0
+    if opened.kind == "retrieval":
+        captions = [c for batch in labels for c in batch]
+        assert captions == [[opened.caption(i)] for i in range(opened.num_samples)]
+        assert opened.classnames == opened.templates == []
+    else:
+        targets = torch.cat(list(labels)).tolist()
+        assert [opened.classnames[t] for t in targets] == [opened.caption(i) for i in range(opened.num_samples)]
+        assert all("{c}" in template for template in opened.templates)
+    for i in (0, opened.num_samples - 1):
+        assert torch.equal(images[i], to_tensor(Image.fromarray(opened.picture(i))))
+
+
+@pytest.mark.parity
+def test_clip_benchmark_opens_a_set_by_itself(small: Path) -> None:
+    from clip_benchmark.datasets.builder import build_dataset
+
+    root = small / "eval" / "new-artist"
+    dataset = build_dataset("wds/new-artist", root=str(root), transform=to_tensor, split="test", download=False)
+    opened = open_eval_set(root, transform=to_tensor, batch_size=1000)
+    ((images, targets),) = opened.loader
+    theirs = list(dataset)
+    assert torch.equal(torch.stack([image for image, _ in theirs]), images)
+    assert [target for _, target in theirs] == targets.tolist()
+    assert (dataset.classes, dataset.templates) == (opened.classnames, opened.templates)
+    assert len(dataset.classes) == 25
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, ("raise SystemExit('a pickle ran')",)
+
+
+def write(folder: Path, extra: dict[str, bytes] | None = None, drop: str | None = None) -> Path:
+    png = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(png, "PNG")
+    samples = [Sample(f"s{i}", "png", png.getvalue(), {"cls": b"0", **(extra or {})}, 192) for i in range(3)]
+    if drop:
+        samples[1] = Sample("s1", "png", png.getvalue(), {k: v for k, v in samples[1].members.items() if k != drop})
+    write_eval_set(folder, samples, kind="classification", classnames=["a"], templates=["{c}"])
+    return folder
+
+
+@pytest.mark.parametrize("extension", ["pyd", "pickle", "pth", "npz", "x.pkl"])
+def test_members_that_could_hold_code_are_never_opened(tmp_path: Path, extension: str) -> None:
+    folder = write(tmp_path / "set", {extension: pickle.dumps(Bomb())})
+    with pytest.raises(DataError, match=f"has a member s0.{extension} that is not read"):
+        open_eval_set(folder, transform=to_tensor, batch_size=2)
+
+
+def shorten_tar(folder: Path) -> None:
+    path = folder / "test" / "0.tar"
+    with tarfile.open(path) as tar:
+        entries = [(entry, tar.extractfile(entry).read()) for entry in tar if not entry.name.startswith("s2")]
+    with tarfile.open(path, "w") as tar:
+        for entry, data in entries:
+            tar.addfile(entry, io.BytesIO(data))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "test" / "nshards.txt").unlink(), "is not an evaluation set"),
+        (lambda f: (f / "test" / "nshards.txt").write_text("one"), "does not hold a number"),
+        (lambda f: (f / "test" / "nshards.txt").write_text("2"), "lacks test/1.tar"),
+        (lambda f: (f / "classnames.txt").unlink(), "lacks classnames.txt"),
+        (lambda f: (f / "zeroshot_classification_templates.txt").unlink(), "lacks zeroshot"),
+        (lambda f: (f / "dataset_type.txt").write_text("multilabel"), "of kind 'multilabel'"),
+        (lambda f: (f / "test" / "0.tar").write_bytes(b"x" * 2000), "cannot be read as a tar"),
+        (shorten_tar, "has 2 samples instead of the 3 of its manifest"),
+    ],
+    ids=["no-count", "odd-count", "too-few-tars", "no-names", "no-templates", "kind", "no-tar", "lost-samples"],
+)
+def test_an_incomplete_set_is_refused(tmp_path: Path, spoil, message: str) -> None:
+    folder = write(tmp_path / "set")
+    spoil(folder)
+    with pytest.raises(DataError, match=message):
+        open_eval_set(folder, transform=to_tensor, batch_size=2)
+
+
+def test_a_sample_without_label_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "set", {"json": json.dumps({}).encode()}, drop="cls")
+    with pytest.raises(DataError, match=r"sample s1 .* has members json, png"):
+        open_eval_set(folder, transform=to_tensor, batch_size=2)
