@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import time
@@ -138,7 +139,11 @@ def run(options: DemoOptions) -> Result:
 def _run_step(step: Step, family: str, options: DemoOptions) -> Result:
     resolved = load_recipe(f"{family}/{step.name}", overrides=step.overrides(options.out, options.seed))
     run_options = RunOptions(
-        name=resolved.name, run_dir=options.out / step.name, resume=True, debug=options.debug, command=["evatool", "demo"]
+        name=resolved.name,
+        run_dir=options.out / step.name,
+        resume=True,
+        debug=options.debug,
+        command=["evatool", "demo"],
     )
     try:
         return run_stage(resolved, run_options)
@@ -192,7 +197,7 @@ def _report(options: DemoOptions, results: dict[str, Result], clock: Clock, eval
         data_text="Pictures of the training set with their captions. Each concept was drawn by up to six artists.",
         losses=[curve for step in CHAIN if (curve := _loss_curve(step, results[step.name])) is not None],
         mim_pictures=[results["pretrain-mim"].outputs["mim_pictures"]],
-        mim_text="From left to right: the picture, what the student saw of it, and how well its prediction at the "
+        mim_text="From top to bottom: the picture, what the student saw of it, and how well its prediction at the "
         "hidden places agrees with the teacher's features.",
         gallery=read_gallery(gallery) if gallery else None,
         machine=evaluated.machine or f"{os.cpu_count()} x {platform.machine()}",
@@ -201,9 +206,22 @@ def _report(options: DemoOptions, results: dict[str, Result], clock: Clock, eval
     )
 
 
+# Figures of a stage that a reader of the report wants, with the words for them.
+SHOWN = {
+    "train_samples": "pictures to train on",
+    "bad_samples": "bad samples",
+    "steps": "steps",
+    "samples_seen": "samples seen",
+    "samples_per_sec": "samples/s",
+    "train/loss": "last loss",
+    "max_difference": "largest difference after reloading",
+    "parameters": "parameters",
+}
+
+
 def _chain_step(step: Step, result: Result, clock: Clock, options: DemoOptions) -> ChainStep:
-    shown = {key: f"{value:.4g}" if isinstance(value, float) else f"{value:,}" for key, value in result.metrics.items()
-             if isinstance(value, int | float)}
+    found = {words: result.metrics[key] for key, words in SHOWN.items() if key in result.metrics}
+    shown = {words: f"{value:.4g}" if isinstance(value, float) else f"{value:,}" for words, value in found.items()}
     family = "debug" if options.debug_size else "demo"
     command = f"evatool {result.stage} {family}/{step.name}"
     return ChainStep(step.title, step.text, clock.seconds.get(step.name, 0.0), shown, command)
@@ -216,7 +234,10 @@ def _loss_curve(step: Step, result: Result) -> LossCurve | None:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows = [row for row in rows if row.get("train/loss") is not None]
     samples, losses = [float(row["samples_seen"]) for row in rows], [float(row["train/loss"]) for row in rows]
-    return LossCurve(step.title, samples, losses, model=step.model)
+    if result.stage != "train-clip":
+        return LossCurve(step.title, samples, losses, model=step.model)
+    batch = rows[0]["samples_seen"] / rows[0]["step"]
+    return LossCurve(step.title, samples, losses, math.log(batch), "ln(batch)", model=step.model)
 
 
 def _samples(train: Path) -> list[CaptionedPicture]:
