@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from preparing import prepare
+
+from evatool.data.prepare import drawings
+
+torch.set_num_threads(1)  # the pictures are tiny: more threads only wait for each other
+
+
+# Decoded once for all tests, not once a run: most of a small run's time.
+drawings.load_sheet = cache(drawings.load_sheet)
 
 
 @pytest.fixture(scope="session")

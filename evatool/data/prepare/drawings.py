@@ -141,8 +141,7 @@ class Drawings:
 
     def _sheet(self, name: str) -> np.ndarray:
         if name not in self._sheets:
-            with resources.files("evatool.data").joinpath("drawings", f"{name}.webp").open("rb") as file:
-                self._sheets[name] = np.asarray(Image.open(file).convert("RGB"))
+            self._sheets[name] = load_sheet(name)
         return self._sheets[name]
 
     @cached_property
@@ -231,6 +230,12 @@ class Drawings:
         of_concept = {c.code: classes.index(n) for c, n in zip(self.seen, names, strict=True)}
         tiles = tuple((tile, of_concept[tile.concept.code]) for tile in self.tiles(self.seen, ["twemoji"]))
         return EvalPlan(name, "classification", title, classes, tiles)
+
+
+def load_sheet(name: str) -> np.ndarray:
+    """All pictures of a set on one sheet, uint8 (H, W, 3)."""
+    with resources.files("evatool.data").joinpath("drawings", f"{name}.webp").open("rb") as file:
+        return np.asarray(Image.open(file).convert("RGB"))
 
 
 def load_concepts() -> list[Concept]:
