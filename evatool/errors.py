@@ -30,6 +30,7 @@ class EvatoolError(Exception):
     """
 
     exit_code = ExitCode.FAILED
+    is_shown = False  # True where another process of this command has already put it on the terminal
 
     def __init__(
         self, what: str, *, where: str | None = None, expected: str | None = None, fix: str | None = None

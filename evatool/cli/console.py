@@ -39,6 +39,8 @@ class Failure:
     problems: list[str] = field(default_factory=list)
     details: dict[str, str] = field(default_factory=dict)
     """`where`, `expected` and `next`, those that are known."""
+    is_shown: bool = False
+    """True if another process of this command has already put it on the terminal."""
 
     def to_json(self) -> dict[str, Any]:
         """The object that `--json` prints."""
@@ -72,7 +74,7 @@ def execute(action: Callable[[], Report], *, json_output: bool, debug: bool, go_
             if debug:
                 traceback.print_exc()
     if rank == 0:
-        if failure is not None:
+        if failure is not None and not failure.is_shown:
             _print_failure(failure)
         if json_output:
             data = failure.to_json() if failure else report.data if report else {}
@@ -86,7 +88,9 @@ def explain(error: BaseException, go_on: str = GO_ON) -> Failure:
     """An exception as what is shown to the user."""
     if isinstance(error, EvatoolError):
         problems = error.problems if isinstance(error, RecipeError) else []
-        return Failure(type(error).__name__, error.what, error.exit_code, problems, dict(error.details()))
+        return Failure(
+            type(error).__name__, error.what, error.exit_code, problems, dict(error.details()), error.is_shown
+        )
     if isinstance(error, KeyboardInterrupt):
         return Failure("Interrupted", "stopped by Ctrl-C", ExitCode.INTERRUPTED, details={"next": go_on})
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -124,7 +128,7 @@ def _print_report(report: Report) -> None:
         from rich.text import Text
 
         header, *rows = report.table
-        table = Table(box=SIMPLE, pad_edge=False)
+        table = Table(box=SIMPLE, pad_edge=False, show_header=any(header))
         for name in header:
             table.add_column(Text(name))
         for row in rows:

@@ -14,9 +14,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from evatool import errors
 from evatool.errors import EvatoolError, ExitCode, RecipeError
 from evatool.recipe.schema import Recipe, TrainingRecipe
-from evatool.stages.run_dir import RunOptions, check_run_dir, read_result, read_status, run_path, write_status
+from evatool.stages.run_dir import (
+    RunOptions,
+    check_run_dir,
+    first_failure,
+    read_result,
+    read_status,
+    run_path,
+    write_status,
+)
 from evatool.types import Result
 
 log = logging.getLogger(__name__)
@@ -93,8 +102,10 @@ def _forwarded_signals(process: subprocess.Popen[str]) -> Iterator[None]:
 def _failure(path: Path, printed: str, is_status_new: bool) -> EvatoolError:
     """What went wrong, in rank 0's words where it could still say it."""
     status = read_status(path) if is_status_new else {}  # an older run's status says nothing about this one
-    if status.get("state") == "running":  # killed before it could write: out of memory, or a second Ctrl-C
-        write_status(path, "failed", ExitCode.FAILED, "a process died without a message")
+    if status.get("state") == "running":  # rank 0 was killed before it could write: by its memory, or by torchrun
+        silent: dict[str, Any] = {"exit_code": ExitCode.FAILED, "message": "a process died without a message"}
+        first = first_failure(path) or silent
+        write_status(path, "failed", first["exit_code"], first["message"])
         status = read_status(path)
     said = _error_object(printed)
     # The status goes first: rank 0 may have died of another rank's failure, and only the status knows of it.
@@ -102,15 +113,21 @@ def _failure(path: Path, printed: str, is_status_new: bool) -> EvatoolError:
     error = said.get("error", {})
     if said.get("exit_code") != exit_code:
         error = {"message": status.get("message") or "a process failed", "where": str(path / "logs")}
-    failure = RecipeError(
-        str(error["message"]),
-        problems=error.get("problems"),
-        where=error.get("where"),
-        expected=error.get("expected"),
-        fix=error.get("next"),
-    )
+    failure = _rebuilt(error)
     failure.exit_code = exit_code
+    failure.is_shown = said.get("exit_code") == exit_code  # by rank 0
     return failure
+
+
+def _rebuilt(error: dict[str, Any]) -> EvatoolError:
+    """The exception behind the object that `--json` printed."""
+    parts = {"where": error.get("where"), "expected": error.get("expected"), "fix": error.get("next")}
+    kind = getattr(errors, str(error.get("type")), EvatoolError)
+    if kind is RecipeError:
+        return RecipeError(error["message"], problems=error.get("problems"), **parts)
+    return (
+        kind(error["message"], **parts) if issubclass(kind, EvatoolError) else EvatoolError(error["message"], **parts)
+    )
 
 
 def _status_stamp(path: Path) -> int | None:
@@ -135,13 +152,13 @@ def run_agent(count: int, argv: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the ranks have said it already
+    logging.disable(logging.ERROR)  # the ranks have said it already
     try:
         run.main(["--standalone", f"--nproc-per-node={count}", "-m", "evatool", *argv])
     except ChildFailedError as error:
         for rank, failure in error.failures.items():
-            if failure.exitcode < 0:
-                log.error("rank %d was killed by %s", rank, signal.Signals(-failure.exitcode).name)
+            if failure.exitcode < 0 and -failure.exitcode not in (signal.SIGTERM, signal.SIGINT):  # the agent's own
+                log.critical("rank %d was killed by %s", rank, signal.Signals(-failure.exitcode).name)
         return 1
     except SignalException as error:
         return 128 + int(error.sigval)

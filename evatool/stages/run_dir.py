@@ -101,7 +101,7 @@ class RunDir:
             if self.rank > 0:
                 write_json(self._note(), {"exit_code": int(exit_code), "message": message, "rank": self.rank})
             else:
-                first = self._first_failure() or {"exit_code": int(exit_code), "message": message}
+                first = first_failure(self.path) or {"exit_code": int(exit_code), "message": message}
                 self._write_status(first["exit_code"], first["message"])
         except OSError as error:  # a full disk must not hide the failure that is being reported
             log.error("status.json could not be written: %s", error)
@@ -116,12 +116,6 @@ class RunDir:
 
     def _note(self) -> Path:
         return self.logs / f"rank_{self.rank:05d}.failed.json"
-
-    def _first_failure(self) -> dict[str, Any] | None:
-        notes = sorted(self.logs.glob("rank_*.failed.json"), key=lambda path: path.stat().st_mtime_ns)
-        found = [json.loads(path.read_text()) for path in notes]
-        stopped = (ExitCode.PREEMPTED, ExitCode.INTERRUPTED)  # ranks that were told to stop are not the cause
-        return next((note for note in found if note["exit_code"] not in stopped), None)
 
     def _write_status(self, exit_code: int, message: str | None) -> None:
         write_status(self.path, _STATES.get(ExitCode(exit_code), "failed"), exit_code, message)
@@ -264,6 +258,14 @@ def write_status(path: Path, state: str, exit_code: int | None, message: str | N
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     write_json(path / "status.json", status)
+
+
+def first_failure(path: Path) -> dict[str, Any] | None:
+    """The note (exit_code, message, rank) of the rank above 0 that failed first in this start; None if none did."""
+    notes = sorted(path.glob("logs/rank_*.failed.json"), key=lambda note: note.stat().st_mtime_ns)
+    found = [json.loads(note.read_text(encoding="utf-8")) for note in notes]
+    stopped = (ExitCode.PREEMPTED, ExitCode.INTERRUPTED)  # ranks that were told to stop are not the cause
+    return next((note for note in found if note["exit_code"] not in stopped), None)
 
 
 def read_status(path: Path) -> dict[str, Any]:

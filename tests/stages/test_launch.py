@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from evatool.errors import EvatoolError, UsageError
+from evatool.errors import DataError, EvatoolError, UsageError
 from evatool.recipe.load import load_recipe
 from evatool.stages import launch
 from evatool.stages.launch import launch_if_needed, num_processes
-from evatool.stages.run_dir import RunOptions, open_run_dir, write_status
+from evatool.stages.run_dir import RunDir, RunOptions, open_run_dir, write_status
 
 TRAIN = "demo/train-clip"
 
@@ -70,7 +70,17 @@ def test_the_cause_is_the_new_status_or_rank_0s_words(
     failure = launch._failure(tmp_path, printed, is_new)
     assert isinstance(failure, EvatoolError)
     assert (failure.exit_code, failure.what) == expected
+    assert failure.is_shown == (failure.what == "no shards")
+    assert isinstance(failure, DataError) == failure.is_shown
     assert json.loads((tmp_path / "status.json").read_text())["state"] == ("failed" if state == "running" else state)
+
+
+def test_a_failed_rank_speaks_for_a_killed_rank_0(tmp_path: Path) -> None:
+    write_status(tmp_path, "running", None, None)
+    RunDir(tmp_path, rank=1).logs.mkdir()
+    RunDir(tmp_path, rank=1).fail(78, "rank 1: bad data")
+    failure = launch._failure(tmp_path, "", is_status_new=True)
+    assert (failure.exit_code, failure.what) == (78, "rank 1: bad data")
 
 
 # What each rank runs in place of training: `-m evatool` finds this package first.
