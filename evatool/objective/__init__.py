@@ -1,0 +1,1 @@
+"""What is learned: models and a batch in, losses out."""

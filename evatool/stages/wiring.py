@@ -15,6 +15,7 @@ from open_clip import CustomTextCLIP
 from torch import nn
 
 from evatool.api import LoadedClip, load_clip, read_weights
+from evatool.checkpoint.layout import MODEL_PREFIX
 from evatool.checkpoint.load import Checkpoint, latest_checkpoint, load_checkpoint
 from evatool.checkpoint.save import save_run
 from evatool.data.loader import TrainLoader, build_train_loader
@@ -331,16 +332,15 @@ def training_result(
         "samples_seen": state.samples_seen,
         "samples_per_sec": round(state.samples_seen / state.train_sec, 2) if state.train_sec else 0.0,
         "skipped_steps": len(state.skipped_steps),
+        "parameters": sum(
+            p.numel() for name, p in trainer.objective.named_parameters() if name.startswith(MODEL_PREFIX)
+        ),
     }
     metrics |= {key: value for key, value in record.items() if key.startswith("train/") and value is not None}
     if isinstance(job.recipe, TrainClipRecipe | DistillRecipe):
         metrics["stuck_at_start"] = int("stuck_at_start" in state.notes)
     if state.notes:
         metrics["warning"] = "; ".join(state.notes.values())
-    table = [
-        ["", ""],
-        *([key, f"{value:.4g}" if isinstance(value, float) else str(value)] for key, value in metrics.items()),
-    ]
     outputs = {
         "checkpoint": run_dir.checkpoints / f"step_{train.num_steps:08d}",
         "metrics": run_dir.metrics,
@@ -352,7 +352,6 @@ def training_result(
         outputs=outputs | (pictures or {}),
         metrics=metrics,
         next_command=next_command,
-        table=table,
     )
 
 

@@ -56,6 +56,7 @@ def test_clip_run_learns_and_can_be_loaded(clip_run: Result) -> None:
     saved = weights_of(clip_run)
     assert set(saved) == set(clip.model.state_dict())
     assert torch.equal(clip.model.logit_scale, saved["logit_scale"])
+    assert clip_run.metrics["parameters"] == sum(p.numel() for p in clip.model.parameters())
 
 
 def test_mim_run_learns_and_keeps_no_teacher(mim_run: Result) -> None:
@@ -239,6 +240,12 @@ def test_a_teacher_that_is_nothing_is_refused(run_training, tmp_path) -> None:
 def test_a_mim_preset_is_no_clip(run_training, tmp_path) -> None:
     with pytest.raises(RecipeError, match="no text tower"):
         run_training("train-clip", tmp_path / "run", 'model.preset="EVA-02-Ti"')
+
+
+def test_bf16_and_loader_processes_train_much_the_same(run_training, clip_run, tmp_path) -> None:
+    result = run_training("train-clip", tmp_path / "run", 'train.precision="bf16"', "data.num_workers=1")
+    assert result.metrics["train/loss"] == pytest.approx(clip_run.metrics["train/loss"], rel=0.05)
+    assert all(tensor.dtype == torch.float32 for tensor in weights_of(result).values())
 
 
 def test_a_loss_at_the_log_of_the_batch_is_reported(run_training, clip_run, tmp_path) -> None:
