@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evatool.checkpoint.load import latest_checkpoint, load_checkpoint
+from evatool.checkpoint.save import save_run
 from evatool.distributed.collectives import all_gather_with_grad, rank, world_size
 from evatool.distributed.engine import Engine, build_engine
 from evatool.distributed.world import World
 from evatool.optim.param_groups import build_param_groups
+from evatool.optim.schedules import warmup_cosine
 from evatool.recipe.schema import EngineSection, GroupSection, OptimSection
+from evatool.train.hooks import Checkpoints, Hook, MetricsFile
+from evatool.train.state import TrainState, resume_from
+from evatool.train.trainer import Trainer
 from evatool.types import Batch, LossDict, ParamGroup
 
 B, S, L, E, VOCAB = 8, 4, 5, 8, 32
+NUM_STEPS = 12
 
 
 class ToyVisual(nn.Module):
@@ -117,3 +126,31 @@ def toy_optim(layer_decay: float = 0.8, has_other: bool = True) -> OptimSection:
 
 def toy_groups(objective: nn.Module, section: OptimSection | None = None) -> list[ParamGroup]:
     return build_param_groups(objective.named_parameters(), section or toy_optim(), depth_visual=2, depth_text=0)
+
+
+def make_trainer(
+    run_dir: Path, *, hooks: Sequence[Hook] = (), every_steps: int | None = 5, resume: bool = False, seed: int = 7
+) -> Trainer:
+    """`NUM_STEPS` toy steps in `run_dir`, from the start or the newest checkpoint; `hooks` come before saving."""
+    torch.manual_seed(seed)
+    objective = ToyObjective(has_projection=True)
+    groups = toy_groups(objective)
+    engine = toy_engine(objective, groups)
+    state = TrainState(seed=seed)
+    if resume:
+        latest = latest_checkpoint(run_dir)
+        assert latest is not None
+        state = resume_from(load_checkpoint(latest), engine, groups)
+    save = partial(save_run, run_dir / "checkpoints", model_config={"task": "clip"}, resolved_toml="a = 1\n", keep=2)
+    return Trainer(
+        objective,
+        engine,
+        ToyLoader(seed, state.position, rank=rank(), world_size=world_size()),
+        groups,
+        partial(warmup_cosine, num_steps=NUM_STEPS, warmup_steps=3),
+        [MetricsFile(run_dir / "metrics.jsonl"), *hooks, Checkpoints(save, every_steps)],
+        state,
+        NUM_STEPS,
+        B,
+        log_every=1,
+    )

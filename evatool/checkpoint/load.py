@@ -101,7 +101,7 @@ def _lists_files(manifest: dict[str, Any]) -> bool:
         return False
     entries_are_fine = all(isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in files.values())
     # Only files of this folder, and at least those that every checkpoint has.
-    return entries_are_fine and all(Path(name).name == name for name in files) and layout.ALWAYS_THERE <= set(files)
+    return entries_are_fine and all(Path(name).name == name for name in files) and set(files) >= layout.ALWAYS_THERE
 
 
 def load_checkpoint(checkpoint: Path) -> Checkpoint:

@@ -58,7 +58,7 @@ def draw_loss_curve(
         top.axhline(reference[0], color=INK, linewidth=1, linestyle=":", label=f"{reference[1]} = {reference[0]:.2f}")
     top.set_title(title, loc="left", color=INK, fontsize=13, fontweight="bold")
     top.set_ylabel("train loss", color=INK)
-    top.legend(frameon=False, loc="upper right")
+    top.legend(edgecolor="none", loc="upper right")
     for key in sorted({key for r in records for key in r if key.startswith("optim/lr/")}):
         with_key = [r for r in records if key in r]
         bottom.plot([r["samples_seen"] for r in with_key], [r[key] for r in with_key], label=key.rpartition("/")[2])
@@ -78,10 +78,7 @@ def draw_loss_curve(
 
 
 def smoothed(values: list[float], share: float = 0.05) -> list[float]:
-    """Exponential mean over about `share` of the points, started without a bias towards the first."""
-    weight = max(share * len(values), 1.0)
-    keep, out, total, count = 1 - 1 / weight, [], 0.0, 0.0
-    for value in values:
-        total, count = keep * total + value, keep * count + 1
-        out.append(total / count)
-    return out
+    """Mean over about `share` of all points around each, over fewer at both ends."""
+    reach = int(share * len(values) / 2)
+    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]

@@ -114,12 +114,12 @@ def test_killed_at_every_write_boundary(save, disk, tmp_path):
     assert outcomes == {1, 2}
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["full disk", "broken disk"])
-def test_disk_fails_at_every_write_boundary(save, disk, tmp_path, code):
+@pytest.mark.parametrize(("code", "every"), [(errno.ENOSPC, 1), (errno.EIO, 6)], ids=["full disk", "broken disk"])
+def test_disk_fails_at_write_boundaries(save, disk, tmp_path, code, every):
     save(1, keep=2)
     disk.count = 0
     save(2, keep=2)
-    for fail_at in range(1, disk.count + 1):
+    for fail_at in range(1, disk.count + 1, every):
         folder = tmp_path / f"full{fail_at}"
         first = save(1, keep=2, folder=folder)
         disk.arm(fail_at, OSError(code, os.strerror(code)))
