@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import io
 import pickle
+import re
 import struct
 import zipfile
 import zlib
@@ -277,12 +278,7 @@ class _DataUnpickler(pickle.Unpickler):
             return _DTYPES[name]
         if (module, name) in _RECORDS or module.startswith("__torch__"):
             return type(name, (Record,), {"__module__": module})
-        raise CheckpointError(
-            f"the file contains an object of {module}.{name}, which is not plain data and was not loaded",
-            where=str(self._path),
-            expected="tensors and plain containers",
-            fix="save the state dict alone, or convert the file to safetensors where it was made",
-        )
+        raise _refusal(f"{module}.{name}", self._path)
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _location, size = pid
@@ -291,13 +287,26 @@ class _DataUnpickler(pickle.Unpickler):
         return _Storage(str(key), dtype, size)
 
 
+def _refusal(name: str, path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"the file contains an object of {name}, which is not plain data and was not loaded",
+        where=str(path),
+        expected="tensors and plain containers",
+        fix="save the state dict alone, or convert the file to safetensors where it was made",
+    )
+
+
 def _read_legacy(path: Path) -> Any:
     """A file of torch before 1.6, through torch's own restricted loader."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        refused = re.search(r"(?i:unsupported) (?:global|class|GLOBAL)[^\w]*(?:GLOBAL )?([\w.]+)", str(error))
+        if refused:
+            raise _refusal(refused.group(1), path) from error
+        # torch's own words would advise to switch the restriction off
         raise CheckpointError(
-            f"this file cannot be read as weights: {str(error).splitlines()[0]}",
+            "this file cannot be read as weights: it is damaged, or no torch file",
             where=str(path),
             fix="copy or download the file again, or convert it to safetensors where it was made",
         ) from error
