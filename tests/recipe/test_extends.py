@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from evatool.errors import RecipeError
+from evatool.recipe import load
 from evatool.recipe.load import find_recipes_dir, is_recipe, list_recipes, load_recipe, resolve_table
 
 Write = Callable[[str, str], Path]
@@ -177,3 +178,15 @@ def test_a_table_resolves_like_a_file() -> None:
     assert resolved.origins["export.checkpoint"] == "command line"
     assert resolved.origins["export.tolerance"] == "--set"
     assert resolved.path is None
+
+
+def test_an_installed_package_brings_its_own_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "site" / "evatool" / "recipe" / "load.py"
+    module.parent.mkdir(parents=True)
+    monkeypatch.setattr(load, "__file__", str(module))
+    assert find_recipes_dir() == tmp_path / "site" / "recipes"
+    (tmp_path / "site" / "evatool" / "_recipes" / "demo").mkdir(parents=True)
+    shipped = tmp_path / "site" / "evatool" / "_recipes" / "demo" / "export.toml"
+    shipped.write_text('stage = "export"\nsource = "s"\nexport.checkpoint = "c"\n')
+    assert list_recipes() == [("demo/export", "export", "s")]
+    assert load_recipe("demo/export").origins["source"] == "shipped demo/export.toml"
