@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from toy_run import ToyLoader, ToyObjective, toy_engine, toy_groups
+from toy_run import ToyLoader, ToyObjective, make_trainer, toy_engine, toy_groups
 
 from evatool.checkpoint.load import load_checkpoint
 from evatool.checkpoint.save import save_run
 from evatool.distributed.collectives import all_reduce_mean, rank, world_size
 from evatool.distributed.engine import Engine
+from evatool.errors import CheckpointError, NumericalError, Preempted
+from evatool.train.guards import NonFiniteGuard
+from evatool.train.hooks import Hook
 from evatool.train.state import describe_groups, resume_from
 
 pytestmark = pytest.mark.dist
@@ -51,8 +59,13 @@ def run_cell(kind: str, zero_stage: int, bad_step: int | None = BAD_STEP) -> Out
     return losses, norms, clone(engine.model_state()), clone(engine.optimizer_state())
 
 
-def run_cells(cells: list[tuple[str, int]]) -> list[Outcome]:
-    return [run_cell(*cell) for cell in cells]
+def run_cells(cells: list[tuple[str, int]], extensions: Path) -> list[Outcome]:
+    os.environ |= {"PATH": "", "TORCH_EXTENSIONS_DIR": str(extensions)}  # no compiler is found, and none is missed
+    outcomes = [run_cell(*cell) for cell in cells]
+    assert not extensions.exists(), "DeepSpeed compiled something"
+    streams = [handler.stream for handler in logging.getLogger("DeepSpeed").handlers]
+    assert streams == [sys.stderr], "stdout belongs to the command's result"
+    return outcomes
 
 
 def assert_same(ours: Outcome, expected: Outcome, cell: str) -> None:
@@ -70,10 +83,10 @@ def assert_same(ours: Outcome, expected: Outcome, cell: str) -> None:
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_every_engine_is_the_single_process_engine(run_on_ranks, num_ranks):
+def test_every_engine_is_the_single_process_engine(run_on_ranks, num_ranks, tmp_path):
     expected = run_cell("single", 0)
     assert expected[3]["num_updates"] == NUM_STEPS - 1
-    for outcomes in run_on_ranks(run_cells, num_ranks, CELLS):
+    for outcomes in run_on_ranks(run_cells, num_ranks, CELLS, tmp_path / "extensions"):
         for cell, outcome in zip(CELLS, outcomes, strict=True):
             assert_same(outcome, expected, str(cell))
 
@@ -124,3 +137,71 @@ def test_any_engine_resumes_any_other(run_on_ranks, tmp_path):
     for path in sorted(tmp_path.iterdir()):
         for losses in resume_and_train(path / "step_00000003", [("single", 0)]):
             assert losses == pytest.approx(whole[3:], rel=1e-5), path.name
+
+
+class SignalOnRank(Hook):
+    """Sends one rank's process a signal after a step."""
+
+    def __init__(self, number: int, step: int) -> None:
+        self.number, self.step = number, step
+
+    def after_step(self, state, losses, trainer):
+        if rank() == self.number and state.step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop_one_rank(folder: Path) -> tuple[str, int]:
+    trainer = make_trainer(folder, hooks=[SignalOnRank(1, 4)])
+    try:
+        trainer.fit()
+    except Preempted as stopped:
+        return str(stopped), trainer.state.step
+    return "not stopped", trainer.state.step
+
+
+def fail_to_save(folder: Path) -> str:
+    trainer = make_trainer(folder)
+    os.fsync = lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space left"))  # this process only
+    try:
+        trainer.fit()
+    except CheckpointError as error:
+        return error.what
+    return "saved"
+
+
+def too_many_bad_steps(folder: Path) -> tuple[str, str]:
+    trainer = make_trainer(folder, hooks=[NonFiniteGuard(budget=0)])
+    clean = trainer.engine.forward
+
+    def on_rank_1(batch):
+        if rank() == 1 and trainer.state.step == 2:
+            batch.image = torch.full(batch.image.shape, torch.nan)
+        return clean(batch)
+
+    trainer.engine.forward = on_rank_1
+    try:
+        trainer.fit()
+    except NumericalError as error:
+        return error.what, error.where or ""
+    return "went on", ""
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(run_on_ranks, tmp_path):
+    for message, step in run_on_ranks(stop_one_rank, 2, tmp_path):
+        assert message.startswith("stopped by SIGTERM after step 4 of 12")
+        assert step == 4
+    assert load_checkpoint(tmp_path / "checkpoints" / "step_00000004").train_state["samples_seen"] == 32
+
+
+def test_a_full_disk_on_rank_0_ends_all_ranks(run_on_ranks, tmp_path):
+    first, second = run_on_ranks(fail_to_save, 2, tmp_path)
+    assert first.startswith("the disk is full: step_00000005 could not be saved")
+    assert second == "rank 0 could not save step 5: see its log"
+
+
+def test_bad_values_on_one_rank_end_all_ranks(run_on_ranks, tmp_path):
+    answers = run_on_ranks(too_many_bad_steps, 2, tmp_path)
+    assert answers[0] == answers[1]
+    assert answers[0][0].startswith("1 of the last 100 steps")
+    assert answers[0][1].startswith("step 3, rank 0: loss nan, samples sample16")
+    assert "rank 1: loss nan, samples sample20" in answers[0][1]
