@@ -1,5 +1,7 @@
 """Exact parameter counts (eva.md 1.4 and 1.5), on the meta device."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -60,3 +62,11 @@ def test_mim(name):
     assert count(model) == total
     if trunk is not None:
         assert count(model.visual) == trunk
+
+
+@pytest.mark.parametrize("name", [*CLIP, *MIM])
+def test_the_page_of_models_has_the_counts(name):
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+    total = CLIP[name][2] if name in CLIP else MIM[name][0]
+    assert row.rstrip(" |").endswith(f"{total:,}")
