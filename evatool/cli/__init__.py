@@ -1,0 +1,1 @@
+"""The command line: reads recipes, calls stages, words errors. No torch."""

@@ -1,0 +1,1 @@
+"""Recipes: typed sections, reading and writing TOML. No torch."""
