@@ -123,10 +123,10 @@ class TrainLoader:
     def _beyond_limit(self, base: int) -> BadDataLimitError:
         causes = Counter(bad.cause for bad in self.bad_samples.values())
         counted = ", ".join(f"{count} {cause}" for cause, count in causes.most_common())
-        named = "; ".join(str(bad) for bad in list(self.bad_samples.values())[:5])
+        named = [str(bad) for bad in list(self.bad_samples.values())[:5]]
         return BadDataLimitError(
             f"{len(self.bad_samples)} of {base} samples cannot be read ({counted})",
-            where=f"{self.dataset.index.folder}: {named}",
+            where="\n  ".join([str(self.dataset.index.folder), *named]),
             expected=f"at most data.max_bad_fraction = {self.max_bad_fraction} of them",
             fix="prepare the data again with `evatool data-prepare`, or raise data.max_bad_fraction",
         )

@@ -60,7 +60,7 @@ class BadSamples:
         counted = ", ".join(f"{len(names)} {cause}" for cause, names in self.by_cause.items())
         raise BadDataLimitError(
             f"{self.count} of {self.total} pictures and caption rows cannot be used: {counted}",
-            where=f"{self.where}: " + "; ".join(self.lines()),
+            where="\n  ".join([self.where, *self.lines()]),
             expected=f"at most {self.allowed} (shards.max_bad_fraction = {self.max_fraction})",
             fix="mend or remove what is named, or raise shards.max_bad_fraction to skip it",
         )

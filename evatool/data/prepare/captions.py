@@ -113,7 +113,10 @@ def _check_columns(found: list[str], section: FolderSource) -> None:
     missing = {key: name for key, name in wanted.items() if name not in found}
     if not missing:
         return
-    near = {key: get_close_matches(name, found, n=1, cutoff=0.4) for key, name in missing.items()}
+    others = [name for name in found if name not in wanted.values()]
+    near = {key: get_close_matches(name, others, n=1, cutoff=0.4) for key, name in missing.items()}
+    if len(missing) == len(others) == 1:
+        near = dict.fromkeys(missing, others)
     hints = [f"--set data.{key}={names[0]}" for key, names in near.items() if names]
     raise DataError(
         f"caption file {section.captions.name} has no column {' and no column '.join(map(repr, missing.values()))}",
