@@ -100,7 +100,12 @@ class ToyLoader:
 
 
 def toy_engine(
-    objective: nn.Module, groups: list[ParamGroup], kind: str = "auto", zero_stage: int = 0, clip: float | None = 1.0
+    objective: nn.Module,
+    groups: list[ParamGroup],
+    kind: str = "auto",
+    zero_stage: int = 0,
+    clip: float | None = 1.0,
+    precision: str = "fp32",
 ) -> Engine:
     world = World(rank(), world_size(), rank(), torch.device("cpu"))
     return build_engine(
@@ -108,7 +113,7 @@ def toy_engine(
         world,
         objective,
         groups,
-        precision="fp32",
+        precision=precision,
         grad_clip_norm=clip,
         betas=(0.9, 0.98),
         eps=1e-6,

@@ -20,11 +20,10 @@ NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, strict, unknown keys refused, field docstrings become descriptions."""
+    """Base of all sections: frozen, strict, unknown keys refused. What a field means: `recipe.docs.field_doc`."""
 
-    model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    # Validators are built on first use: a command needs one stage's.
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
 # ---------------------------------------------------------------------------------------------------- data-prepare
@@ -320,7 +319,17 @@ class EngineSection(Section):
     processes: Positive | None = None
     """Processes to start on this machine; one a GPU, or one without GPUs, when absent. Ignored under torchrun."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
-    """DeepSpeed's ZeRO stage."""
+    """What DeepSpeed divides over ranks: 0 nothing, 1 moments, 2 gradients too, 3 weights too."""
+
+    @model_validator(mode="after")
+    def _settings_reach_the_engine(self) -> EngineSection:
+        if self.zero_stage > 0 and self.kind != "deepspeed":
+            raise ValueError(
+                f'zero_stage = {self.zero_stage} has no effect with kind = "{self.kind}": set kind = "deepspeed"'
+            )
+        if self.kind == "single" and (self.processes or 1) > 1:
+            raise ValueError(f'kind = "single" is one process, but processes = {self.processes}: use kind = "ddp"')
+        return self
 
 
 class TrainingRecipe(Section):
