@@ -61,7 +61,7 @@ class BlockMaskGenerator:
             raise RecipeError(
                 f"no block mask can be drawn: {problem}",
                 where="objective.mask_ratio, objective.min_block_fraction and the model's patch grid",
-                fix="use smaller patches or larger pictures, or lower objective.min_block_fraction",
+                fix="use smaller patches or larger pictures, or lower the two shares",
             )
 
     def __call__(self, rng: random.Random) -> np.ndarray:
