@@ -163,12 +163,14 @@ def _about(path: Path, context: Mapping[str, Any], model: type[schema.Section]) 
     if "discriminator" in context and path[-1] == "kind":
         tags = sorted({k.kind for k in schema_keys(model) if k.path == path and k.kind})
         return " (one of " + ", ".join(f'"{tag}"' for tag in tags) + ")"
+    from evatool.recipe.docs import field_doc
+
     current: tuple[type[schema.Section], ...] = (model,)
     description = ""
     for part in path:
-        fields = [s.model_fields[part] for s in current if part in s.model_fields]
-        current = tuple(inner for f in fields for inner in _sections_in(f.annotation))
-        description = next((f.description for f in fields if f.description), "")
+        owners = [s for s in current if part in s.model_fields]
+        current = tuple(inner for s in owners for inner in _sections_in(s.model_fields[part].annotation))
+        description = next((doc for s in owners if (doc := field_doc(s, part))), "")
         if not description and len(current) == 1:
             description = (current[0].__doc__ or "").splitlines()[0]
     text = " ".join(description.split()).rstrip(".")

@@ -292,7 +292,8 @@ class TrainSection(Section):
     def _at_least_one_step(self) -> TrainSection:
         if self.samples_seen < self.global_batch_size:
             raise ValueError(
-                f"samples_seen = {self.samples_seen} is less than one step of global_batch_size = {self.global_batch_size}"
+                f"samples_seen = {self.samples_seen} is less than one step of "
+                f"global_batch_size = {self.global_batch_size}"
             )
         return self
 

@@ -116,14 +116,16 @@ def _tables(table: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tu
 
 
 def _descriptions(section: Section, path: tuple[str, ...] = ()) -> dict[str, str]:
+    from evatool.recipe.docs import field_doc
+
     found: dict[str, str] = {}
-    for name, field in type(section).model_fields.items():
+    for name in type(section).model_fields:
         value = getattr(section, name)
         if isinstance(value, Section):
             found[dotted((*path, name))] = (type(value).__doc__ or "").strip().splitlines()[0]
             found |= _descriptions(value, (*path, name))
-        if field.description:
-            found[dotted((*path, name))] = " ".join(field.description.split())
+        if doc := field_doc(type(section), name):
+            found[dotted((*path, name))] = doc
     return found
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from evatool.errors import RecipeError
 from evatool.recipe import schema
+from evatool.recipe.docs import field_doc
 from evatool.recipe.load import load_recipe
 from evatool.recipe.problems import schema_keys, strip_union_tags
 
@@ -112,6 +113,6 @@ def test_every_field_says_what_it_means(stage: str) -> None:
             ]
             inner = [s for s in inner if issubclass(s, schema.Section) and s is not schema.Section]
             sections += inner
-            if not field.description and not inner and name not in ("kind", "stage"):
+            if not field_doc(section, name) and not inner and name not in ("kind", "stage"):
                 silent.append(f"{section.__name__}.{name}")
     assert not silent

@@ -1,6 +1,6 @@
 """CPU time of what must feel instant, against importing the three packages that any such command line needs.
 
-Run it on an idle machine: `python tests/bench_startup.py`. The smallest of several runs counts.
+Run it on an idle machine: `python tests/benchmarks/startup.py`. The smallest of several runs counts.
 """
 
 from __future__ import annotations
