@@ -82,7 +82,7 @@ def assert_same(ours: Outcome, expected: Outcome, cell: str) -> None:
             assert ours[1][step] == pytest.approx(expected[1][step], rel=1e-4), cell
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_every_engine_is_the_single_process_engine(run_on_ranks, num_ranks, tmp_path):
     expected = run_cell("single", 0)
     assert expected[3]["num_updates"] == NUM_STEPS - 1
