@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from evatool.model.names import PROJECTION, TOWER
+from evatool.model.derived import PROJECTION, TOWER
 from evatool.model.presets import PRESETS, ModelConfig
 from evatool.tensorfile import shape_of
 

@@ -1,21 +1,21 @@
-"""Names of published weights, translated to ours: open_clip's `visual.trunk.*` (a timm `Eva`), `text.*`, `logit_scale`.
+"""Names of published weights, translated to ours: open_clip's `CustomTextCLIP`.
 
-A MIM model's own parts keep BAAI's names: `mask_token` and `lm_head.*`. Tables: eva.md 5.2 and 5.3.
+The image tower of an EVA model is `visual.trunk.*` (a timm `Eva`), that of an OpenAI or LAION CLIP is open_clip's own
+ViT below `visual.*`; then `text.*` and `logit_scale`. A MIM model's own parts keep BAAI's names: `mask_token` and
+`lm_head.*`. Tables: eva.md 5.2 and 5.3.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
 
 from evatool.errors import CheckpointError
-from evatool.tensorfile import TensorMap, dtype_of, shape_of
+from evatool.model.derived import PROJECTION, TOWER, DerivedMap, Source, TowerKind
+from evatool.model.foreign_names import is_transformers, transformers_sources
 
-TOWER = "visual.trunk."
-PROJECTION = "visual.head.proj.weight"  # without bias it is open_clip's linear projection, not timm's head
 MIM_PARTS = ("mask_token", "lm_head.weight", "lm_head.bias")
 
 # BAAI -> timm inside a block. No name on the right matches a pattern on the left, so timm's names pass unchanged.
@@ -27,55 +27,41 @@ _TOWER_RENAMES = (
     ("mlp.w2.", "mlp.fc1_x."),
     ("mlp.w3.", "mlp.fc2."),
 )
-_TOWER_PARTS = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight")
+_EVA_PARTS = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight")
+_VIT_PARTS = {"visual.conv1.weight", "visual.class_embedding", "visual.proj"}
 # OpenAI's order: the text tower stands at the root.
 _ROOT_TEXT = re.compile(r"(token_embedding|positional_embedding|transformer|ln_final|text_projection)(\.|$)")
-_RECOMPUTED = re.compile(r"(^|\.)rope\.|\.k_bias$|(^|\.)attn_mask$|\.position_ids$")
+# Recomputed buffers, and the three numbers that OpenAI's archives keep as tensors.
+_RECOMPUTED = re.compile(
+    r"(^|\.)rope\.|\.k_bias$|(^|\.)attn_mask$|\.position_ids$|^(input_resolution|context_length|vocab_size)$"
+)
 
 
-class RenamedMap(TensorMap):
-    """Other tensors under our names, read from there one at a time, when asked for."""
-
-    def __init__(self, base: Mapping[str, Tensor], source_by_name: Mapping[str, str]) -> None:
-        self._base, self._source = base, dict(source_by_name)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._base[self._source[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._source)
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape at the source."""
-        return shape_of(self._base, self._source[name])
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype at the source."""
-        return dtype_of(self._base, self._source[name])
-
-
-def canonical_state(state: Mapping[str, Tensor], where: str = "state dict") -> RenamedMap:
+def canonical_state(state: Mapping[str, Tensor], where: str = "state dict") -> DerivedMap:
     """`state` under our names; buffers that are recomputed (RoPE tables among them) are left out.
 
-    Understands BAAI's CLIP and MIM files, open_clip's names, timm's `Eva` and our own MIM checkpoints, by the names
-    themselves. Raises CheckpointError where it finds no EVA image tower, or two sources for one name.
+    Understands BAAI's CLIP and MIM files, open_clip's names, timm's `Eva`, our own checkpoints, OpenAI's archives and
+    transformers' names of CLIP and EVA-CLIP, by the names themselves. Raises CheckpointError where it finds no image
+    tower that it knows, or two sources for one name.
     """
-    rename = _renamer((_without_wrapper(key) for key in state), where)
-    translated: dict[str, str] = {}
-    for key in state:
-        name = _without_wrapper(key)
-        if _RECOMPUTED.search(name):
-            continue
-        ours = rename(name)
-        if ours in translated:
+    if isinstance(state, DerivedMap):
+        return state
+    keys = [key for key in state if not _RECOMPUTED.search(_without_wrapper(key))]
+    names = {_without_wrapper(key) for key in keys}
+    if is_transformers(names):
+        return DerivedMap(state, *transformers_sources({_without_wrapper(key): key for key in keys}))
+    is_vit = names >= _VIT_PARTS
+    tower: TowerKind = "clip-vit" if is_vit else "eva"
+    rename: Callable[[str], str] = _shared_name if is_vit else _EvaNames(names, where)
+    sources: dict[str, Source] = {}
+    for key in keys:
+        ours = rename(_without_wrapper(key))
+        if ours in sources:
             raise CheckpointError(
-                f"{key} and {translated[ours]} are both {ours}", where=where, expected="one tensor a parameter"
+                f"{key} and {sources[ours].keys[0]} are both {ours}", where=where, expected="one tensor a parameter"
             )
-        translated[ours] = key
-    return RenamedMap(state, translated)
+        sources[ours] = Source((key,))
+    return DerivedMap(state, sources, tower)
 
 
 def _without_wrapper(key: str) -> str:
@@ -83,20 +69,26 @@ def _without_wrapper(key: str) -> str:
     return re.sub(r"^(module\.|_orig_mod\.)+", "", key)
 
 
-class _renamer:
-    """Name -> our name, with what depends on the whole set of names decided once."""
+def _shared_name(name: str) -> str:
+    """What the text tower and the temperature are called, in every order of BAAI, open_clip and OpenAI."""
+    if name.removeprefix("text.") in ("logit_scale", "logit_bias"):
+        return name.removeprefix("text.")  # EVA-01's CLIP file keeps it inside the text tower
+    return f"text.{name}" if _ROOT_TEXT.match(name) else name
 
-    def __init__(self, names: Iterable[str], where: str) -> None:
-        names = set(names)
+
+class _EvaNames:
+    """Name -> our name for a model with an EVA tower, with what depends on the whole set of names decided once."""
+
+    def __init__(self, names: set[str], where: str) -> None:
         for prefix in (TOWER, "visual.", ""):
-            if {f"{prefix}{part}" for part in _TOWER_PARTS} <= names:
+            if {f"{prefix}{part}" for part in _EVA_PARTS} <= names:
                 self.prefix = prefix
                 break
         else:
             raise CheckpointError(
-                "no EVA image tower was found among the names",
+                "no image tower that evatool knows was found among the names",
                 where=where,
-                expected="cls_token and patch_embed under visual.trunk. (open_clip), visual. (BAAI) or no prefix",
+                expected="an EVA tower under visual.trunk. (open_clip), visual. (BAAI) or no prefix, or a CLIP ViT",
                 fix=f"the file has {', '.join(sorted(names)[:4])} ...",
             )
         self.separate = f"{self.prefix}blocks.0.attn.q_proj.weight" in names
@@ -106,19 +98,16 @@ class _renamer:
     def __call__(self, name: str) -> str:
         if name in MIM_PARTS or name == PROJECTION:
             return name
-        if name.removeprefix("text.") in ("logit_scale", "logit_bias"):
-            return name.removeprefix("text.")  # EVA-01's CLIP file keeps it inside the text tower
-        if name.startswith("text."):
-            return name
-        if _ROOT_TEXT.match(name):
-            return f"text.{name}"
-        if not name.startswith(self.prefix):
-            return name
+        shared = _shared_name(name)
+        if shared != name or name.startswith("text.") or not name.startswith(self.prefix):
+            return shared
         return self._tower(name.removeprefix(self.prefix))
 
     def _tower(self, name: str) -> str:
         if name == "head.weight" and not self.head_has_bias:
             return PROJECTION
+        if name in ("logit_scale", "logit_bias"):
+            return name
         for theirs, ours in _TOWER_RENAMES:
             name = name.replace(theirs, ours)
         if self.separate:
@@ -129,7 +118,7 @@ class _renamer:
 
 
 def baai_name(name: str, *, separate_qkv: bool, swiglu: bool) -> str:
-    """Our name -> BAAI's, for a CLIP model; `swiglu` for packed or separate SwiGLU, told apart by the name."""
+    """Our name -> BAAI's; `swiglu` for packed or separate SwiGLU, told apart by the name."""
     if name == PROJECTION:
         return "visual.head.weight"
     if not name.startswith(TOWER):

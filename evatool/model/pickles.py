@@ -61,8 +61,8 @@ _RECORDS = {
     ("deepspeed.runtime.zero.partition_parameters", "ZeroParamStatus"),
     ("deepspeed.utils.tensor_fragment", "fragment_address"),
     ("deepspeed.runtime.zero.offload_config", "OffloadDeviceEnum"),
-    ("torch.optim.lr_scheduler", "LambdaLR"),
-    ("torch.distributed.algorithms.join", "Join"),
+    ("torch.nn.parameter", "Parameter"),
+    ("torch", "Tensor"),
     ("torch.jit._pickle", "restore_type_tag"),
     ("torch.jit._pickle", "build_intlist"),
     ("torch.jit._pickle", "build_tensorlist"),
@@ -113,7 +113,7 @@ class _Storage:
 class ArchiveMap(TensorMap):
     """The tensors of a zip archive under dotted names. `scalars` holds the plain values beside them."""
 
-    def __init__(self, path: Path, tensors: dict[str, StoredTensor], reader: _Archive, scalars: dict[str, Any]) -> None:
+    def __init__(self, path: Path, tensors: dict[str, StoredTensor], reader: Archive, scalars: dict[str, Any]) -> None:
         self.path, self._tensors, self._reader, self.scalars = path, tensors, reader, scalars
 
     def __getitem__(self, name: str) -> Tensor:
@@ -141,12 +141,12 @@ def open_torch_archive(path: Path) -> Mapping[str, Tensor]:
     return state_from(root, reader, path)
 
 
-def read_archive(path: Path) -> tuple[Any, _Archive | None]:
+def read_archive(path: Path) -> tuple[Any, Archive | None]:
     """The object tree of a torch file, tensors as `StoredTensor` (None as reader: plain tensors, older format)."""
     if not zipfile.is_zipfile(path):
         return _read_legacy(path), None
     try:
-        archive = _Archive(path)
+        archive = Archive(path)
         return archive.root(), archive
     except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError, struct.error, IndexError) as error:
         raise CheckpointError(
@@ -154,7 +154,7 @@ def read_archive(path: Path) -> tuple[Any, _Archive | None]:
         ) from error
 
 
-def state_from(root: Any, reader: _Archive | None, path: Path) -> Mapping[str, Tensor]:
+def state_from(root: Any, reader: Archive | None, path: Path) -> Mapping[str, Tensor]:
     """The state dict inside an object tree, in EVA's order of wrappers: model, module, state_dict, else flat."""
     tree = root.state if isinstance(root, Record) else root
     for wrapper in ("model_ema", "model", "module", "state_dict"):
@@ -184,7 +184,7 @@ def _flatten(tree: Any, prefix: str, tensors: dict[str, Any], scalars: dict[str,
             scalars[name] = value
 
 
-class _Archive:
+class Archive:
     """A zip archive of `torch.save` or TorchScript."""
 
     def __init__(self, path: Path) -> None:
@@ -211,21 +211,32 @@ class _Archive:
         return _DataUnpickler(data, self.path).load()
 
     def tensor(self, stored: StoredTensor, name: str) -> Tensor:
-        """Read one tensor; where it is a whole storage, its checksum is compared."""
-        info = self._entries.get(f"{self._prefix}data/{stored.storage}")
-        if info is None or info.compress_type != zipfile.ZIP_STORED:
-            raise CheckpointError(f"the data of {name} is missing from the archive", where=str(self.path))
+        """Read one tensor."""
         if 0 in stored.size:
             return torch.empty(stored.size, dtype=stored.dtype)
         span = 1 + sum((n - 1) * step for n, step in zip(stored.size, stored.stride, strict=True))
-        if (stored.offset + span) * stored.dtype.itemsize > info.file_size:
+        return self._elements(stored, 0, span, name).as_strided(stored.size, stored.stride)
+
+    def part(self, stored: StoredTensor, start: int, count: int, name: str) -> Tensor:
+        """Elements `start` to `start + count` of a one-dimensional tensor, without reading the others."""
+        assert len(stored.size) == 1, f"{name} is not flat"
+        if start + count > stored.size[0]:
+            raise CheckpointError(f"{name} reaches beyond its partition", where=str(self.path))
+        return self._elements(stored, start * stored.stride[0], count, name)
+
+    def _elements(self, stored: StoredTensor, start: int, count: int, name: str) -> Tensor:
+        """Consecutive elements from a tensor's storage; where they are all of it, its checksum is compared."""
+        info = self._entries.get(f"{self._prefix}data/{stored.storage}")
+        if info is None or info.compress_type != zipfile.ZIP_STORED:
+            raise CheckpointError(f"the data of {name} is missing from the archive", where=str(self.path))
+        flat = torch.empty(count, dtype=stored.dtype)
+        first_byte = (stored.offset + start) * stored.dtype.itemsize
+        if first_byte + flat.nbytes > info.file_size:
             raise CheckpointError(f"the data of {name} is shorter than its shape", where=str(self.path))
-        flat = torch.empty(span, dtype=stored.dtype)
         with self.path.open("rb", buffering=0) as file:
             file.seek(info.header_offset + 26)  # the local header's variable lengths may differ from the directory's
             name_length, extra_length = struct.unpack("<HH", file.read(4))
-            start = info.header_offset + 30 + name_length + extra_length
-            file.seek(start + stored.offset * stored.dtype.itemsize)
+            file.seek(info.header_offset + 30 + name_length + extra_length + first_byte)
             read_into(file, flat, self.path, name)
         if flat.nbytes == info.file_size and zlib.crc32(tensor_bytes(flat)) != info.CRC:
             raise CheckpointError(
@@ -233,7 +244,7 @@ class _Archive:
                 where=str(self.path),
                 fix="copy or download the file again",
             )
-        return flat.as_strided(stored.size, stored.stride)
+        return flat
 
 
 def _rebuild_tensor(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> StoredTensor:
@@ -244,8 +255,16 @@ def _first(value: Any, *_: Any) -> Any:
     return value
 
 
+def _rebuild_subclass(rebuild: Any, _kind: Any, arguments: tuple[Any, ...], *_: Any) -> Any:
+    """A tensor subclass or a tensor with attributes: the plain tensor of it."""
+    if rebuild not in _FUNCTIONS.values():
+        raise pickle.UnpicklingError(f"{rebuild!r} rebuilds no tensor")
+    return rebuild(*arguments)
+
+
 _FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_subclass,
     ("torch._utils", "_rebuild_parameter"): _first,
     ("torch._utils", "_rebuild_parameter_with_state"): _first,
     ("collections", "OrderedDict"): collections.OrderedDict,

@@ -11,8 +11,9 @@ from open_clip import CustomTextCLIP
 from torch import Tensor, nn
 
 from evatool.errors import CheckpointError
+from evatool.model.derived import PROJECTION, TOWER
 from evatool.model.mim import MimModel
-from evatool.model.names import PROJECTION, TOWER, RenamedMap, canonical_state
+from evatool.model.names import canonical_state
 from evatool.model.resize import PatchResize, resize_patch_kernel, resize_positions
 from evatool.model.vision import restore_buffers
 from evatool.tensorfile import shape_of
@@ -81,8 +82,8 @@ def load_clip_weights(clip: CustomTextCLIP, state: Mapping[str, Tensor], *, wher
 def load_mim_weights(model: MimModel, state: Mapping[str, Tensor], *, where: str = "state dict") -> LoadReport:
     """All weights of a MIM model from our checkpoint or a file of BAAI's. Raises CheckpointError as above."""
     source = canonical_state(state, where)
-    ours = {"visual." + name.removeprefix(TOWER) if name.startswith(TOWER) else name: name for name in source}
-    return load_parameters(model, RenamedMap(source, ours), take=set(ours), where=where)
+    ours = source.renamed({name: "visual." + name.removeprefix(TOWER) for name in source if name.startswith(TOWER)})
+    return load_parameters(model, ours, take=set(ours), where=where)
 
 
 def load_parameters(

@@ -8,8 +8,9 @@ from golden import CLIP_FILES, read_golden, relative
 
 from evatool.errors import CheckpointError
 from evatool.model.clip import build_clip
+from evatool.model.derived import TOWER
 from evatool.model.mim import build_mim
-from evatool.model.names import TOWER, baai_name, canonical_state
+from evatool.model.names import baai_name, canonical_state
 from evatool.model.presets import ModelConfig, resolve_preset
 from evatool.model.resize import resize_patch_kernel, resize_positions
 from evatool.model.weights import init_image_tower, load_clip_weights, load_mim_weights
@@ -78,7 +79,7 @@ def test_two_tensors_for_one_name_are_refused(clip):
 
 
 def test_a_file_without_an_eva_tower_says_what_it_has():
-    with pytest.raises(CheckpointError, match=r"no EVA image tower(.|\n)*conv1\.weight"):
+    with pytest.raises(CheckpointError, match=r"no image tower(.|\n)*conv1\.weight"):
         canonical_state({"conv1.weight": torch.zeros(1)})
 
 
