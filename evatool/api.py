@@ -30,10 +30,11 @@ from evatool.export.open_clip import CONFIG as OPEN_CLIP_CONFIG
 from evatool.export.open_clip import WEIGHTS as OPEN_CLIP_WEIGHTS
 from evatool.export.open_clip import OpenClipDescription
 from evatool.model.clip import build_clip, open_clip_model_config, visual_tokens
-from evatool.model.detect import fitting_preset
-from evatool.model.files import open_weights
+from evatool.model.config import ModelConfig, fingerprint_text
+from evatool.model.detect import fitting_presets
+from evatool.model.files import NO_WEIGHTS, open_weights
 from evatool.model.names import canonical_state
-from evatool.model.presets import ModelConfig, fingerprint_text, resolve_preset
+from evatool.model.presets import resolve_preset
 from evatool.model.registration import register
 from evatool.model.vision import STOCK_NAMES, TIMM_NAMES, timm_config
 from evatool.model.weights import load_clip_weights
@@ -54,7 +55,7 @@ class Weights:
     """Weights as they were found, and what is known about their model."""
 
     state: Mapping[str, Tensor]
-    config: ModelConfig | None  # None where the source does not say and no preset fits
+    configs: list[ModelConfig]  # what the source says it is, else every preset of its shapes: none, one or more
     source: str  # the file or folder that was read
 
 
@@ -132,10 +133,10 @@ class LoadedClip:
     def open_clip_description(self) -> OpenClipDescription:
         """How open_clip is told to build this model; for `evatool.export`."""
         model_cfg = open_clip_model_config(self.config)
-        name = model_cfg["vision_cfg"]["timm_model_name"]
-        is_stock = name in STOCK_NAMES
+        name = model_cfg["vision_cfg"].get("timm_model_name")  # None: open_clip's own ViT
+        is_stock = name is None or name in STOCK_NAMES
         config = None if is_stock else timm_config(self.config)
-        if config is None and name not in STOCK_NAMES | set(TIMM_NAMES.values()):
+        if config is None and not is_stock and name not in TIMM_NAMES.values():
             raise CheckpointError(
                 f"{self.config.name} has RMSNorm in a tower of no preset's size: neither timm nor evatool.register() "
                 "has a name for it",
@@ -156,7 +157,7 @@ class LoadedClip:
         )
 
     def _pixels(self, image: Tensor) -> Tensor:
-        dtype = self.model.visual.trunk.pos_embed.dtype
+        dtype = next(self.model.visual.parameters()).dtype
         return normalize_images(image.to(self.device), dtype=dtype)
 
 
@@ -170,7 +171,8 @@ def load_clip(
 
     Args:
         source: a run folder (its newest whole checkpoint), a checkpoint folder, an exported open_clip folder, a weight
-            file in BAAI's or open_clip's naming, or a preset name (random weights, with a warning).
+            file or folder of BAAI, open_clip, OpenAI, DeepSpeed or the Hugging Face hub (docs/models.md), or a preset
+            name (random weights, with a warning).
         model_config: the model of a file that does not say it: a preset name, or a configuration in BAAI's vocabulary
             (mapping or JSON file). By default the preset whose shapes the file has.
         precision: arithmetic and storage of the weights; temperature, RoPE and RMSNorm stay float32.
@@ -183,7 +185,7 @@ def load_clip(
     path = Path(source).expanduser()
     if path.exists():
         weights = read_weights(path)
-        config = config or weights.config
+        config = config or _only_config(weights)
         clip = _build_loaded(weights, config)
         origin = weights.source
     else:
@@ -191,7 +193,6 @@ def load_clip(
         clip = build_clip(_clip_only(config, str(source)))
         origin = f"random weights of {config.name}"
         log.warning("%s is a preset: its weights are random", source)
-    assert config is not None
     clip = _cast(clip, _DTYPES[precision]).to(device).eval().requires_grad_(False)
     preprocess = PreprocessCfg(size=config.image_size, mean=CLIP_MEAN, std=CLIP_STD)
     return LoadedClip(
@@ -213,8 +214,7 @@ def read_weights(source: str | Path) -> Weights:
     if not path.exists():
         raise CheckpointError("there is no such file or folder", where=str(path))
     if path.is_file():
-        state = open_weights(path)
-        return Weights(state, fitting_preset(canonical_state(state, str(path))), str(path))
+        return _read_foreign(path)
     if (path / OPEN_CLIP_CONFIG).is_file():
         return _read_open_clip_folder(path)
     if (path / "model_config.json").is_file():
@@ -222,53 +222,94 @@ def read_weights(source: str | Path) -> Weights:
     checkpoint = checkpoints.latest_checkpoint(path)
     if checkpoint is not None:
         return _read_checkpoint(checkpoint)
-    exported = [folder for folder in path.iterdir() if (folder / OPEN_CLIP_CONFIG).is_file()]
-    if len(exported) == 1:
-        return _read_open_clip_folder(exported[0])
+    try:
+        return _read_foreign(path)
+    except CheckpointError as error:
+        if error.what != NO_WEIGHTS:
+            raise
     raise CheckpointError(
         "this folder holds no model",
         where=str(path),
-        expected="a run folder with checkpoints, a checkpoint, or an exported open_clip folder",
+        expected="a run folder with checkpoints, a checkpoint (ours or DeepSpeed's), an exported open_clip folder, or "
+        "a folder as the Hugging Face hub has them",
         fix="if its run was interrupted before the first checkpoint, run it again with --resume",
     )
 
 
 def _read_checkpoint(path: Path) -> Weights:
     state, table = checkpoints.read_model(path)
-    return Weights(state, ModelConfig.from_json(table), str(path))
+    return Weights(state, [ModelConfig.from_json(table)], str(path))
 
 
 def _read_open_clip_folder(path: Path) -> Weights:
+    table = _read_json(path / OPEN_CLIP_CONFIG)
+    if "evatool" not in table:
+        return _read_foreign(path)
     weights = path / OPEN_CLIP_WEIGHTS
     if not weights.is_file():
         raise CheckpointError(f"{OPEN_CLIP_WEIGHTS} is missing", where=str(path), fix="export the model again")
-    state = open_weights(weights)
+    return Weights(open_weights(weights), [ModelConfig.from_json(table["evatool"]["model"])], str(path))
+
+
+def _read_foreign(path: Path) -> Weights:
+    """Weights that do not say what they are: every preset of their shapes and, where something tells, activation."""
+    state = open_weights(path)
+    configs = fitting_presets(canonical_state(state, str(path)))
+    quick_gelu = _tells_quick_gelu(path, state)
+    if quick_gelu is not None and len(configs) > 1:
+        configs = [config for config in configs if config.quick_gelu == quick_gelu]
+    return Weights(state, configs, str(path))
+
+
+def _tells_quick_gelu(path: Path, state: Mapping[str, Tensor]) -> bool | None:
+    """Whether a CLIP was trained with QuickGELU: its weights do not show it, what lies beside them may."""
+    if "input_resolution" in state:  # only OpenAI's own archives hold it
+        return True
+    folder = path if path.is_dir() else path.parent
+    if (folder / OPEN_CLIP_CONFIG).is_file():
+        model_cfg = _read_json(folder / OPEN_CLIP_CONFIG).get("model_cfg", {})
+        return bool(model_cfg.get("quick_gelu", False))
+    if (folder / "config.json").is_file():
+        activation = _read_json(folder / "config.json").get("text_config", {}).get("hidden_act")
+        return None if activation is None else activation == "quick_gelu"
+    return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        table = json.loads((path / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{OPEN_CLIP_CONFIG} is damaged: {error}", where=str(path)) from error
-    if "evatool" in table:
-        config: ModelConfig | None = ModelConfig.from_json(table["evatool"]["model"])
-    else:
-        config = fitting_preset(canonical_state(state, str(weights)))
-    return Weights(state, config, str(path))
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error}", where=str(path)) from error
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{path.name} is no JSON object", where=str(path))
+    return table
 
 
-def _build_loaded(weights: Weights, config: ModelConfig | None) -> CustomTextCLIP:
-    if config is None:
+def _only_config(weights: Weights) -> ModelConfig:
+    if not weights.configs:
         raise CheckpointError(
             "no preset has the shapes of these weights",
             where=weights.source,
-            fix="name the model: --model-config FILE.json (embed_dim, vision_cfg, text_cfg), or a preset",
+            fix="name the model: model_config = a JSON file with embed_dim, vision_cfg and text_cfg, or a preset",
         )
+    if len(weights.configs) > 1:
+        raise CheckpointError(
+            f"{len(weights.configs)} presets have the shapes of these weights, and nothing beside them tells which",
+            where=weights.source,
+            fix="name one: model_config = "
+            + " or ".join(f"{c.name} ({'QuickGELU' if c.quick_gelu else 'GELU'})" for c in weights.configs),
+        )
+    return weights.configs[0]
+
+
+def _build_loaded(weights: Weights, config: ModelConfig) -> CustomTextCLIP:
     with torch.device("meta"):
         clip = build_clip(_clip_only(config, weights.source))
     try:
         report = load_clip_weights(clip, weights.state, where=weights.source)
     except CheckpointError as error:
-        fits = weights.config
-        if fits is not None and fits != config:
-            error.fix = f"these weights fit the preset {fits.name}"
+        if weights.configs and config not in weights.configs:
+            error.fix = f"these weights fit the preset {' or '.join(c.name for c in weights.configs)}"
         raise
     log.debug("%s: %s", weights.source, report)
     return clip

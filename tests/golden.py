@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from evatool.model.presets import ModelConfig, from_mim_arguments
+from evatool.model.config import ModelConfig, from_mim_arguments
 from evatool.tensorfile import SafetensorsMap
 
 FOLDER = Path(__file__).parent / "assets" / "golden"

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from open_clip import CustomTextCLIP
+from open_clip.transformer import VisionTransformer
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from evatool.model.presets import ModelConfig
+from evatool.errors import RecipeError
+from evatool.model.config import ModelConfig
 from evatool.model.vision import has_head_bias, timm_name
 
 # B batch, S input side in pixels, N patches, E embedding
@@ -22,23 +24,24 @@ def open_clip_model_config(config: ModelConfig) -> dict[str, Any]:
     """
     assert config.text is not None, f"{config.name} is a MIM model; it has no text tower"
     text = {key: value for key, value in config.text.items() if value is not None}
-    return {
-        "embed_dim": config.embed_dim,
-        "vision_cfg": {
+    if config.is_eva:
+        vision = {
             "image_size": config.image_size,
             "timm_model_name": timm_name(config),
             "timm_model_pretrained": False,
             "timm_pool": "token",
             # timm's own head always has a bias; open_clip's linear projection has none
             "timm_proj": None if has_head_bias(config) else "linear",
-        },
-        "text_cfg": text,
-        "custom_text": True,
-    }
+        }
+    else:
+        vision = {key: config.vision[key] for key in ("image_size", "patch_size", "layers", "width", "head_width")}
+        vision["mlp_ratio"] = config.vision["mlp_ratio"]
+    table = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text, "custom_text": True}
+    return table | ({"quick_gelu": True} if config.quick_gelu else {})
 
 
 def build_clip(config: ModelConfig, *, patch_dropout: float = 0.0, drop_path_rate: float = 0.0) -> CustomTextCLIP:
-    """A CLIP model with EVA-CLIP's initialisation, on the current default device (also `meta`).
+    """A CLIP model with the released initialisation, on the current default device (also `meta`).
 
     Parameters are named as open_clip names them: `visual.trunk.*`, `text.*` and `logit_scale` of shape (1,), which
     every engine can shard. `visual(image (B, 3, S, S)) -> (B, E)`, `text(tokens (B, L)) -> (B, E)`; neither output
@@ -48,14 +51,23 @@ def build_clip(config: ModelConfig, *, patch_dropout: float = 0.0, drop_path_rat
         patch_dropout: share of patches dropped in training mode; the class token always stays.
         drop_path_rate: stochastic depth of the last block in training mode, linear from 0 at the first.
 
+    Raises: RecipeError for stochastic depth in a tower that has none.
     Source: EVA-CLIP/rei/eva_clip/{model,eva_vit_model}.py. Parity: tests/parity/test_golden_clip.py.
     """
     arguments = open_clip_model_config(config)
     arguments.pop("custom_text")
-    arguments["vision_cfg"] |= {"patch_dropout": patch_dropout, "timm_drop_path": drop_path_rate}
+    arguments["vision_cfg"]["patch_dropout"] = patch_dropout
+    if config.is_eva:
+        arguments["vision_cfg"]["timm_drop_path"] = drop_path_rate
+    elif drop_path_rate > 0:
+        raise RecipeError(
+            f"drop_path_rate = {drop_path_rate} has no effect: open_clip's ViT, which {config.name} has, knows none",
+            fix="set model.drop_path_rate = 0",
+        )
     clip = CustomTextCLIP(**arguments, nonscalar_logit_scale=True)
-    # timm and open_clip initialise everything else as the release does (eva.md 1.1)
-    _init_projection(image_projection(clip), config.vision["head_init_scale"])
+    if config.is_eva:
+        # timm and open_clip initialise everything else as the release does (eva.md 1.1)
+        _init_projection(image_projection(clip), config.vision["head_init_scale"])
     return clip
 
 
@@ -68,7 +80,7 @@ def _init_projection(projection: nn.Linear, scale: float) -> None:
 
 
 def image_projection(clip: CustomTextCLIP) -> nn.Linear:
-    """The linear layer from the image tower's width to the embedding; where it lives depends on its bias."""
+    """The linear layer from an EVA tower's width to the embedding; where it lives depends on its bias."""
     trunk_head = clip.visual.trunk.head
     return trunk_head if isinstance(trunk_head, nn.Linear) else clip.visual.head.proj
 
@@ -79,7 +91,12 @@ def visual_tokens(clip: CustomTextCLIP, image: Tensor) -> Tensor:
     Args:
         image: (B, 3, S, S) float, normalised.
     Returns: (B, N, E), every patch token after the final norm and the projection; the class token is dropped.
-    Source: EVA-02/asuka/clip_wrapper.py (eva.md 2.4).
+    Source: EVA-01/eva/clip_wrapper.py and EVA-02/asuka/clip_wrapper.py, for OpenAI's and EVA's towers (eva.md 2.4).
     """
+    if isinstance(clip.visual, VisionTransformer):
+        last = clip.visual.forward_intermediates(
+            image, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NLC"
+        )
+        return last["image_intermediates"][-1] @ clip.visual.proj
     tokens = clip.visual.trunk.forward_features(image)
     return image_projection(clip)(tokens)[:, clip.visual.trunk.num_prefix_tokens :]

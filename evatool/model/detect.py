@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
-from evatool.model.derived import PROJECTION, TOWER
-from evatool.model.presets import PRESETS, ModelConfig
-from evatool.tensorfile import shape_of
+from evatool.model.config import ModelConfig
+from evatool.model.derived import PROJECTION, TOWER, DerivedMap, TowerKind
+from evatool.model.presets import PRESETS
 
 
 @dataclass(frozen=True)
 class Signature:
     """What the shapes of a model tell; heads, norm placement and RoPE leave no trace in them."""
 
+    tower: TowerKind
     width: int
     layers: int
     patch_size: int
@@ -36,6 +34,7 @@ def signature_of(config: ModelConfig) -> Signature:
     vision, text = config.vision, config.text
     inner = vision["subln"] if vision["inner_attn_ln"] is None else vision["inner_attn_ln"]
     return Signature(
+        tower=vision["tower"],
         width=config.width,
         layers=config.depth,
         patch_size=config.patch_size,
@@ -50,54 +49,81 @@ def signature_of(config: ModelConfig) -> Signature:
     )
 
 
-def signature_in(state: Mapping[str, Tensor]) -> tuple[Signature, int]:
+def signature_in(state: DerivedMap) -> tuple[Signature, int]:
     """The signature of weights under our names, and the side of their patch grid."""
+    return _vit_signature(state) if state.tower == "clip-vit" else _eva_signature(state)
+
+
+def _eva_signature(state: DerivedMap) -> tuple[Signature, int]:
     block = f"{TOWER}blocks.0."
     has = state.__contains__
-    mlp_width = lambda name: shape_of(state, f"{block}mlp.{name}.weight")  # noqa: E731
+    mlp_shape = lambda name: state.shape(f"{block}mlp.{name}.weight")  # noqa: E731
     if has(f"{block}mlp.fc1_g.weight"):
-        mlp, hidden = "subln", mlp_width("fc1_g")[0]
+        mlp, hidden = "subln", mlp_shape("fc1_g")[0]
     else:
-        hidden = mlp_width("fc2")[1]
-        mlp = "packed" if mlp_width("fc1")[0] == 2 * hidden else "gelu"
+        hidden = mlp_shape("fc2")[1]
+        mlp = "packed" if mlp_shape("fc1")[0] == 2 * hidden else "gelu"
     projection = next((name for name in (PROJECTION, f"{TOWER}head.weight") if has(name)), None)
     signature = Signature(
-        width=shape_of(state, f"{TOWER}cls_token")[-1],
+        tower="eva",
+        width=state.shape(f"{TOWER}cls_token")[-1],
         layers=_num_blocks(state, rf"{re.escape(TOWER)}blocks\.(\d+)\."),
-        patch_size=shape_of(state, f"{TOWER}patch_embed.proj.weight")[-1],
+        patch_size=state.shape(f"{TOWER}patch_embed.proj.weight")[-1],
         hidden=hidden,
         mlp=mlp,
         separate_qkv=has(f"{block}attn.q_proj.weight"),
         qkv_bias=has(f"{block}attn.q_bias") or has(f"{block}attn.q_proj.bias"),
         inner_norm=has(f"{block}attn.norm.weight"),
         rms_norm=not has(f"{block}norm1.bias"),
-        embed_dim=shape_of(state, projection)[0] if projection and has("text.positional_embedding") else None,
+        embed_dim=state.shape(projection)[0] if projection and has("text.positional_embedding") else None,
         text=_text_signature(state),
     )
-    return signature, math.isqrt(shape_of(state, f"{TOWER}pos_embed")[1] - 1)
+    return signature, math.isqrt(state.shape(f"{TOWER}pos_embed")[1] - 1)
 
 
-def fitting_preset(state: Mapping[str, Tensor]) -> ModelConfig | None:
-    """The preset that these weights (under our names) belong to, at their own image size; None if there is none."""
+def _vit_signature(state: DerivedMap) -> tuple[Signature, int]:
+    kernel, projection = state.shape("visual.conv1.weight"), state.shape("visual.proj")
+    signature = Signature(
+        tower="clip-vit",
+        width=kernel[0],
+        layers=_num_blocks(state, r"visual\.transformer\.resblocks\.(\d+)\."),
+        patch_size=kernel[-1],
+        hidden=state.shape("visual.transformer.resblocks.0.mlp.c_fc.weight")[0],
+        mlp="gelu",
+        separate_qkv=False,
+        qkv_bias=True,
+        inner_norm=False,
+        rms_norm=False,
+        embed_dim=projection[1],
+        text=_text_signature(state),
+    )
+    return signature, math.isqrt(state.shape("visual.positional_embedding")[0] - 1)
+
+
+def fitting_presets(state: DerivedMap) -> list[ModelConfig]:
+    """The presets that these weights belong to, at the weights' own image size.
+
+    More than one only where they differ in something that leaves no trace in the weights: QuickGELU or not. None if a
+    preset of this shape does not exist.
+    """
     signature, side = signature_in(state)
     fits = [config for config in PRESETS.values() if config.decoder is None and signature_of(config) == signature]
-    if not fits:
-        return None
     exact = [config for config in fits if config.grid[0] == side]
-    config = exact[0] if exact else fits[0].with_image_size(side * fits[0].patch_size)
-    if config.task == "mim" and "lm_head.weight" in state:
-        return replace(config, predict_dim=shape_of(state, "lm_head.weight")[0])
-    return config
+    if not exact and signature.tower == "eva":
+        exact = [config.with_image_size(side * config.patch_size) for config in fits[:1]]
+    if "lm_head.weight" in state:
+        exact = [replace(c, predict_dim=state.shape("lm_head.weight")[0]) for c in exact if c.task == "mim"]
+    return exact
 
 
-def _text_signature(state: Mapping[str, Tensor]) -> tuple[int, int, int, int] | None:
+def _text_signature(state: DerivedMap) -> tuple[int, int, int, int] | None:
     if "text.positional_embedding" not in state:
         return None
-    context, width = shape_of(state, "text.positional_embedding")
+    context, width = state.shape("text.positional_embedding")
     layers = _num_blocks(state, r"text\.transformer\.resblocks\.(\d+)\.")
-    return width, layers, context, shape_of(state, "text.token_embedding.weight")[0]
+    return width, layers, context, state.shape("text.token_embedding.weight")[0]
 
 
-def _num_blocks(state: Mapping[str, Tensor], pattern: str) -> int:
+def _num_blocks(state: DerivedMap, pattern: str) -> int:
     found = (re.match(pattern, name) for name in state)
     return 1 + max((int(match.group(1)) for match in found if match), default=-1)

@@ -9,7 +9,7 @@ from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from evatool.model.presets import ModelConfig
+from evatool.model.config import ModelConfig
 
 # B batch, S input side in pixels, N patches, V visible patches of a sample, M masked patches of the batch,
 # D encoder width, W decoder width, T teacher features

@@ -8,9 +8,9 @@ from timm.models import checkpoint
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
+from evatool.model.config import ModelConfig, mim_config
 from evatool.model.init import init_mim
 from evatool.model.mae import MaeModel
-from evatool.model.presets import ModelConfig, mim_config
 from evatool.model.vision import build_trunk
 
 # B batch, S input side in pixels, N patches, M masked patches of the batch, D width, T teacher features

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase as fnmatch
 
 import torch
 from open_clip import CustomTextCLIP
 from torch import Tensor, nn
 
 from evatool.errors import CheckpointError
-from evatool.model.derived import PROJECTION, TOWER
+from evatool.model.derived import PROJECTION, TOWER, DerivedMap
 from evatool.model.mim import MimModel
 from evatool.model.names import canonical_state
 from evatool.model.resize import PatchResize, resize_patch_kernel, resize_positions
 from evatool.model.vision import restore_buffers
 from evatool.tensorfile import shape_of
 
-# What starts fresh when an image tower comes from a MIM model or another CLIP model (eva.md 3.1 and 3.9).
-FRESH_PROJECTION = (re.escape(PROJECTION), re.escape(TOWER) + r"head\.(weight|bias)")
-FRESH_ATTENTION_NORM = (re.escape(TOWER) + r"blocks\.\d+\.attn\.norm\.(weight|bias)",)
+# What starts fresh when a tower comes from another model (eva.md 3.1 and 3.9). Patterns of our names.
+IMAGE_PROJECTION = (PROJECTION, f"{TOWER}head.*")
+ATTENTION_NORMS = f"{TOWER}blocks.*.attn.norm.*"
+TEXT_PROJECTION = ("text.text_projection",)
+DEFAULT_FRESH = (*IMAGE_PROJECTION, ATTENTION_NORMS, *TEXT_PROJECTION)
 
 
 @dataclass
@@ -45,28 +47,69 @@ def init_image_tower(
     state: Mapping[str, Tensor],
     *,
     where: str = "state dict",
+    may_be_fresh: Sequence[str] | None = None,
     patch_resize: PatchResize = "bicubic",
 ) -> LoadReport:
     """Give `clip` the image tower of a MIM or CLIP model, in any naming that `canonical_state` knows.
 
-    The projection keeps its first weights, and so do the norms inside the attention where the source has none of
-    them (EVA-02's MIM models). Positions and the patch kernel are resized to `clip`'s. Anything else that is
-    missing, left over or of another shape raises CheckpointError, and `clip` is unchanged.
+    Positions and the patch kernel are resized to `clip`'s. What else is missing, left over or of another shape raises
+    CheckpointError, and `clip` is unchanged.
+
+    Args:
+        may_be_fresh: patterns (`*` for anything) of our names that keep their first weights. By default the projection
+            and, where the source has none of them, the norms inside the attention (EVA-02's MIM models).
+        patch_resize: how a patch kernel of another size is resized.
     """
     source = canonical_state(state, where)
-    tower = [name for name in source if name.startswith(TOWER)]
-    projection = [name for name in source if _matches(name, FRESH_PROJECTION)]
-    has_attention_norm = any(_matches(name, FRESH_ATTENTION_NORM) for name in tower)
+    if may_be_fresh is None:
+        has_norms = any(fnmatch(name, ATTENTION_NORMS) for name in source)
+        may_be_fresh = IMAGE_PROJECTION if has_norms else (*IMAGE_PROJECTION, ATTENTION_NORMS)
+    return _init_tower(clip, source, "visual.", may_be_fresh, where, patch_resize)
+
+
+def init_text_tower(
+    clip: CustomTextCLIP,
+    state: Mapping[str, Tensor],
+    *,
+    where: str = "state dict",
+    may_be_fresh: Sequence[str] = TEXT_PROJECTION,
+) -> LoadReport:
+    """Give `clip` the text tower of a CLIP model, in any naming that `canonical_state` knows; as `init_image_tower`.
+
+    By default the projection keeps its first weights, as in every EVA-CLIP (eva.md 3.1).
+    """
+    return _init_tower(clip, canonical_state(state, where), "text.", may_be_fresh, where, "bicubic")
+
+
+def _init_tower(
+    clip: CustomTextCLIP,
+    source: DerivedMap,
+    prefix: str,
+    may_be_fresh: Sequence[str],
+    where: str,
+    patch_resize: PatchResize,
+) -> LoadReport:
+    """Take what lies below `prefix`, less what stays fresh: a fresh parameter is not taken even where it fits."""
+    stays_fresh = lambda name: any(fnmatch(name, pattern) for pattern in may_be_fresh)  # noqa: E731
+    ours = [name for name, _ in clip.named_parameters() if name.startswith(prefix)]
+    without_effect = [p for p in may_be_fresh if p not in DEFAULT_FRESH and not any(fnmatch(n, p) for n in ours)]
+    if without_effect:
+        raise CheckpointError(
+            f"no parameter of the model matches {', '.join(without_effect)}",
+            where=where,
+            expected=f"patterns of names such as {', '.join(ours[:3])}",
+        )
+    take = {name for name in source if name.startswith(prefix) and not stays_fresh(name)}
     report = load_parameters(
         clip,
         source,
-        only=lambda name: name.startswith("visual."),
-        take=set(tower) - set(projection),
-        may_be_fresh=FRESH_PROJECTION + (() if has_attention_norm else FRESH_ATTENTION_NORM),
+        only=lambda name: name.startswith(prefix),
+        take=take,
+        may_be_fresh=may_be_fresh,
         where=where,
         patch_resize=patch_resize,
     )
-    report.unused = [name for name in source if name not in tower or name in projection]
+    report.unused = [name for name in source if name not in take]
     return report
 
 
@@ -92,7 +135,7 @@ def load_parameters(
     *,
     take: set[str],
     only: Callable[[str], bool] = lambda name: True,
-    may_be_fresh: Iterable[str] = (),
+    may_be_fresh: Sequence[str] = (),
     where: str = "state dict",
     patch_resize: PatchResize = "bicubic",
     dtype: torch.dtype | None = None,
@@ -104,11 +147,11 @@ def load_parameters(
     no checkpoint holds are recomputed. Shapes are checked before anything is written.
 
     Args:
-        may_be_fresh: patterns (whole-name regular expressions) of parameters that may be missing from `source`.
+        may_be_fresh: patterns (`*` for anything) of parameters that may be missing from `source`.
     """
     parameters = {name: p for name, p in module.named_parameters() if only(name)}
     missing = [name for name in parameters if name not in take]
-    fresh = [name for name in missing if _matches(name, may_be_fresh)]
+    fresh = [name for name in missing if any(fnmatch(name, pattern) for pattern in may_be_fresh)]
     _refuse_differences(
         parameters, source, take=take, missing=[name for name in missing if name not in fresh], where=where
     )
@@ -178,10 +221,6 @@ def _can_fit(name: str, theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
     if name.endswith("patch_embed.proj.weight"):
         return len(theirs) == 4 and theirs[:2] == ours[:2] and theirs[2] == theirs[3]
     return False
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 def _short(names: list[str], limit: int = 6) -> str:

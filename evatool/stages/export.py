@@ -81,7 +81,7 @@ def card_facts(clip: LoadedClip) -> CardFacts:
             ),
             ("context, vocabulary", f"{config.context_length}, {config.text['vocab_size']}"),
             ("embedding", str(config.embed_dim)),
-            ("weights", str(clip.model.visual.trunk.pos_embed.dtype).removeprefix("torch.")),
+            ("weights", str(next(clip.model.visual.parameters()).dtype).removeprefix("torch.")),
         ],
         parameters={"image": count(clip.model.visual), "text": count(clip.model.text), "temperature": 1},
         recipe_toml=_beside(Path(clip.source), "resolved.toml"),
@@ -90,6 +90,8 @@ def card_facts(clip: LoadedClip) -> CardFacts:
 
 
 def _block_words(vision: dict) -> str:
+    if vision["tower"] == "clip-vit":
+        return f"OpenAI's ViT, MLP ratio {vision['mlp_ratio']:.4g}"
     words = [
         "post-norm" if vision["postnorm"] else "pre-norm",
         "RMSNorm" if vision["use_rms_norm"] else "LayerNorm",

@@ -150,7 +150,7 @@ def test_a_mim_run_is_not_a_clip(tmp_path):
     with pytest.raises(CheckpointError, match="MIM model"):
         evatool.load_clip(tmp_path)
     weights = evatool.api.read_weights(tmp_path)
-    assert weights.config == model.config
+    assert weights.configs == [model.config]
 
 
 def test_neither_path_nor_preset():

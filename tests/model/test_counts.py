@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 
@@ -36,6 +37,16 @@ MIM = {  # with mask token and prediction head, and without
     "EVA-18B": (17_630_494_720 - 5120 * 1536 + 5120 + (5120 + 1) * 1024, None),
 }
 
+TEACHERS = {  # our name -> open_clip's
+    "OpenAI-CLIP-B-16": "ViT-B-16-quickgelu",
+    "OpenAI-CLIP-L-14": "ViT-L-14-quickgelu",
+    "OpenAI-CLIP-L-14-336": "ViT-L-14-336-quickgelu",
+    "OpenCLIP-B-16": "ViT-B-16",
+    "OpenCLIP-L-14": "ViT-L-14",
+    "OpenCLIP-H-14": "ViT-H-14",
+    "OpenCLIP-bigG-14": "ViT-bigG-14",
+}
+
 
 def count(module):
     return sum(p.numel() for p in module.parameters())
@@ -43,7 +54,7 @@ def count(module):
 
 def test_every_released_preset_is_counted():
     ours = {name for name in PRESETS if "toy" in name or "debug" in name}
-    assert set(CLIP) | set(MIM) == set(PRESETS) - ours
+    assert set(CLIP) | set(MIM) | set(TEACHERS) == set(PRESETS) - ours
 
 
 @pytest.mark.parametrize("name", CLIP)
@@ -70,3 +81,16 @@ def test_the_page_of_models_has_the_counts(name):
     row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
     total = CLIP[name][2] if name in CLIP else MIM[name][0]
     assert row.rstrip(" |").endswith(f"{total:,}")
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_teachers_are_open_clips_own_models(name):
+    theirs = open_clip.get_model_config(TEACHERS[name])
+    with torch.device("meta"):
+        ours = build_clip(resolve_preset(name))
+        expected = open_clip.create_model(TEACHERS[name], device="meta", force_custom_text=True)
+    shapes = lambda model: {key: tuple(t.shape) for key, t in model.state_dict().items() if key != "logit_scale"}  # noqa: E731
+    assert shapes(ours) == shapes(expected)
+    assert resolve_preset(name).quick_gelu == theirs.get("quick_gelu", False)
+    assert resolve_preset(name).num_heads == theirs["vision_cfg"]["width"] // theirs["vision_cfg"].get("head_width", 64)
+    assert resolve_preset(TEACHERS[name]).name == name

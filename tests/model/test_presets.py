@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from evatool.errors import RecipeError
-from evatool.model.presets import PRESETS, ModelConfig, from_mim_arguments, mim_config, resolve_preset
+from evatool.model.config import ModelConfig, from_mim_arguments, mim_config
+from evatool.model.presets import PRESETS, resolve_preset
 
 
 def test_presets_need_no_torch():

@@ -54,6 +54,7 @@ engine.save_checkpoint(str(folder), tag="epoch_1")
 torch.distributed.barrier()
 if torch.distributed.get_rank() == 0:
     whole = get_fp32_state_dict_from_zero_checkpoint(str(folder)) if stage else model.state_dict()
-    save_file({name: tensor.detach().clone().contiguous() for name, tensor in whole.items()}, folder / "expected.safetensors")
+    copies = {name: tensor.detach().clone().contiguous() for name, tensor in whole.items()}
+    save_file(copies, folder / "expected.safetensors")
     for script in folder.glob("zero_to_*.py"):
         script.unlink()

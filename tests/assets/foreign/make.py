@@ -57,10 +57,8 @@ def make_transformers():
         text = model.text_projection(model.text_model(input_ids=tokens).pooler_output)
         features = model.visual_projection(visual.pooler_output)
     torch.testing.assert_close(torch.nn.functional.normalize(features, dim=-1), out.image_embeds)
-    save_file(
-        {"image": image, "tokens": tokens, "image_features": features, "text_features": text, "visual_tokens": projected},
-        folder / "expected.safetensors",
-    )
+    expected = {"image_features": features, "text_features": text, "visual_tokens": projected}
+    save_file({"image": image, "tokens": tokens} | expected, folder / "expected.safetensors")
 
 
 class OpenAI(torch.nn.Module):
