@@ -72,13 +72,14 @@ def init_text_tower(
     state: Mapping[str, Tensor],
     *,
     where: str = "state dict",
-    may_be_fresh: Sequence[str] = TEXT_PROJECTION,
+    may_be_fresh: Sequence[str] | None = None,
 ) -> LoadReport:
     """Give `clip` the text tower of a CLIP model, in any naming that `canonical_state` knows; as `init_image_tower`.
 
     By default the projection keeps its first weights, as in every EVA-CLIP (eva.md 3.1).
     """
-    return _init_tower(clip, canonical_state(state, where), "text.", may_be_fresh, where, "bicubic")
+    fresh = TEXT_PROJECTION if may_be_fresh is None else may_be_fresh
+    return _init_tower(clip, canonical_state(state, where), "text.", fresh, where, "bicubic")
 
 
 def _init_tower(

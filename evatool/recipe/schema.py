@@ -159,7 +159,42 @@ class WholeModelInit(Section):
     """Run folder or file."""
 
 
-ClipInit = Annotated[NoInit | ImageTowerInit | WholeModelInit, Field(discriminator="kind")]
+class TextTowerSource(Section):
+    """Where the text tower's first weights come from."""
+
+    path: Path
+    """Run folder, or a file or folder of a published model (docs/models.md)."""
+    fresh: list[str] | None = None
+    """Parameters that keep their first weights, `*` for anything; the projection when absent (EVA's choice)."""
+
+
+class ImageTowerSource(TextTowerSource):
+    """Where the image tower's first weights come from."""
+
+    fresh: list[str] | None = None
+    """Parameters that keep their first weights, `*` for anything. When absent: the projection and, where the source
+    has none of them, the norms inside the attention (EVA-02's MIM models)."""
+    patch_resize: Literal["bicubic", "pseudo-inverse"] = "bicubic"
+    """How a patch kernel of another size is resized: as EVA's scripts do, or FlexiViT's way."""
+
+
+class TowersInit(Section):
+    """Each tower from a file of its own; the temperature, and a tower that is not named, stay random."""
+
+    kind: Literal["towers"] = "towers"
+    image: ImageTowerSource | None = None
+    """Image tower, from a MIM or CLIP model."""
+    text: TextTowerSource | None = None
+    """Text tower, from a CLIP model of EVA, OpenAI or LAION."""
+
+    @model_validator(mode="after")
+    def _a_tower_is_named(self) -> TowersInit:
+        if self.image is None and self.text is None:
+            raise ValueError("kind = 'towers' names no tower: give image.path, text.path or both, or kind = 'none'")
+        return self
+
+
+ClipInit = Annotated[NoInit | ImageTowerInit | TowersInit | WholeModelInit, Field(discriminator="kind")]
 
 
 class ClipModelSection(Section):

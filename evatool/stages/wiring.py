@@ -26,15 +26,18 @@ from evatool.distributed.world import World, close_world, init_world
 from evatool.errors import RecipeError
 from evatool.model.clip import build_clip
 from evatool.model.presets import ModelConfig, resolve_preset
-from evatool.model.weights import init_image_tower, load_clip_weights
+from evatool.model.weights import init_image_tower, init_text_tower, load_clip_weights
 from evatool.optim.param_groups import build_param_groups, group_table
 from evatool.optim.schedules import build_schedule, warmup_steps_of
 from evatool.recipe.schema import (
     ClipModelSection,
     DistillRecipe,
     ImageTowerInit,
+    ImageTowerSource,
     PretrainMimRecipe,
     TeacherSection,
+    TextTowerSource,
+    TowersInit,
     TrainClipRecipe,
     TrainingRecipe,
     WholeModelInit,
@@ -193,10 +196,26 @@ def build_clip_model(config: ModelConfig, section: ClipModelSection, *, is_resum
         case ImageTowerInit(path=path):
             report = init_image_tower(clip, read_weights(path).state, where=str(path))
             log.info("image tower from %s: %s", path, report)
+        case TowersInit(image=image, text=text):
+            init_towers(clip, image, text)
         case WholeModelInit(path=path):
             report = load_clip_weights(clip, read_weights(path).state, where=str(path))
             log.info("all weights from %s: %s", path, report)
     return clip
+
+
+def init_towers(clip: CustomTextCLIP, image: ImageTowerSource | None, text: TextTowerSource | None) -> None:
+    """Each tower's first weights from its own source. Raises: CheckpointError where one does not fit."""
+    if image is not None:
+        state = read_weights(image.path).state
+        report = init_image_tower(
+            clip, state, where=str(image.path), may_be_fresh=image.fresh, patch_resize=image.patch_resize
+        )
+        log.info("image tower from %s: %s", image.path, report)
+    if text is not None:
+        state = read_weights(text.path).state
+        report = init_text_tower(clip, state, where=str(text.path), may_be_fresh=text.fresh)
+        log.info("text tower from %s: %s", text.path, report)
 
 
 def load_teacher(job: Job, section: TeacherSection) -> LoadedClip:
