@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import ast
 import inspect
-from functools import lru_cache
+import sys
+from functools import cache
 
-from evatool.recipe import schema
+from evatool.recipe.section import Section
 
 
-def field_doc(section: type[schema.Section], field: str) -> str:
+def field_doc(section: type[Section], field: str) -> str:
     """The docstring of a field of `section` on one line; empty where it has none.
 
     pydantic can collect these itself (`use_attribute_docstrings`), but does so for every class at import: a quarter
     of the time of `--dry-run`, which shows none of them.
     """
-    docs = _docs_by_class()
-    return next((docs[c.__name__][field] for c in section.__mro__ if field in docs.get(c.__name__, {})), "")
+    sections = (c for c in section.__mro__ if issubclass(c, Section))
+    docs = (_docs_by_class(c.__module__).get(c.__name__, {}) for c in sections)
+    return next((found[field] for found in docs if field in found), "")
 
 
-@lru_cache(maxsize=1)
-def _docs_by_class() -> dict[str, dict[str, str]]:
-    tree = ast.parse(inspect.getsource(schema))
+@cache
+def _docs_by_class(module: str) -> dict[str, dict[str, str]]:
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
     return {node.name: _field_docs(node) for node in tree.body if isinstance(node, ast.ClassDef)}
 
 

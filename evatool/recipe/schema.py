@@ -10,21 +10,21 @@ import codecs
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0)]
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, strict, unknown keys refused. What a field means: `recipe.docs.field_doc`."""
-
-    # Validators are built on first use: a command needs one stage's.
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
-
+from evatool.recipe.export_sections import ExportRecipe as ExportRecipe
+from evatool.recipe.export_sections import ExportSection as ExportSection
+from evatool.recipe.model_sections import ClipInit as ClipInit
+from evatool.recipe.model_sections import ClipModelSection as ClipModelSection
+from evatool.recipe.model_sections import ImageTowerInit as ImageTowerInit
+from evatool.recipe.model_sections import ImageTowerSource as ImageTowerSource
+from evatool.recipe.model_sections import MimModelSection as MimModelSection
+from evatool.recipe.model_sections import NoInit as NoInit
+from evatool.recipe.model_sections import TeacherSection as TeacherSection
+from evatool.recipe.model_sections import TextTowerSource as TextTowerSource
+from evatool.recipe.model_sections import TowersInit as TowersInit
+from evatool.recipe.model_sections import WholeModelInit as WholeModelInit
+from evatool.recipe.section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 
 # ---------------------------------------------------------------------------------------------------- data-prepare
 
@@ -135,101 +135,6 @@ class TrainDataSection(Section):
     """Loader processes per rank; 0 reads in the training process."""
     max_bad_fraction: Fraction = 0.01
     """Samples that cannot be read, as a share of those tried: replaced and counted up to here, refused beyond."""
-
-
-class NoInit(Section):
-    """Random weights."""
-
-    kind: Literal["none"] = "none"
-
-
-class ImageTowerInit(Section):
-    """Image tower from a MIM or CLIP model; text tower, projections and temperature stay random."""
-
-    kind: Literal["image-tower"] = "image-tower"
-    path: Path
-    """Run folder or file of the MIM or CLIP model."""
-
-
-class WholeModelInit(Section):
-    """All weights from another CLIP model of the same shape."""
-
-    kind: Literal["clip"] = "clip"
-    path: Path
-    """Run folder or file."""
-
-
-class TextTowerSource(Section):
-    """Where the text tower's first weights come from."""
-
-    path: Path
-    """Run folder, or a file or folder of a published model (docs/models.md)."""
-    fresh: list[str] | None = None
-    """Parameters that keep their first weights, `*` for anything; the projection when absent (EVA's choice)."""
-
-
-class ImageTowerSource(TextTowerSource):
-    """Where the image tower's first weights come from."""
-
-    fresh: list[str] | None = None
-    """Parameters that keep their first weights, `*` for anything. When absent: the projection and, where the source
-    has none of them, the norms inside the attention (EVA-02's MIM models)."""
-    patch_resize: Literal["bicubic", "pseudo-inverse"] = "bicubic"
-    """How a patch kernel of another size is resized: as EVA's scripts do, or FlexiViT's way."""
-
-
-class TowersInit(Section):
-    """Each tower from a file of its own; the temperature, and a tower that is not named, stay random."""
-
-    kind: Literal["towers"] = "towers"
-    image: ImageTowerSource | None = None
-    """Image tower, from a MIM or CLIP model."""
-    text: TextTowerSource | None = None
-    """Text tower, from a CLIP model of EVA, OpenAI or LAION."""
-
-    @model_validator(mode="after")
-    def _a_tower_is_named(self) -> TowersInit:
-        if self.image is None and self.text is None:
-            raise ValueError("kind = 'towers' names no tower: give image.path, text.path or both, or kind = 'none'")
-        return self
-
-
-ClipInit = Annotated[NoInit | ImageTowerInit | TowersInit | WholeModelInit, Field(discriminator="kind")]
-
-
-class ClipModelSection(Section):
-    """The CLIP model to train."""
-
-    preset: str
-    """Preset name: ours, BAAI's or open_clip's spelling (`evatool recipe list` shows recipes, docs/models.md names)."""
-    image_size: Positive | None = None
-    """Input side in pixels where it differs from the preset's."""
-    init: ClipInit = NoInit()
-    """Where the first weights come from."""
-    patch_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of patches dropped in training (FLIP)."""
-    drop_path_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Stochastic depth at the last block of the image tower, linear from 0 at the first."""
-
-
-class MimModelSection(Section):
-    """The image encoder that learns by masked image modelling."""
-
-    preset: str
-    """Preset name of a CLIP or MIM model: its image tower is built, without projection, with a prediction head."""
-    image_size: Positive | None = None
-    """Input side in pixels where it differs from the preset's."""
-    drop_path_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Stochastic depth at the last block, linear from 0 at the first."""
-    patch_embed_grad_scale: Fraction = 0.1
-    """Factor on the gradient of the patch embedding: 0.1 in EVA-02, 1.0 in EVA-01 (eva.md 2.3)."""
-
-
-class TeacherSection(Section):
-    """A frozen model to learn from."""
-
-    model: str
-    """Run folder, exported folder, released file or preset name, as `evatool.load_clip` reads it."""
 
 
 class InfoNceObjective(Section):
@@ -431,28 +336,6 @@ class DistillRecipe(TrainingRecipe):
         if self.optim.text is None:
             raise ValueError("optim.text is missing: a CLIP model has a text tower, give it at least `lr`")
         return self
-
-
-class ExportSection(Section):
-    """What to write."""
-
-    checkpoint: str
-    """Model to export, as `evatool.load_clip` reads it: run folder, checkpoint folder or released file."""
-    format: Literal["open_clip"] = "open_clip"
-    """`open_clip`: a folder for `local-dir:`."""
-    tolerance: PositiveFloat = 1e-5
-    """Largest relative L2 difference between our features and the reloaded export's."""
-
-
-class ExportRecipe(Section):
-    """A trained model as files that other libraries load; verified by reloading it there."""
-
-    stage: Literal["export"] = "export"
-    source: str | None = None
-    """Where the figures of this recipe come from."""
-    run_dir: Path | None = None
-    """Output folder; `runs/<recipe name>` when absent."""
-    export: ExportSection
 
 
 class EvalSection(Section):
