@@ -1,0 +1,60 @@
+"""The pages tell the truth about what exists: links lead somewhere, commands name real recipes and run in CI."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from run_quickstart import script
+
+from evatool.recipe.load import is_recipe, list_recipes
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Every `evatool ...` command in the page's code blocks, without comments."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("evatool ")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_recipes_that_are_named_ship(page: Path) -> None:
+    named = {word for command in commands(page) for word in command if re.fullmatch(r"(demo|debug)/[\w-]+", word)}
+    assert [name for name in sorted(named) if not is_recipe(name)] == []
+
+
+def test_the_readme_shows_the_chain_that_the_quickstart_runs() -> None:
+    ran = script().replace(" debug/", " demo/").splitlines()
+    shown = [" ".join(command) for command in commands(ROOT / "README.md")]
+    assert len(shown) >= 7
+    assert [command for command in shown if command not in ran] == []
+
+
+def test_every_demo_recipe_has_its_debug_form() -> None:
+    names = {name for name, _, _ in list_recipes()}
+    demo = {name.removeprefix("demo/") for name in names if name.startswith("demo/")}
+    assert demo
+    assert demo == {name.removeprefix("debug/") for name in names if name.startswith("debug/")}
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    seen, todo = set(), [ROOT / "README.md"]
+    while todo:
+        page = todo.pop()
+        if page in seen:
+            continue
+        seen.add(page)
+        links = re.findall(r"\]\((?!https?:|#)([^)#]+\.md)", page.read_text(encoding="utf-8"))
+        todo += [(page.parent / link).resolve() for link in links]
+    assert [page.name for page in PAGES if page not in seen and page.name != "test-full.md"] == []
