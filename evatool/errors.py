@@ -73,7 +73,8 @@ class RecipeError(EvatoolError):
         self.problems = problems or []
 
     def __str__(self) -> str:
-        return "\n".join([self.what, *(f"  {line}" for line in self.problems), *(f"{k}: {v}" for k, v in self.details())])
+        problems = [f"  {line}" for line in self.problems]
+        return "\n".join([self.what, *problems, *(f"{label}: {text}" for label, text in self.details())])
 
 
 class DataError(EvatoolError):

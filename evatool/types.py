@@ -52,7 +52,7 @@ class Loader(Protocol):
 
 @dataclass
 class ParamGroup:
-    """Parameters that share a learning rate and a weight decay; made by `optim`, stepped by an engine, saved by name."""
+    """Parameters that share a learning rate and a weight decay; made by `optim`, stepped by an engine."""
 
     name: str  # tower/layer/decay, for instance "visual/layer_03/decay"
     tower: str  # "visual", "text" or "other"
