@@ -22,23 +22,22 @@ from open_clip import CustomTextCLIP
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 
-import evatool
 from evatool.checkpoint import load as checkpoints
 from evatool.data.tokenizer import Tokenizer, build_tokenizer
 from evatool.errors import CheckpointError, RecipeError, UsageError
 from evatool.export.open_clip import CONFIG as OPEN_CLIP_CONFIG
 from evatool.export.open_clip import WEIGHTS as OPEN_CLIP_WEIGHTS
-from evatool.export.open_clip import OpenClipDescription
-from evatool.model.clip import build_clip, open_clip_model_config, visual_tokens
+from evatool.model.clip import build_clip, visual_tokens
 from evatool.model.config import ModelConfig, fingerprint_text
 from evatool.model.detect import fitting_presets
 from evatool.model.files import NO_WEIGHTS, open_weights
 from evatool.model.names import canonical_state
 from evatool.model.presets import resolve_preset
 from evatool.model.registration import register
-from evatool.model.vision import STOCK_NAMES, TIMM_NAMES, timm_config
+from evatool.model.resize import PatchResize
 from evatool.model.weights import load_clip_weights
 from evatool.pixels import CLIP_MEAN, CLIP_STD, normalize_images
+from evatool.tensorfile import dtype_of
 
 __all__ = ["LoadedClip", "Weights", "load_clip", "read_weights", "register"]
 
@@ -47,7 +46,7 @@ log = logging.getLogger(__name__)
 # B batch, S input side in pixels, N patches, L text tokens, E embedding
 
 Precision = Literal["fp32", "bf16", "fp16"]
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -72,6 +71,8 @@ class LoadedClip:
     tokenizer: Tokenizer
     """Captions -> (B, L) int64."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    stored_dtype: torch.dtype = torch.float32
+    """Dtype of the weights where they were read."""
 
     @property
     def image_size(self) -> int:
@@ -130,32 +131,6 @@ class LoadedClip:
             digest.update(flat.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def open_clip_description(self) -> OpenClipDescription:
-        """How open_clip is told to build this model; for `evatool.export`."""
-        model_cfg = open_clip_model_config(self.config)
-        name = model_cfg["vision_cfg"].get("timm_model_name")  # None: open_clip's own ViT
-        is_stock = name is None or name in STOCK_NAMES
-        config = None if is_stock else timm_config(self.config)
-        if config is None and not is_stock and name not in TIMM_NAMES.values():
-            raise CheckpointError(
-                f"{self.config.name} has RMSNorm in a tower of no preset's size: neither timm nor evatool.register() "
-                "has a name for it",
-                where=self.source,
-                fix="train one of the presets, or load the run with evatool.load_clip",
-            )
-        return OpenClipDescription(
-            model_cfg=model_cfg,
-            timm_config=config,
-            needs_evatool=config is None and not is_stock,
-            preprocess_cfg={
-                "mean": CLIP_MEAN,
-                "std": CLIP_STD,
-                "interpolation": "bicubic",
-                "resize_mode": "shortest",
-            },
-            evatool={"version": evatool.__version__, "model": self.config.to_json()},
-        )
-
     def _pixels(self, image: Tensor) -> Tensor:
         dtype = next(self.model.visual.parameters()).dtype
         return normalize_images(image.to(self.device), dtype=dtype)
@@ -166,6 +141,10 @@ def load_clip(
     model_config: ModelConfig | Mapping[str, Any] | str | Path | None = None,
     precision: Precision = "fp32",
     device: torch.device | str = "cpu",
+    *,
+    image_size: int | None = None,
+    patch_size: int | None = None,
+    patch_resize: PatchResize = "bicubic",
 ) -> LoadedClip:
     """A CLIP model from what `source` names, in eval mode.
 
@@ -176,6 +155,8 @@ def load_clip(
         model_config: the model of a file that does not say it: a preset name, or a configuration in BAAI's vocabulary
             (mapping or JSON file). By default the preset whose shapes the file has.
         precision: arithmetic and storage of the weights; temperature, RoPE and RMSNorm stay float32.
+        image_size, patch_size: sides in pixels where they differ from the model's; positions and the patch kernel are
+            resized on loading (`patch_resize`: as EVA's scripts do, or FlexiViT's pseudo-inverse).
 
     Raises: CheckpointError if the weights are missing, damaged or of another model; UsageError if `source` is neither
     a path nor a preset.
@@ -183,17 +164,19 @@ def load_clip(
     register()
     config = None if model_config is None else _as_config(model_config)
     path = Path(source).expanduser()
+    stored_dtype = torch.float32
     if path.exists():
         weights = read_weights(path)
-        config = config or _only_config(weights)
-        clip = _build_loaded(weights, config)
+        config = _resized(config or _only_config(weights), image_size, patch_size)
+        clip = _build_loaded(weights, config, patch_resize)
+        stored_dtype = dtype_of(weights.state, next(iter(weights.state)))
         origin = weights.source
     else:
-        config = config or _preset_or_usage_error(str(source))
+        config = _resized(config or _preset_or_usage_error(str(source)), image_size, patch_size)
         clip = build_clip(_clip_only(config, str(source)))
         origin = f"random weights of {config.name}"
         log.warning("%s is a preset: its weights are random", source)
-    clip = _cast(clip, _DTYPES[precision]).to(device).eval().requires_grad_(False)
+    clip = _cast(clip, DTYPES[precision]).to(device).eval().requires_grad_(False)
     preprocess = PreprocessCfg(size=config.image_size, mean=CLIP_MEAN, std=CLIP_STD)
     return LoadedClip(
         model=clip,
@@ -202,7 +185,16 @@ def load_clip(
         preprocess=image_transform_v2(preprocess, is_train=False),
         tokenizer=build_tokenizer(config.context_length),
         device=torch.device(device),
+        stored_dtype=stored_dtype,
     )
+
+
+def _resized(config: ModelConfig, image_size: int | None, patch_size: int | None) -> ModelConfig:
+    """Both at once: either alone may not be whole patches."""
+    if patch_size is not None and image_size is not None:
+        vision = {**config.vision, "patch_size": patch_size, "image_size": image_size}
+        return ModelConfig.from_json(config.to_json() | {"vision_cfg": vision})
+    return config.with_image_size(image_size).with_patch_size(patch_size)
 
 
 def read_weights(source: str | Path) -> Weights:
@@ -218,7 +210,8 @@ def read_weights(source: str | Path) -> Weights:
     if (path / OPEN_CLIP_CONFIG).is_file():
         return _read_open_clip_folder(path)
     if (path / "model_config.json").is_file():
-        return _read_checkpoint(path)
+        is_checkpoint = (path / "train_state.json").is_file() or (path / "MANIFEST.json").is_file()
+        return _read_checkpoint(path) if is_checkpoint else _read_described(path)
     checkpoint = checkpoints.latest_checkpoint(path)
     if checkpoint is not None:
         return _read_checkpoint(checkpoint)
@@ -239,6 +232,12 @@ def read_weights(source: str | Path) -> Weights:
 def _read_checkpoint(path: Path) -> Weights:
     state, table = checkpoints.read_model(path)
     return Weights(state, [ModelConfig.from_json(table)], str(path))
+
+
+def _read_described(path: Path) -> Weights:
+    """A weight file with its configuration beside it, as our exports in BAAI's and our own names are."""
+    config = ModelConfig.from_json(_read_json(path / "model_config.json"))
+    return Weights(open_weights(path), [config], str(path))
 
 
 def _read_open_clip_folder(path: Path) -> Weights:
@@ -302,16 +301,16 @@ def _only_config(weights: Weights) -> ModelConfig:
     return weights.configs[0]
 
 
-def _build_loaded(weights: Weights, config: ModelConfig) -> CustomTextCLIP:
+def _build_loaded(weights: Weights, config: ModelConfig, patch_resize: PatchResize) -> CustomTextCLIP:
     with torch.device("meta"):
         clip = build_clip(_clip_only(config, weights.source))
     try:
-        report = load_clip_weights(clip, weights.state, where=weights.source)
+        report = load_clip_weights(clip, weights.state, where=weights.source, patch_resize=patch_resize)
     except CheckpointError as error:
         if weights.configs and config not in weights.configs:
             error.fix = f"these weights fit the preset {' or '.join(c.name for c in weights.configs)}"
         raise
-    log.debug("%s: %s", weights.source, report)
+    log.log(logging.INFO if report.resized else logging.DEBUG, "%s: %s", weights.source, report)
     return clip
 
 

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,44 @@ from evatool.errors import EvatoolError, UsageError
 _PARTIAL = ".export-"
 
 
+@dataclass(frozen=True)
+class Target:
+    """Where an export goes, and how much it may differ.
+
+    Attributes:
+        tolerance: largest relative L2 difference between our outputs and the reloaded export's.
+        replace: write over the files of an earlier, unfinished export.
+    """
+
+    folder: Path
+    tolerance: float
+    replace: bool = False
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    folder: Path
+    files: tuple[str, ...]
+    difference: float  # largest relative L2 difference of the reloaded model
+
+
 @contextmanager
-def staged_folder(out: Path, files: Sequence[str], *, replace: bool = False) -> Iterator[Path]:
-    """A temporary folder inside `out`; on leaving without an exception, `files` move from it into `out`, in order.
+def staged_folder(target: Target, files: Sequence[str], *, optional: Sequence[str] = ()) -> Iterator[Path]:
+    """A temporary folder inside the target's; on leaving without an exception, `files` move out of it, in order.
 
     The last of `files` is the one that makes the folder a model for its readers. If anything fails, nothing that was
-    written remains, and an `out` that this call created is removed.
+    written remains, and a target folder that this call created is removed.
 
     Args:
-        replace: `files` that are already there give way (an earlier attempt that was interrupted).
+        optional: files that move as well, before the others, if they were written.
 
-    Raises: UsageError if `out` already holds one of `files`; EvatoolError on a full disk.
+    Raises: UsageError if one of `files` is already there; EvatoolError on a full disk.
     """
+    out = target.folder
     present = [name for name in files if (out / name).exists()]
-    if present and not replace:
+    if present and not target.replace:
         raise UsageError(
             f"the folder already holds an export: {', '.join(present)}",
             where=str(out),
@@ -44,7 +69,7 @@ def staged_folder(out: Path, files: Sequence[str], *, replace: bool = False) -> 
         work = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=out))
         work.chmod(0o755)
         yield work
-        for name in files:
+        for name in [*(n for n in optional if (work / n).exists()), *files]:
             os.replace(work / name, out / name)
             moved.append(out / name)
         _sync(out)
@@ -75,6 +100,12 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a new JSON file and flush it to the disk."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file that another library has written to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _remove_leftovers(out: Path) -> None:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from evatool.export.folder import staged_folder, write_json, write_text
+from evatool.export.folder import Exported, Target, staged_folder, write_json, write_text
 from evatool.export.model_card import CardFacts, model_card
-from evatool.export.verify import fixed_inputs, largest_difference, open_clip_outputs
+from evatool.export.verify import (
+    OPEN_CLIP_READER,
+    ExportableClip,
+    fixed_inputs,
+    foreign_outputs,
+    largest_difference,
+    our_outputs,
+)
 from evatool.tensorfile import write_safetensors
 
 WEIGHTS, TIMM_CONFIG, CARD, CONFIG = "open_clip_model.safetensors", "config.json", "README.md", "open_clip_config.json"
@@ -24,26 +30,6 @@ PATH_FIX = (
     "c['model_cfg']['vision_cfg']['timm_model_name'] = f'local-dir:{p.resolve().parent}'; "
     'p.write_text(json.dumps(c, indent=2))"'
 )
-
-
-class ExportableClip(Protocol):
-    """The part of a loaded CLIP that exporting calls."""
-
-    @property
-    def model(self) -> nn.Module: ...
-    @property
-    def preprocess(self) -> Callable[[Any], Tensor]: ...
-    @property
-    def image_size(self) -> int: ...
-    @property
-    def context_length(self) -> int: ...
-    def encode_image(self, image: Tensor) -> Tensor:
-        """(B, 3, S, S) normalised float -> (B, E)."""
-        ...
-
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """(B, L) -> (B, E)."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -65,54 +51,37 @@ class OpenClipDescription:
     evatool: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Exported:
-    """What was written."""
-
-    folder: Path
-    files: tuple[str, ...]
-    difference: float  # largest relative L2 difference of the reloaded model
-
-
 def export_open_clip(
     clip: ExportableClip,
     description: OpenClipDescription,
+    tensors: Mapping[str, Tensor],
     facts: CardFacts,
-    out: Path,
-    *,
-    tolerance: float,
-    replace: bool = False,
+    target: Target,
 ) -> Exported:
-    """Write `out`: configuration, weights, timm's configuration where needed, and a model card.
+    """Write the target folder: configuration, weights, timm's configuration where needed, and a model card.
 
     Everything is written to a temporary folder first and opened there by open_clip in a fresh process, where evatool
-    cannot be imported unless the model needs it. Only what has passed is moved into `out`.
+    cannot be imported unless the model needs it. Only what has passed is moved into the target.
 
     Args:
-        tolerance: largest relative L2 difference of image features, text features, temperature and preprocessing.
-        replace: write over the files of an earlier, unfinished export.
+        tensors: the weights to write, under open_clip's names.
 
     Raises: EvatoolError beyond the tolerance, on a full disk, or if open_clip cannot open the folder; UsageError if
-    `out` already holds an export. Then nothing of the export is left.
+    the folder already holds an export. Then nothing of the export is left.
     """
     is_tied = description.timm_config is not None
     files = (WEIGHTS, *((TIMM_CONFIG,) if is_tied else ()), CARD, CONFIG)
-    with staged_folder(out, files, replace=replace) as work:
-        state = {
-            name: tensor.reshape(()) if _is_scalar(name) else tensor for name, tensor in clip.model.state_dict().items()
-        }
-        write_safetensors(work / WEIGHTS, state, {"format": "pt"})
+    with staged_folder(target, files) as work:
+        write_safetensors(work / WEIGHTS, tensors, {"format": "pt"})
         if is_tied:
             write_json(work / TIMM_CONFIG, description.timm_config)
         write_json(work / CONFIG, _config(description, work))
-        difference = _verify(clip, description, work, tolerance)
-        write_json(work / CONFIG, _config(description, out))
-        write_text(work / CARD, _card(description, facts, out, difference, tolerance))
-    return Exported(out, files, difference)
-
-
-def _is_scalar(name: str) -> bool:
-    return name in ("logit_scale", "logit_bias")  # (1,) in training, so that every engine can shard them
+        inputs = fixed_inputs(clip.image_size, clip.context_length, description.model_cfg["text_cfg"]["vocab_size"])
+        theirs = foreign_outputs(OPEN_CLIP_READER, work, inputs, needs_evatool=description.needs_evatool)
+        difference = largest_difference(theirs, our_outputs(clip, inputs), target)
+        write_json(work / CONFIG, _config(description, target.folder))
+        write_text(work / CARD, _card(description, facts, target, difference))
+    return Exported(target.folder, files, difference)
 
 
 def _config(description: OpenClipDescription, folder: Path) -> dict[str, Any]:
@@ -128,30 +97,13 @@ def _config(description: OpenClipDescription, folder: Path) -> dict[str, Any]:
     }
 
 
-def _verify(clip: ExportableClip, description: OpenClipDescription, folder: Path, tolerance: float) -> float:
-    inputs = fixed_inputs(clip.image_size, clip.context_length, description.model_cfg["text_cfg"]["vocab_size"])
-    theirs = open_clip_outputs(folder, inputs, needs_evatool=description.needs_evatool)
-    logit_scale = clip.model.logit_scale
-    assert isinstance(logit_scale, Tensor)
-    ours = {
-        "image_features": clip.encode_image(inputs["image"]),
-        "text_features": clip.encode_text(inputs["tokens"]),
-        "logit_scale": logit_scale.detach().exp().reshape(1),
-        "preprocessed": clip.preprocess(Image.fromarray(inputs["picture"].numpy())),
-    }
-    return largest_difference(theirs, ours, tolerance, folder.parent)
-
-
-def _card(description: OpenClipDescription, facts: CardFacts, out: Path, difference: float, tolerance: float) -> str:
+def _card(description: OpenClipDescription, facts: CardFacts, target: Target, difference: float) -> str:
     lines = ["import open_clip"]
     notes = []
     if description.needs_evatool:
         lines = ["import evatool, open_clip; evatool.register()"]
-        notes.append(
-            "The image tower has RMSNorm, which timm cannot be told of in JSON: `evatool.register()` adds the tower "
-            "to timm, and evatool must be installed."
-        )
-    folder = out.resolve() if description.timm_config is not None else "PATH/OF/THIS/FOLDER"
+        notes.append(NEEDS_EVATOOL)
+    folder = target.folder.resolve() if description.timm_config is not None else "PATH/OF/THIS/FOLDER"
     lines += [
         f'model, preprocess = open_clip.create_model_from_pretrained("local-dir:{folder}")',
         f"tokenizer = open_clip.SimpleTokenizer(context_length={description.model_cfg['text_cfg']['context_length']})",
@@ -166,6 +118,12 @@ def _card(description: OpenClipDescription, facts: CardFacts, out: Path, differe
     verification = (
         "Before this folder was published, stock open_clip opened it in a fresh process "
         f"{where}. Image features, text features, temperature and preprocessing of fixed inputs differ from the "
-        f"original model by at most {difference:.1e} (relative L2 per tensor; {tolerance:.0e} was allowed)."
+        f"original model by at most {difference:.1e} (relative L2 per tensor; {target.tolerance:.0e} was allowed)."
     )
     return model_card(facts, library="open_clip", loading="\n".join(lines), notes=notes, verification=verification)
+
+
+NEEDS_EVATOOL = (
+    "The image tower has RMSNorm, which timm cannot be told of in JSON: `evatool.register()` adds the tower to timm, "
+    "and evatool must be installed."
+)

@@ -1,4 +1,4 @@
-"""An export is opened again by the library it was made for, in a process of its own, and must give our features."""
+"""An export is opened again by the library it was made for and must give our features."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
 from evatool.errors import EvatoolError
+from evatool.export.folder import Target
 from evatool.tensorfile import SafetensorsMap, write_safetensors
 
 # B pictures or captions, S input side in pixels, L text tokens
 
-# Run by the fresh process: argv is the exported folder, the inputs and where the outputs go.
-# `evatool` is made impossible to import unless the export says that it needs it.
-_OPEN_CLIP_READER = """
+# What a fresh process runs before a reader: argv is the exported folder, the inputs, where the outputs go, and whether
+# evatool is needed. Where it is not, it is made impossible to import.
+_PRELUDE = """
 import sys
 folder, inputs, outputs, needs_evatool = sys.argv[1:]
 if needs_evatool == "yes":
@@ -27,10 +30,14 @@ if needs_evatool == "yes":
     evatool.register()
 else:
     sys.modules["evatool"] = None
-import open_clip, torch
-from PIL import Image
+import torch
 from safetensors.torch import load_file, save_file
 given = load_file(inputs)
+"""
+
+OPEN_CLIP_READER = """
+import open_clip
+from PIL import Image
 model, preprocess = open_clip.create_model_from_pretrained("local-dir:" + folder)
 model.eval()
 picture = Image.fromarray(given["picture"].numpy())
@@ -42,6 +49,33 @@ with torch.no_grad():
         "preprocessed": preprocess(picture).contiguous(),
     }, outputs)
 """
+
+TIMM_READER = """
+import timm
+model = timm.create_model("local-dir:" + folder, pretrained=True).eval()
+with torch.no_grad():
+    save_file({"image_features": model(given["image"]).contiguous()}, outputs)
+"""
+
+
+class ExportableClip(Protocol):
+    """The part of a loaded CLIP that exporting calls."""
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def preprocess(self) -> Callable[[Any], Tensor]: ...
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def context_length(self) -> int: ...
+    def encode_image(self, image: Tensor) -> Tensor:
+        """(B, 3, S, S) normalised float -> (B, E)."""
+        ...
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """(B, L) -> (B, E)."""
+        ...
 
 
 def fixed_inputs(image_size: int, context_length: int, vocab_size: int) -> dict[str, Tensor]:
@@ -59,19 +93,34 @@ def fixed_inputs(image_size: int, context_length: int, vocab_size: int) -> dict[
     return {"image": image, "tokens": tokens, "picture": picture}
 
 
-def open_clip_outputs(folder: Path, inputs: Mapping[str, Tensor], *, needs_evatool: bool) -> dict[str, Tensor]:
-    """What stock open_clip makes of `inputs` with the folder's model, in a fresh process and without the network.
+def our_outputs(clip: ExportableClip, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the model itself makes of `fixed_inputs`, under the names that the readers use."""
+    logit_scale = clip.model.logit_scale
+    assert isinstance(logit_scale, Tensor)
+    return {
+        "image_features": clip.encode_image(inputs["image"]),
+        "text_features": clip.encode_text(inputs["tokens"]),
+        "logit_scale": logit_scale.detach().exp().reshape(1),
+        "preprocessed": clip.preprocess(Image.fromarray(inputs["picture"].numpy())),
+    }
 
-    Returns: `image_features`, `text_features`, `logit_scale` (exponentiated) and `preprocessed`, all float32.
+
+def foreign_outputs(
+    reader: str, folder: Path, inputs: Mapping[str, Tensor], *, needs_evatool: bool = False
+) -> dict[str, Tensor]:
+    """What another library makes of `inputs` with the folder's model, in a fresh process and without the network.
+
+    Args:
+        reader: one of this module's programs.
     Raises: EvatoolError with the other process's last words if it fails.
     """
     with tempfile.TemporaryDirectory(prefix="evatool-verify-") as scratch:
         asked, answered = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
         write_safetensors(asked, inputs)
-        arguments = [str(folder.resolve()), str(asked), str(answered), "yes" if needs_evatool else "no"]
+        arguments = [str(folder), str(asked), str(answered), "yes" if needs_evatool else "no"]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
-            [sys.executable, "-c", _OPEN_CLIP_READER, *arguments],
+            [sys.executable, "-c", _PRELUDE + reader, *arguments],
             cwd=scratch,
             env=environment,
             capture_output=True,
@@ -81,7 +130,7 @@ def open_clip_outputs(folder: Path, inputs: Mapping[str, Tensor], *, needs_evato
         if done.returncode != 0 or not answered.is_file():
             last_words = "\n".join(done.stderr.strip().splitlines()[-4:])
             raise EvatoolError(
-                f"open_clip could not open the export:\n{last_words}",
+                f"the other library could not open the export:\n{last_words}",
                 where=str(folder),
                 fix="this is a fault of the export; please report it with the model's configuration",
             )
@@ -92,27 +141,41 @@ def open_clip_outputs(folder: Path, inputs: Mapping[str, Tensor], *, needs_evato
 def relative_difference(theirs: Tensor, ours: Tensor) -> float:
     """||theirs - ours|| / ||ours|| over all elements, in float64."""
     ours = ours.detach().double().cpu()
-    return float((theirs.double() - ours).norm() / ours.norm())
+    return float((theirs.detach().double().cpu() - ours).norm() / ours.norm())
 
 
-def largest_difference(
-    theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], tolerance: float, where: Path
-) -> float:
+def largest_difference(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], target: Target) -> float:
     """The largest relative difference over the tensors of `ours`.
 
-    Raises: EvatoolError naming every tensor beyond `tolerance`, or of another shape, or not finite.
+    Raises: EvatoolError naming every tensor beyond the target's tolerance, or of another shape, or not finite.
     """
     differences: dict[str, float] = {}
     for name, tensor in ours.items():
         same_shape = name in theirs and theirs[name].shape == tensor.shape
         differences[name] = relative_difference(theirs[name], tensor) if same_shape else float("inf")
-    beyond = {name: value for name, value in differences.items() if not value <= tolerance}
+    beyond = {name: value for name, value in differences.items() if not value <= target.tolerance}
     if beyond:
         listed = ", ".join(f"{name} {value:.2e}" for name, value in beyond.items())
         raise EvatoolError(
             f"the reloaded export differs from the model: {listed}",
-            where=str(where),
-            expected=f"at most {tolerance:.0e} (relative L2)",
+            where=str(target.folder),
+            expected=f"at most {target.tolerance:.0e} (relative L2)",
             fix="nothing was written; a larger export.tolerance accepts it",
         )
     return max(differences.values())
+
+
+def refuse_different_tensors(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], where: Path) -> None:
+    """Every tensor must have come back with the same bits. Raises: EvatoolError naming those that have not."""
+    changed = sorted(set(theirs) ^ set(ours))
+    changed += [name for name in ours if name in theirs and not _same_bits(theirs[name], ours[name])]
+    if changed:
+        raise EvatoolError(
+            f"{len(changed)} tensors of the reloaded export differ: {', '.join(changed[:6])}",
+            where=str(where),
+            fix="nothing was written; please report it with the model's configuration",
+        )
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)

@@ -140,6 +140,12 @@ class ModelConfig:
             return self
         return _checked(replace(self, vision={**self.vision, "image_size": image_size}))
 
+    def with_patch_size(self, patch_size: int | None) -> ModelConfig:
+        """The same model with other patches on the same image; None keeps them. Raises RecipeError as above."""
+        if patch_size is None or patch_size == self.patch_size:
+            return self
+        return _checked(replace(self, vision={**self.vision, "patch_size": patch_size}))
+
     def to_json(self) -> dict[str, Any]:
         """JSON-ready form; `from_json` reads it back equal."""
         table: dict[str, Any] = {"name": self.name, "task": self.task, "vision_cfg": dict(self.vision)}

@@ -22,6 +22,7 @@ _SINGLE_FILES = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
     "model.safetensors",
+    "model.pt",
     "open_clip_pytorch_model.bin",
     "pytorch_model.bin",
 )

@@ -14,6 +14,7 @@ from timm.layers import RmsNormFp32
 from timm.models import build_model_with_cfg, is_model, register_model
 from timm.models.eva import Eva, checkpoint_filter_fn
 
+from evatool.errors import CheckpointError
 from evatool.model.config import ModelConfig
 from evatool.model.presets import PRESETS
 from evatool.pixels import CLIP_MEAN, CLIP_STD
@@ -119,14 +120,24 @@ def _register(name: str, config: ModelConfig) -> None:
     register_model(entry)
 
 
-def timm_config(config: ModelConfig) -> dict[str, Any] | None:
-    """A timm `config.json` that makes stock timm build this tower; None where its norm cannot be written in JSON."""
-    if config.vision["use_rms_norm"]:
-        return None
+def timm_config(config: ModelConfig, num_classes: int = 0) -> dict[str, Any]:
+    """A timm `config.json` that makes timm build this tower.
+
+    Stock timm does, from the arguments alone; only RMSNorm cannot be written in JSON, so that a tower with it goes by
+    the name that `evatool.register()` adds. Raises: CheckpointError for such a tower of no preset's size.
+    """
     side = config.image_size
+    is_json = not config.vision["use_rms_norm"]
+    name = _TIMM_BASE if is_json else timm_name(config)
+    if not is_json and name not in TIMM_NAMES.values():
+        raise CheckpointError(
+            f"{config.name} has RMSNorm in a tower of no preset's size: neither timm nor evatool.register() has a name "
+            "for it",
+            fix="train one of the presets, or load the run with evatool.load_clip",
+        )
     return {
-        "architecture": _TIMM_BASE,
-        "num_classes": 0,
+        "architecture": name,
+        "num_classes": num_classes,
         "num_features": config.width,
         "global_pool": "token",
         "pretrained_cfg": {
@@ -139,7 +150,7 @@ def timm_config(config: ModelConfig) -> dict[str, Any] | None:
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
-        "model_args": eva_arguments(config),
+        "model_args": eva_arguments(config) if is_json else {},
     }
 
 

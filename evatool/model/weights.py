@@ -114,13 +114,20 @@ def _init_tower(
     return report
 
 
-def load_clip_weights(clip: CustomTextCLIP, state: Mapping[str, Tensor], *, where: str = "state dict") -> LoadReport:
-    """All weights of a CLIP model, in any naming that `canonical_state` knows; image positions are resized to fit.
+def load_clip_weights(
+    clip: CustomTextCLIP,
+    state: Mapping[str, Tensor],
+    *,
+    where: str = "state dict",
+    patch_resize: PatchResize = "bicubic",
+) -> LoadReport:
+    """All weights of a CLIP model, in any naming that `canonical_state` knows; image positions and the patch kernel are
+    resized to fit.
 
     Raises CheckpointError, leaving `clip` unchanged, unless every parameter has its tensor and every tensor its place.
     """
     source = canonical_state(state, where)
-    return load_parameters(clip, source, take=set(source), where=where)
+    return load_parameters(clip, source, take=set(source), where=where, patch_resize=patch_resize)
 
 
 def load_mim_weights(model: MimModel, state: Mapping[str, Tensor], *, where: str = "state dict") -> LoadReport:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from evatool.recipe.section import PositiveFloat, Section
+from pydantic import Field, model_validator
+
+from evatool.recipe.section import Positive, PositiveFloat, Section
+
+Format = Literal["open_clip", "baai", "timm", "safetensors", "onnx", "torch-export"]
 
 
 class ExportSection(Section):
@@ -13,10 +17,39 @@ class ExportSection(Section):
 
     checkpoint: str
     """Model to export, as `evatool.load_clip` reads it: run folder, checkpoint folder or released file."""
-    format: Literal["open_clip"] = "open_clip"
-    """`open_clip`: a folder for `local-dir:`."""
+    model: str | None = None
+    """The model of a file that no preset fits: a preset, or a JSON file with embed_dim, vision_cfg and text_cfg."""
+    format: Format = "open_clip"
+    """`open_clip`: a folder for `local-dir:`. `baai`: a flat file with EVA-CLIP's names. `timm`: the image tower.
+    `safetensors`: our names in one file. `onnx`, `torch-export`: a graph a tower, any batch size."""
+    dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    """Numbers of the written weights; as at the source when absent."""
+    image_size: Positive | None = None
+    """Input side in pixels where it differs from the model's; positions are resized."""
+    patch_size: Positive | None = None
+    """Patch side in pixels where it differs from the model's; the patch kernel and positions are resized."""
+    patch_resize: Literal["bicubic", "pseudo-inverse"] | None = None
+    """How a patch kernel is resized: as EVA's scripts do (when absent), or FlexiViT's way. Only with `patch_size`."""
+    tower: Literal["image", "text"] | None = None
+    """Only this tower (`onnx`, `torch-export`, `safetensors`, `baai`); `timm` is always the image tower."""
+    opset: Annotated[int, Field(ge=18)] | None = None
+    """ONNX operator set; 20 when absent. Only with `onnx`."""
+    results: Path | None = None
+    """`results.json` of an evaluation, for the model card."""
     tolerance: PositiveFloat = 1e-5
     """Largest relative L2 difference between our features and the reloaded export's."""
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> ExportSection:
+        if self.opset is not None and self.format != "onnx":
+            raise ValueError(f"opset = {self.opset} has no effect: format = {self.format!r} is not 'onnx'")
+        if self.patch_resize is not None and self.patch_size is None:
+            raise ValueError(f"patch_resize = {self.patch_resize!r} has no effect without patch_size")
+        if self.format == "open_clip" and self.tower is not None:
+            raise ValueError(f"tower = {self.tower!r}: an open_clip folder holds both towers")
+        if self.format == "timm" and self.tower == "text":
+            raise ValueError("tower = 'text': timm has image towers only")
+        return self
 
 
 class ExportRecipe(Section):

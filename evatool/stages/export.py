@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import evatool
-from evatool.api import LoadedClip, load_clip
+from evatool.api import DTYPES, LoadedClip, load_clip
+from evatool.errors import UsageError
+from evatool.eval.results import main_metrics, read_results
+from evatool.export.folder import Target
 from evatool.export.model_card import CardFacts
-from evatool.export.open_clip import export_open_clip
-from evatool.recipe.schema import ExportRecipe
+from evatool.recipe.schema import ExportRecipe, ExportSection
+from evatool.stages.export_formats import export_model, round_weights
 from evatool.stages.run_dir import RunOptions, open_run_dir
 from evatool.types import Result
 
@@ -25,66 +29,94 @@ def run(recipe: ExportRecipe, run: RunOptions) -> Result:
     """
     run_dir = open_run_dir(recipe, run)
     section = recipe.export
-    clip = load_clip(section.checkpoint)
+    clip = load_model(section)
     log.info("%s: %s, %s", section.checkpoint, clip.config.name, clip.source)
-    exported = export_open_clip(
-        clip,
-        clip.open_clip_description(),
-        card_facts(clip),
-        run_dir.path,
-        tolerance=section.tolerance,
-        replace=run_dir.resumed,
-    )
-    parameters = sum(p.numel() for p in clip.model.parameters())
+    results = [] if section.results is None else _results(section.results, clip)
+    round_to(clip, section)
+    facts = card_facts(clip, results)
+    target = Target(run_dir.path, section.tolerance, replace=run_dir.resumed)
+    exported = export_model(clip, section, facts, target)
+    parameters = sum(facts.parameters.values())
     size = sum((run_dir.path / name).stat().st_size for name in exported.files)
+    dtype = str(clip.stored_dtype).removeprefix("torch.")
     return Result(
         stage="export",
         run_dir=run_dir.path,
         outputs={"model": run_dir.path} | {name: run_dir.path / name for name in exported.files},
         metrics={"max_difference": exported.difference, "parameters": parameters, "bytes": size},
-        next_command=_open_command(clip, run_dir.path),
+        next_command=_next_command(clip, section, run_dir.path),
         table=[
             ["", ""],
             ["format", section.format],
             ["model", clip.config.name],
-            ["parameters", f"{parameters:,}"],
+            ["parameters", f"{parameters:,} ({dtype})"],
             ["size", f"{size / 1e6:.1f} MB"],
             ["largest difference after reloading", f"{exported.difference:.1e}"],
         ],
     )
 
 
-def _open_command(clip: LoadedClip, folder: Path) -> str:
-    imports = "import open_clip"
-    if clip.open_clip_description().needs_evatool:
-        imports = "import evatool, open_clip; evatool.register()"
-    code = f"{imports}; open_clip.create_model_from_pretrained('local-dir:{folder.resolve()}')"
+def load_model(section: ExportSection) -> LoadedClip:
+    """The model to export, resized as the section says."""
+    return load_clip(
+        section.checkpoint,
+        model_config=section.model,
+        image_size=section.image_size,
+        patch_size=section.patch_size,
+        patch_resize=section.patch_resize or "bicubic",
+    )
+
+
+def round_to(clip: LoadedClip, section: ExportSection) -> None:
+    """Give the weights the values that they will have where the export is read; arithmetic stays float32."""
+    dtype = DTYPES[section.dtype] if section.dtype else clip.stored_dtype
+    is_resized = section.image_size is not None or section.patch_size is not None
+    if dtype != clip.stored_dtype or is_resized:
+        round_weights(clip, dtype)
+
+
+def _next_command(clip: LoadedClip, section: ExportSection, folder: Path) -> str:
+    """Open what was written, in the library it was written for."""
+    where = folder.resolve()
+    register = "import evatool; evatool.register(); " if clip.config.vision["use_rms_norm"] else ""
+    match section.format:
+        case "open_clip":
+            code = f"{register}import open_clip; open_clip.create_model_from_pretrained('local-dir:{where}')"
+        case "timm":
+            code = f"{register}import timm; timm.create_model('local-dir:{where}', pretrained=True)"
+        case "onnx":
+            code = f"import onnxruntime; onnxruntime.InferenceSession('{where}/{section.tower or 'image'}.onnx')"
+        case "torch-export":
+            code = f"import torch; torch.export.load('{where}/{section.tower or 'image'}.pt2')"
+        case "baai" | "safetensors":
+            code = f"import evatool; evatool.load_clip('{where}')"
     return f'python -c "{code}"' if not set(code) & set('"$`\\!') else f"python -c {shlex.quote(code)}"
 
 
-def card_facts(clip: LoadedClip) -> CardFacts:
-    """What the model card says: shape and size of `clip`, and the recipe found beside its weights."""
+def card_facts(clip: LoadedClip, results: Sequence[tuple[str, str]] = ()) -> CardFacts:
+    """What the model card says: shape and size of `clip`, the recipe found beside its weights, and `results`."""
     config = clip.config
     assert config.text is not None, "load_clip returns CLIP models only"
-    grid = f"{config.grid[0]} x {config.grid[1]}"
+    text = config.text
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     return CardFacts(
         name=config.name,
         source=clip.source,
         architecture=[
-            ("image size, patch", f"{config.image_size}, {config.patch_size} (grid {grid})"),
+            (
+                "image size, patch, grid",
+                f"{config.image_size}, {config.patch_size}, {config.grid[0]} x {config.grid[1]}",
+            ),
             ("image tower: width, depth, heads", f"{config.width}, {config.depth}, {config.num_heads}"),
             ("image tower: blocks", _block_words(config.vision)),
-            (
-                "text tower: width, depth, heads",
-                f"{config.text['width']}, {config.text['layers']}, {config.text['heads']}",
-            ),
-            ("context, vocabulary", f"{config.context_length}, {config.text['vocab_size']}"),
+            ("text tower: width, depth, heads", f"{text['width']}, {text['layers']}, {text['heads']}"),
+            ("context, vocabulary", f"{config.context_length}, {text['vocab_size']}"),
             ("embedding", str(config.embed_dim)),
-            ("weights", str(next(clip.model.visual.parameters()).dtype).removeprefix("torch.")),
+            ("weights", str(clip.stored_dtype).removeprefix("torch.")),
         ],
         parameters={"image": count(clip.model.visual), "text": count(clip.model.text), "temperature": 1},
         recipe_toml=_beside(Path(clip.source), "resolved.toml"),
+        results=results,
         evatool_version=evatool.__version__,
     )
 
@@ -107,3 +139,19 @@ def _block_words(vision: dict) -> str:
 def _beside(source: Path, name: str) -> str | None:
     path = source / name
     return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _results(path: Path, clip: LoadedClip) -> list[tuple[str, str]]:
+    """The main figures of `clip` in an evaluation's `results.json`, told by the weights' fingerprint."""
+    results = read_results(path)
+    names = {record.name for record in results.models if record.fingerprint == clip.fingerprint}
+    rows = [row for row in results.results if row.model in names and row.metric in main_metrics(row.kind)]
+    if not rows:
+        raise UsageError(
+            f"none of the {len(results.models)} models evaluated in this file has the weights of {clip.source}",
+            where=f"export.results = {path}",
+            expected="the results.json of an evaluation of these very weights, neither resized nor trained further",
+            fix="run evatool eval on this model, or leave export.results out",
+        )
+    show = lambda row: f"{100 * row.value:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]"  # noqa: E731
+    return [(f"{row.variant}, {row.metric}, % (chance {100 * row.chance:.2g})", show(row)) for row in rows]

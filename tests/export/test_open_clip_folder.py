@@ -17,13 +17,21 @@ import evatool
 from evatool.api import LoadedClip, load_clip
 from evatool.errors import CheckpointError, EvatoolError, UsageError
 from evatool.export import open_clip as target
+from evatool.export.folder import Target
 from evatool.export.model_card import CardFacts
 from evatool.export.open_clip import export_open_clip
 from evatool.export.verify import fixed_inputs, largest_difference
 from evatool.recipe.schema import ExportRecipe
 from evatool.stages.export import card_facts
 from evatool.stages.export import run as run_export
+from evatool.stages.export_formats import open_clip_description, written_tensors
 from evatool.stages.run_dir import RunOptions
+
+
+def export(clip, out, facts=None):
+    tensors = written_tensors(clip)
+    return export_open_clip(clip, open_clip_description(clip), tensors, facts or FACTS, Target(out, tolerance=1e-5))
+
 
 FACTS = CardFacts(name="test", source="test", architecture=[], parameters={"image": 1})
 
@@ -37,7 +45,7 @@ def clip() -> LoadedClip:
 @pytest.fixture(scope="module")
 def exported(clip, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("exported") / "a folder"
-    done = export_open_clip(clip, clip.open_clip_description(), card_facts(clip), out, tolerance=1e-5)
+    done = export(clip, out, card_facts(clip))
     assert done.difference <= 1e-5
     return out
 
@@ -105,7 +113,7 @@ def test_our_own_reader_gives_back_the_same_model(exported, clip):
 
 
 def test_a_difference_beyond_the_tolerance_leaves_nothing(clip, tmp_path, monkeypatch):
-    def wrong(folder, inputs, *, needs_evatool):
+    def wrong(reader, folder, inputs, *, needs_evatool):
         return {
             "image_features": clip.encode_image(inputs["image"]),
             "text_features": clip.encode_text(inputs["tokens"]) * 1.001,
@@ -113,9 +121,9 @@ def test_a_difference_beyond_the_tolerance_leaves_nothing(clip, tmp_path, monkey
             "preprocessed": clip.preprocess(Image.fromarray(inputs["picture"].numpy())),
         }
 
-    monkeypatch.setattr(target, "open_clip_outputs", wrong)
+    monkeypatch.setattr(target, "foreign_outputs", wrong)
     with pytest.raises(EvatoolError, match=r"text_features 1\.00e-03"):
-        export_open_clip(clip, clip.open_clip_description(), FACTS, tmp_path / "out", tolerance=1e-5)
+        export(clip, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -125,7 +133,7 @@ def test_an_export_that_cannot_be_opened_leaves_nothing(clip, tmp_path, monkeypa
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("stays")
     with pytest.raises(EvatoolError, match="could not open"):
-        export_open_clip(clip, clip.open_clip_description(), FACTS, tmp_path / "out", tolerance=1e-5)
+        export(clip, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
@@ -136,14 +144,14 @@ def test_a_full_disk_leaves_nothing(clip, tmp_path, monkeypatch):
 
     monkeypatch.setattr(target, "write_safetensors", full)
     with pytest.raises(EvatoolError, match="the disk is full"):
-        export_open_clip(clip, clip.open_clip_description(), FACTS, tmp_path / "out", tolerance=1e-5)
+        export(clip, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_used_folder_is_refused(exported, clip):
     before = {path.name: path.stat().st_mtime_ns for path in exported.iterdir()}
     with pytest.raises(UsageError, match="already holds an export"):
-        export_open_clip(clip, clip.open_clip_description(), FACTS, exported, tolerance=1e-5)
+        export(clip, exported)
     assert {path.name: path.stat().st_mtime_ns for path in exported.iterdir()} == before
 
 
@@ -151,7 +159,7 @@ def test_a_used_folder_is_refused(exported, clip):
 def test_no_number_and_another_shape_are_differences(bad, tmp_path):
     theirs = {"f": torch.full((2,), bad) if bad != bad else torch.ones(3)}
     with pytest.raises(EvatoolError, match="differs"):
-        largest_difference(theirs, {"f": torch.ones(2)}, 1e-5, tmp_path)
+        largest_difference(theirs, {"f": torch.ones(2)}, Target(tmp_path, tolerance=1e-5))
 
 
 # ------------------------------------------------------------------------------------------------ other towers
@@ -169,7 +177,7 @@ def test_tiny_towers_of_the_other_families(name, tmp_path):
     golden = read_golden(name)
     torch.save(golden.state, tmp_path / "weights.pt")
     clip = load_clip(tmp_path / "weights.pt", model_config=golden.config)
-    done = export_open_clip(clip, clip.open_clip_description(), FACTS, tmp_path / "out", tolerance=1e-5)
+    done = export(clip, tmp_path / "out")
     assert done.difference <= 1e-5
     again = load_clip(tmp_path / "out")
     assert relative(again.encode_image(golden.inputs["image"]), golden.expected["image_features"]) <= 1e-5
@@ -180,7 +188,7 @@ def test_rms_norm_without_a_name_in_timm_is_refused(tmp_path):
     torch.save(golden.state, tmp_path / "weights.pt")
     clip = load_clip(tmp_path / "weights.pt", model_config=golden.config)
     with pytest.raises(CheckpointError, match="RMSNorm"):
-        clip.open_clip_description()
+        open_clip_description(clip)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +198,7 @@ def test_rms_norm_without_a_name_in_timm_is_refused(tmp_path):
 def test_who_needs_what(preset, tied, needs_evatool):
     config = evatool.model.presets.resolve_preset(preset)
     loaded = LoadedClip(model=None, config=config, source="", preprocess=None, tokenizer=None)
-    description = loaded.open_clip_description()
+    description = open_clip_description(loaded)
     assert (description.timm_config is not None, description.needs_evatool) == (tied, needs_evatool)
 
 

@@ -1,0 +1,179 @@
+"""Each tower as a graph for any batch size: a torch.export program or an ONNX file."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evatool.errors import DependencyError
+from evatool.export.folder import Exported, Target, staged_folder, sync_file, write_json, write_text
+from evatool.export.model_card import CardFacts, model_card
+from evatool.export.verify import ExportableClip, fixed_inputs, largest_difference, our_outputs
+
+CONFIG, CARD = "model_config.json", "README.md"
+DEFAULT_OPSET = 20
+
+# B pictures or captions, S input side in pixels, L text tokens
+
+
+class Encoder(nn.Module):
+    """One tower with nothing around it: (B, 3, S, S) float or (B, L) int64 -> (B, E), not normalised."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features of a batch."""
+        return self.tower(x)
+
+
+@dataclass(frozen=True)
+class _GraphFormat:
+    """How one kind of graph is written and read, and what the card says of it."""
+
+    suffix: str
+    library: str
+    write: Callable[[nn.Module, Tensor, Path], None]  # encoder, example input, path
+    read: Callable[[Path], Callable[[Tensor], Tensor]]
+    loading: str
+    verified: str
+
+
+def export_torch(
+    clip: ExportableClip, towers: Sequence[str], config: Mapping[str, Any], facts: CardFacts, target: Target
+) -> Exported:
+    """Write the target folder: `image.pt2` and `text.pt2` (torch.export), our configuration and a model card.
+
+    Each program is loaded again and run on one and on four inputs.
+
+    Args:
+        towers: `image`, `text` or both.
+    Raises: as `export_open_clip`.
+    """
+    graph = _GraphFormat(
+        suffix="pt2",
+        library="pytorch",
+        write=lambda encoder, example, path: torch.export.save(_program(encoder, example), path),
+        read=lambda path: torch.export.load(path).module(),
+        loading='import torch\nencode_image = torch.export.load("image.pt2").module()\n'
+        "features = encode_image(images)  # (B, 3, S, S) float32, normalised -> (B, E)",
+        verified="loaded again by torch.export",
+    )
+    return _export(clip, towers, config, facts, target, graph)
+
+
+def export_onnx(
+    clip: ExportableClip,
+    towers: Sequence[str],
+    config: Mapping[str, Any],
+    facts: CardFacts,
+    target: Target,
+    *,
+    opset: int | None,
+) -> Exported:
+    """Write the target folder: `image.onnx` and `text.onnx`, our configuration and a model card.
+
+    onnxruntime runs each file on one and on four inputs.
+
+    Args:
+        towers: `image`, `text` or both.
+        opset: ONNX operator set; 20 when None.
+    Raises: DependencyError without the onnx packages; else as `export_open_clip`.
+    """
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DependencyError(
+            f"an ONNX export needs {', '.join(missing)}", fix="pip install 'evatool[onnx]', then the same command"
+        )
+    opset = opset or DEFAULT_OPSET
+    graph = _GraphFormat(
+        suffix="onnx",
+        library="onnx",
+        write=partial(_write_onnx, opset=opset),
+        read=_read_onnx,
+        loading='import onnxruntime\nsession = onnxruntime.InferenceSession("image.onnx")\n'
+        'features = session.run(["features"], {"input": images})[0]  # (B, 3, S, S) float32, normalised -> (B, E)',
+        verified=f"run by onnxruntime (operator set {opset})",
+    )
+    return _export(clip, towers, config, facts, target, graph)
+
+
+def _write_onnx(encoder: nn.Module, example: Tensor, path: Path, *, opset: int) -> None:
+    torch.onnx.export(
+        _program(encoder, example),
+        (),
+        path,
+        dynamo=True,
+        opset_version=opset,
+        input_names=["input"],
+        output_names=["features"],
+        verbose=False,
+        external_data=_bytes(encoder) > 1.5e9,  # a protobuf ends at 2 GB
+    )
+
+
+def _read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(["features"], {"input": x.numpy()})[0])
+
+
+def _export(
+    clip: ExportableClip,
+    towers: Sequence[str],
+    config: Mapping[str, Any],
+    facts: CardFacts,
+    target: Target,
+    graph: _GraphFormat,
+) -> Exported:
+    inputs = fixed_inputs(clip.image_size, clip.context_length, config["text_cfg"]["vocab_size"])
+    ours = our_outputs(clip, inputs)
+    graphs = [f"{tower}.{graph.suffix}" for tower in towers]
+    files = (*graphs, CARD, CONFIG)
+    largest = 0.0
+    with staged_folder(target, files, optional=[f"{name}.data" for name in graphs]) as work:
+        for tower, name in zip(towers, graphs, strict=True):
+            example = inputs["image"] if tower == "image" else inputs["tokens"]
+            model: Any = clip.model
+            graph.write(Encoder(model.visual if tower == "image" else model.text).eval(), example, work / name)
+            sync_file(work / name)
+            run = graph.read(work / name)
+            feature = f"{tower}_features"
+            for count in (1, len(example)):
+                theirs, expected = {feature: run(example[:count])}, {feature: ours[feature][:count]}
+                largest = max(largest, largest_difference(theirs, expected, target))
+        write_json(work / CONFIG, config)
+        write_text(work / CARD, _card(clip, graphs, facts, graph, largest, target.tolerance))
+    return Exported(target.folder, files, largest)
+
+
+def _card(
+    clip: ExportableClip, graphs: list[str], facts: CardFacts, graph: _GraphFormat, largest: float, allowed: float
+) -> str:
+    note = (
+        f"Files: {', '.join(graphs)}. Inputs are normalised pictures (B, 3, {clip.image_size}, {clip.image_size}) or "
+        f"token rows (B, {clip.context_length}) of int64; outputs are features (B, E), not normalised. Any B."
+    )
+    verification = (
+        f"Before they were published, the files were {graph.verified}, on one and on four inputs. Features differ from "
+        f"the original model by at most {largest:.1e} (relative L2 per tensor; {allowed:.0e} was allowed)."
+    )
+    return model_card(facts, library=graph.library, loading=graph.loading, notes=[note], verification=verification)
+
+
+def _program(encoder: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    with torch.no_grad():
+        return torch.export.export(encoder, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
