@@ -37,7 +37,7 @@ from evatool.model.registration import register
 from evatool.model.resize import PatchResize
 from evatool.model.weights import load_clip_weights
 from evatool.pixels import CLIP_MEAN, CLIP_STD, normalize_images
-from evatool.tensorfile import dtype_of
+from evatool.tensorfile import dtype_of, shape_of
 
 __all__ = ["LoadedClip", "Weights", "load_clip", "read_weights", "register"]
 
@@ -169,7 +169,9 @@ def load_clip(
         weights = read_weights(path)
         config = _resized(config or _only_config(weights), image_size, patch_size)
         clip = _build_loaded(weights, config, patch_resize)
-        stored_dtype = dtype_of(weights.state, next(iter(weights.state)))
+        # the temperature, and some norms, may be kept in a wider dtype than the rest
+        matrix = next(name for name in weights.state if len(shape_of(weights.state, name)) > 1)
+        stored_dtype = dtype_of(weights.state, matrix)
         origin = weights.source
     else:
         config = _resized(config or _preset_or_usage_error(str(source)), image_size, patch_size)

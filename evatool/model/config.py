@@ -269,8 +269,13 @@ def _tower_problems(config: ModelConfig) -> list[str]:
     return [f"{key} = {vision[key]} is a setting of EVA towers, not of clip-vit" for key in extra]
 
 
+NOT_ARCHITECTURE = frozenset({"init", "init_std", "head_init_scale"})
+"""Vision keys that decide about first weights only."""
+
+
 def fingerprint_text(config: ModelConfig) -> str:
-    """A canonical text of what `config` builds, without its name."""
+    """A canonical text of what `config` builds, without its name and its first weights."""
     table = config.to_json()
     table.pop("name")
+    table["vision_cfg"] = {k: v for k, v in config.vision.items() if k not in NOT_ARCHITECTURE}
     return json.dumps(table, sort_keys=True)

@@ -15,7 +15,7 @@ from timm.models import build_model_with_cfg, is_model, register_model
 from timm.models.eva import Eva, checkpoint_filter_fn
 
 from evatool.errors import CheckpointError
-from evatool.model.config import ModelConfig
+from evatool.model.config import NOT_ARCHITECTURE, ModelConfig
 from evatool.model.presets import PRESETS
 from evatool.pixels import CLIP_MEAN, CLIP_STD
 
@@ -36,8 +36,6 @@ TIMM_NAMES = {
 _TIMM_BASE = "eva02_base_patch16_clip_224"
 # Those of TIMM_NAMES that timm itself knows.
 STOCK_NAMES = frozenset(name for name in TIMM_NAMES.values() if is_model(name))
-
-_NOT_ARCHITECTURE = ("init", "init_std", "head_init_scale")
 
 
 def eva_arguments(config: ModelConfig) -> dict[str, Any]:
@@ -79,7 +77,7 @@ def has_head_bias(config: ModelConfig) -> bool:
 
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:
-    return {key: value for key, value in config.vision.items() if key not in _NOT_ARCHITECTURE}
+    return {key: value for key, value in config.vision.items() if key not in NOT_ARCHITECTURE}
 
 
 def timm_name(config: ModelConfig) -> str:

@@ -1,0 +1,280 @@
+"""Every format there and back, what may be chosen, and what is refused."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from golden import CLIP_FILES, read_golden, relative
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+
+from evatool.api import load_clip
+from evatool.errors import CheckpointError, DependencyError, EvatoolError, RecipeError, UsageError
+from evatool.eval.results import EvalResults, ModelRecord, ResultRow, write_results
+from evatool.export import graph, tensors
+from evatool.export.folder import Target
+from evatool.export.model_card import CardFacts
+from evatool.export.tensors import export_baai, export_safetensors
+from evatool.model.baai import baai_config, baai_state
+from evatool.model.clip import build_clip
+from evatool.model.names import canonical_state
+from evatool.model.presets import resolve_preset
+from evatool.recipe.schema import ExportRecipe, ExportSection
+from evatool.stages.export import card_facts, load_model, round_to, run
+from evatool.stages.export_formats import export_model, load_written, written_tensors
+from evatool.stages.run_dir import RunOptions
+
+FACTS = CardFacts(name="test", source="test", architecture=[], parameters={"image": 1})
+DEBUG = resolve_preset("EVA02-CLIP-debug")
+has_onnx = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file with weights that are not the initial ones, in float32."""
+    torch.manual_seed(0)
+    clip = build_clip(DEBUG)
+    for parameter in clip.parameters():
+        parameter.data += 0.01 * torch.randn_like(parameter)
+    path = tmp_path_factory.mktemp("source") / "weights.safetensors"
+    save_file({name: tensor.clone() for name, tensor in clip.state_dict().items()}, path)
+    return path
+
+
+def section(checkpoint, **options):
+    return ExportSection.model_validate_json(json.dumps({"checkpoint": str(checkpoint)} | options))
+
+
+def export(checkpoint, out, **options):
+    """As the stage does, without a run folder."""
+    asked = section(checkpoint, **options)
+    clip = load_model(asked)
+    round_to(clip, asked)
+    return clip, export_model(clip, asked, card_facts(clip), Target(out, asked.tolerance))
+
+
+def assert_same_tensors(one, other):
+    assert set(one) == set(other)
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype, name
+        assert torch.equal(tensor, other[name]), name
+
+
+# ------------------------------------------------------------------------------------------------ there and back
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", CLIP_FILES)
+def test_baai_to_ours_to_baai_is_bit_exact_rope_tables_included(name, tmp_path):
+    golden = read_golden(name)
+    torch.save(golden.state, tmp_path / "released.pt")
+    clip = load_clip(tmp_path / "released.pt", model_config=golden.config)
+    state = baai_state(written_tensors(clip), golden.config)
+    export_baai(clip, state, baai_config(golden.config), FACTS, Target(tmp_path / "baai", 1e-5))
+    assert_same_tensors(torch.load(tmp_path / "baai" / "model.pt", weights_only=True), golden.state)
+    again = load_clip(tmp_path / "baai")
+    assert again.fingerprint == clip.fingerprint
+    assert again.config.vision == golden.config.vision
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("form", ["safetensors", "baai"])
+def test_our_weights_there_and_back_in_each_dtype(weights, form, dtype, tmp_path):
+    clip, done = export(weights, tmp_path / "first", format=form, dtype=dtype)
+    assert done.difference <= 1e-6
+    again = load_clip(tmp_path / "first")
+    assert again.stored_dtype == clip.stored_dtype
+    assert again.fingerprint == clip.fingerprint
+    # written once more without a dtype: as at the source
+    export(tmp_path / "first", tmp_path / "second", format=form)
+    file = {"safetensors": "model.safetensors", "baai": "model.pt"}[form]
+    assert (tmp_path / "first" / file).stat().st_size == (tmp_path / "second" / file).stat().st_size
+    read = load_file if form == "safetensors" else lambda path: torch.load(path, weights_only=True)
+    assert_same_tensors(read(tmp_path / "first" / file), read(tmp_path / "second" / file))
+
+
+def test_temperature_is_not_rounded_where_the_dtype_cannot_hold_it(weights, tmp_path):
+    clip, _ = export(weights, tmp_path / "half", format="safetensors", dtype="bf16")
+    state = load_file(tmp_path / "half" / "model.safetensors")
+    assert state["logit_scale"].dtype == torch.float32
+    assert state["logit_scale"].shape == ()
+    assert load_clip(tmp_path / "half").logit_scale == clip.logit_scale
+
+
+@pytest.mark.parametrize("form", ["safetensors", "baai"])
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_one_tower(weights, form, tower, tmp_path):
+    export(weights, tmp_path / "out", format=form, tower=tower)
+    if form == "baai":
+        names = set(torch.load(tmp_path / "out" / "model.pt", weights_only=True))
+    else:
+        names = set(load_file(tmp_path / "out" / "model.safetensors"))
+    assert {name.split(".")[0] for name in names} == {"visual" if tower == "image" else "text"}
+
+
+needs_onnx = pytest.mark.skipif(not has_onnx, reason="needs the extra onnx")
+
+
+@pytest.mark.parametrize("form", ["torch-export", pytest.param("onnx", marks=needs_onnx)])
+def test_graphs_of_both_towers(weights, form, tmp_path):
+    _, done = export(weights, tmp_path / "out", format=form)
+    assert done.difference <= 1e-5
+    suffix = {"torch-export": "pt2", "onnx": "onnx"}[form]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        f"image.{suffix}", f"text.{suffix}", "model_config.json", "README.md"
+    }  # fmt: skip
+
+
+def test_a_graph_takes_any_batch(weights, tmp_path):
+    clip, _ = export(weights, tmp_path / "out", format="torch-export", tower="image")
+    encode = torch.export.load(tmp_path / "out" / "image.pt2").module()
+    pictures = torch.randn(7, 3, 32, 32)
+    assert relative(encode(pictures), clip.encode_image(pictures)) < 1e-5
+
+
+@pytest.mark.e2e
+def test_timm_opens_the_image_tower(weights, tmp_path):
+    clip, done = export(weights, tmp_path / "out", format="timm")
+    assert done.difference <= 1e-5
+    again = canonical_state(load_file(tmp_path / "out" / "model.safetensors"))
+    assert torch.equal(again["visual.trunk.cls_token"], clip.model.visual.trunk.cls_token)
+
+
+# ------------------------------------------------------------------------------------------------ resizing
+
+
+@pytest.mark.e2e
+def test_resized_saved_reopened_and_exported(weights, tmp_path):
+    clip, _ = export(weights, tmp_path / "large", format="open_clip", image_size=64)
+    assert clip.config.grid == (8, 8)
+    again = load_clip(tmp_path / "large")
+    assert again.config == clip.config
+    assert again.fingerprint == clip.fingerprint
+    export(tmp_path / "large", tmp_path / "baai", format="baai")
+    assert load_clip(tmp_path / "baai").fingerprint == clip.fingerprint
+
+
+def test_patch_size_as_eva_resized_it(weights, tmp_path):
+    clip, _ = export(weights, tmp_path / "out", format="safetensors", image_size=32, patch_size=16)
+    kernel = load_file(weights)["visual.trunk.patch_embed.proj.weight"]
+    expected = torch.nn.functional.interpolate(kernel, size=(16, 16), mode="bicubic", align_corners=False)
+    assert torch.equal(clip.model.visual.trunk.patch_embed.proj.weight, expected)
+    assert load_clip(tmp_path / "out").config.grid == (2, 2)
+
+
+def test_pseudo_inverse_is_another_choice(weights):
+    bicubic = load_model(section(weights, patch_size=16))
+    other = load_model(section(weights, patch_size=16, patch_resize="pseudo-inverse"))
+    assert bicubic.fingerprint != other.fingerprint
+
+
+def test_image_and_patch_size_together_need_not_fit_one_by_one(weights):
+    assert load_model(section(weights, image_size=48, patch_size=12)).config.grid == (4, 4)
+
+
+# ------------------------------------------------------------------------------------------------ the card
+
+
+def results_file(path, fingerprint):
+    row = ResultRow(
+        model="m", fingerprint=fingerprint, set="s", variant="drawings/s", kind="classification", metric="top1",
+        value=0.25, low=0.2, high=0.3, chance=0.01, n=100, num_classes=100, seed=0, seconds=1.0,
+    )  # fmt: skip
+    models = [ModelRecord(name="m", source="x", fingerprint=fingerprint, image_size=32, num_parameters=1)]
+    results = EvalResults("drawings", "Drawings", "d", 0, 10, models=models, results=[row])
+    write_results(path, results)
+    return str(path)
+
+
+def test_results_of_these_very_weights_are_on_the_card(weights, tmp_path):
+    results = results_file(tmp_path / "results.json", load_clip(weights).fingerprint)
+    recipe = {"stage": "export", "export": {"checkpoint": str(weights), "format": "safetensors", "results": results}}
+    run(ExportRecipe.model_validate_json(json.dumps(recipe)), RunOptions(name="x", run_dir=tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| drawings/s, top1, % (chance 1) | 25.0 [20.0, 30.0] |" in card
+    assert "3,331,697" in card
+
+
+def test_results_of_other_weights_are_refused(weights, tmp_path):
+    results = results_file(tmp_path / "results.json", "other")
+    recipe = {"stage": "export", "export": {"checkpoint": str(weights), "format": "safetensors", "results": results}}
+    with pytest.raises(UsageError, match="none of the 1 models"):
+        run(ExportRecipe.model_validate_json(json.dumps(recipe)), RunOptions(name="x", run_dir=tmp_path / "out"))
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"opset": 20}, "opset = 20 has no effect"),
+        ({"patch_resize": "bicubic"}, "no effect without patch_size"),
+        ({"tower": "image"}, "holds both towers"),
+        ({"format": "timm", "tower": "text"}, "image towers only"),
+    ],
+)
+def test_settings_without_effect_are_recipe_errors(options, problem):
+    with pytest.raises(ValidationError, match=problem):
+        section("x", **options)
+
+
+def test_onnx_without_its_packages_names_the_install_line(weights, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(graph.importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
+    with pytest.raises(DependencyError) as caught:
+        export(weights, tmp_path / "out", format="onnx")
+    assert "pip install 'evatool[onnx]'" in caught.value.fix
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["baai", "timm"])
+def test_openais_image_tower_has_no_place_in_evas_formats(form, tmp_path):
+    asked = section("x", format=form)
+    config = {
+        "embed_dim": 8,
+        "vision_cfg": {
+            "tower": "clip-vit",
+            "image_size": 14,
+            "patch_size": 7,
+            "layers": 1,
+            "width": 16,
+            "head_width": 8,
+        },
+        "text_cfg": {"width": 8, "heads": 1, "layers": 1, "vocab_size": 30},
+    }
+    clip = load_clip("random", model_config=config)
+    with pytest.raises(RecipeError, match="OpenAI's image tower"):
+        export_model(clip, asked, FACTS, Target(tmp_path / "out", 1e-5))
+
+
+def test_a_file_that_does_not_read_back_alike_is_removed(weights, tmp_path, monkeypatch):
+    def damage(path, written, metadata):
+        save_file({name: written[name] + (name == "text.ln_final.bias") for name in written}, path)
+
+    monkeypatch.setattr(tensors, "write_safetensors", damage)
+    clip = load_clip(weights)
+    with pytest.raises(EvatoolError, match=r"tensors of the reloaded export differ: text\.ln_final\.bias"):
+        export_safetensors(
+            clip, written_tensors(clip), DEBUG.to_json(), FACTS, Target(tmp_path / "out", 1e-5), reopen=load_written
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_without_its_manifest_is_no_exported_folder(weights, tmp_path):
+    export(weights, tmp_path / "out", format="safetensors")
+    (tmp_path / "out" / "train_state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="MANIFEST"):
+        load_clip(tmp_path / "out")
+
+
+@pytest.mark.e2e
+def test_the_command(weights, tmp_path):
+    arguments = ["export", str(weights), "--to", "safetensors", "--out", str(tmp_path / "out"), "--json"]
+    done = subprocess.run([sys.executable, "-m", "evatool", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["metrics"]["max_difference"] == 0.0
