@@ -181,7 +181,15 @@ def export(
         str, typer.Argument(metavar="RECIPE|CHECKPOINT", help="A recipe, or a run or checkpoint folder.")
     ],
     to: Annotated[
-        str | None, typer.Option(metavar="FORMAT", help="Short form: format to write. Default: open_clip.")
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="Short form: open_clip, baai, timm, safetensors, onnx or torch-export. Default: open_clip.",
+        ),
+    ] = None,
+    model_config: Annotated[
+        str | None,
+        typer.Option(metavar="JSON|PRESET", help="Short form: the model of a weight file that no preset fits."),
     ] = None,
     overrides: opt.Overrides = None,
     run_dir: opt.OutDirectory = None,
@@ -190,11 +198,12 @@ def export(
     json_output: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Write a trained model as files that open_clip loads.
+    """Write a trained model as files that other libraries load.
 
-    They are reloaded in a fresh process without evatool, and their features compared.
+    They are reloaded there, and their features compared; beyond the tolerance nothing is left.
     """
-    _stage("export", source, {"--to": to}, overrides, run_dir, resume, dry_run, json_output, debug)
+    given = {"--to": to, "--model-config": model_config}
+    _stage("export", source, given, overrides, run_dir, resume, dry_run, json_output, debug)
 
 
 @app.command(

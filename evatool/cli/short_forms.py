@@ -118,8 +118,8 @@ def _pretrain_mim(preset: str, options: _Options) -> dict[str, Any]:
 
 
 def _export(checkpoint: str, options: _Options) -> dict[str, Any]:
-    chosen = options.get("--to")
-    return {"export": {"checkpoint": checkpoint} | ({"format": chosen} if chosen else {})}
+    chosen = {"format": options.get("--to"), "model": options.get("--model-config")}
+    return {"export": {"checkpoint": checkpoint} | {key: value for key, value in chosen.items() if value}}
 
 
 def _eval(model: str, options: _Options) -> dict[str, Any]:
