@@ -12,20 +12,20 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "evatool"
 
-# cli -> stages -> siblings -> recipe, distributed -> errors, log, types, ...; api stands beside stages
+# cli -> stages -> siblings -> recipe, distributed -> errors, log, types, ...; api and plan stand beside stages
 LAYERS = (
     ("errors", "log", "types", "pixels"),
     ("progress", "tensorfile"),
     ("recipe", "distributed"),
     ("data", "model", "objective", "optim", "train", "checkpoint", "export", "eval"),
-    ("stages", "api"),
+    ("stages", "api", "plan"),
     ("cli",),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # On the same level, but not siblings: a stage may use the api, and an engine is built from a typed recipe section.
 ALSO_ALLOWED = {("stages", "api"), ("distributed", "recipe")}
-TORCH_FREE = ("cli", "recipe", "errors", "log", "types", "progress")
+TORCH_FREE = ("cli", "recipe", "plan", "errors", "log", "types", "progress")
 
 
 def modules() -> list[Path]:
@@ -126,6 +126,7 @@ FREE = {
     "import evatool": "import evatool",
     "all of cli": WALK.format(package="cli"),
     "all of recipe": WALK.format(package="recipe"),
+    "all of plan": WALK.format(package="plan"),
     "--help": COMMAND.format(arguments=["--help"], code=0),
     "--version": COMMAND.format(arguments=["--version"], code=0),
     "stage --help": COMMAND.format(arguments=["train-clip", "--help"], code=0),

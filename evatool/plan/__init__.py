@@ -1,0 +1,1 @@
+"""What a run will need, from closed formulas: memory, time, network, data, disk. No torch, no DeepSpeed."""
