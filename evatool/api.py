@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +36,7 @@ from evatool.model.names import canonical_state
 from evatool.model.presets import resolve_preset
 from evatool.model.registration import register
 from evatool.model.resize import PatchResize
-from evatool.model.weights import load_clip_weights
+from evatool.model.weights import SCALARS, FittedMap, fitted_clip_weights, load_clip_weights
 from evatool.pixels import CLIP_MEAN, CLIP_STD, normalize_images
 from evatool.tensorfile import dtype_of, shape_of
 
@@ -168,17 +169,15 @@ def load_clip(
     if path.exists():
         weights = read_weights(path)
         config = _resized(config or _only_config(weights), image_size, patch_size)
-        clip = _build_loaded(weights, config, patch_resize)
-        # the temperature, and some norms, may be kept in a wider dtype than the rest
-        matrix = next(name for name in weights.state if len(shape_of(weights.state, name)) > 1)
-        stored_dtype = dtype_of(weights.state, matrix)
+        clip = _build_loaded(weights, config, patch_resize, DTYPES[precision])
+        stored_dtype = _stored_dtype(weights)
         origin = weights.source
     else:
         config = _resized(config or _preset_or_usage_error(str(source)), image_size, patch_size)
-        clip = build_clip(_clip_only(config, str(source)))
+        clip = _cast(build_clip(_clip_only(config, str(source))), DTYPES[precision])
         origin = f"random weights of {config.name}"
         log.warning("%s is a preset: its weights are random", source)
-    clip = _cast(clip, DTYPES[precision]).to(device).eval().requires_grad_(False)
+    clip = clip.to(device).eval().requires_grad_(False)
     preprocess = PreprocessCfg(size=config.image_size, mean=CLIP_MEAN, std=CLIP_STD)
     return LoadedClip(
         model=clip,
@@ -197,6 +196,42 @@ def _resized(config: ModelConfig, image_size: int | None, patch_size: int | None
         vision = {**config.vision, "patch_size": patch_size, "image_size": image_size}
         return ModelConfig.from_json(config.to_json() | {"vision_cfg": vision})
     return config.with_image_size(image_size).with_patch_size(patch_size)
+
+
+@dataclass
+class UnloadedClip:
+    """A CLIP model on disk whose tensors are read one at a time: for conversions of models larger than the memory."""
+
+    tensors: FittedMap  # under our names, resized where asked for
+    config: ModelConfig
+    source: str
+    stored_dtype: torch.dtype
+
+
+def find_clip(
+    source: str | Path,
+    model_config: ModelConfig | Mapping[str, Any] | str | Path | None = None,
+    *,
+    image_size: int | None = None,
+    patch_size: int | None = None,
+    patch_resize: PatchResize = "bicubic",
+) -> UnloadedClip:
+    """As `load_clip`, for what is on disk, without loading it. Raises: CheckpointError as `load_clip`."""
+    register()
+    weights = read_weights(source)
+    config = _only_config(weights) if model_config is None else _as_config(model_config)
+    config = _clip_only(_resized(config, image_size, patch_size), weights.source)
+    with torch.device("meta"):
+        clip = build_clip(config)
+    with _suggesting_presets(weights, config):
+        tensors = fitted_clip_weights(clip, weights.state, where=weights.source, patch_resize=patch_resize)
+    return UnloadedClip(tensors, config, weights.source, _stored_dtype(weights))
+
+
+def _stored_dtype(weights: Weights) -> torch.dtype:
+    """The dtype of the matrices: the temperature, and some norms, may be kept in a wider one."""
+    matrix = next(name for name in weights.state if len(shape_of(weights.state, name)) > 1)
+    return dtype_of(weights.state, matrix)
 
 
 def read_weights(source: str | Path) -> Weights:
@@ -232,8 +267,9 @@ def read_weights(source: str | Path) -> Weights:
 
 
 def _read_checkpoint(path: Path) -> Weights:
-    state, table = checkpoints.read_model(path)
-    return Weights(state, [ModelConfig.from_json(table)], str(path))
+    checkpoints.verify(path)
+    config = ModelConfig.from_json(_read_json(path / "model_config.json"))
+    return Weights(open_weights(path / "model.safetensors"), [config], str(path))
 
 
 def _read_described(path: Path) -> Weights:
@@ -303,17 +339,26 @@ def _only_config(weights: Weights) -> ModelConfig:
     return weights.configs[0]
 
 
-def _build_loaded(weights: Weights, config: ModelConfig, patch_resize: PatchResize) -> CustomTextCLIP:
+def _build_loaded(
+    weights: Weights, config: ModelConfig, patch_resize: PatchResize, dtype: torch.dtype
+) -> CustomTextCLIP:
     with torch.device("meta"):
         clip = build_clip(_clip_only(config, weights.source))
+    with _suggesting_presets(weights, config):
+        report = load_clip_weights(clip, weights.state, where=weights.source, patch_resize=patch_resize, dtype=dtype)
+    log.log(logging.INFO if report.resized else logging.DEBUG, "%s: %s", weights.source, report)
+    return clip
+
+
+@contextmanager
+def _suggesting_presets(weights: Weights, config: ModelConfig) -> Iterator[None]:
+    """A refusal of the weights also says which presets they would fit."""
     try:
-        report = load_clip_weights(clip, weights.state, where=weights.source, patch_resize=patch_resize)
+        yield
     except CheckpointError as error:
         if weights.configs and config not in weights.configs:
             error.fix = f"these weights fit the preset {' or '.join(c.name for c in weights.configs)}"
         raise
-    log.log(logging.INFO if report.resized else logging.DEBUG, "%s: %s", weights.source, report)
-    return clip
 
 
 def _clip_only(config: ModelConfig, where: str) -> ModelConfig:
@@ -358,7 +403,7 @@ def _cast(clip: CustomTextCLIP, dtype: torch.dtype) -> CustomTextCLIP:
     if dtype == torch.float32:
         return clip
     for name, parameter in clip.named_parameters():
-        if name not in ("logit_scale", "logit_bias"):
+        if name not in SCALARS:
             parameter.data = parameter.data.to(dtype)
     return clip
 

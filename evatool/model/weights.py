@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase as fnmatch
 
@@ -16,12 +16,13 @@ from evatool.model.mim import MimModel
 from evatool.model.names import canonical_state
 from evatool.model.resize import PatchResize, resize_patch_kernel, resize_positions
 from evatool.model.vision import restore_buffers
-from evatool.tensorfile import shape_of
+from evatool.tensorfile import TensorMap, dtype_of, shape_of
 
 # What starts fresh when a tower comes from another model (eva.md 3.1 and 3.9). Patterns of our names.
 IMAGE_PROJECTION = (PROJECTION, f"{TOWER}head.*")
 ATTENTION_NORMS = f"{TOWER}blocks.*.attn.norm.*"
 TEXT_PROJECTION = ("text.text_projection",)
+SCALARS = ("logit_scale", "logit_bias")  # one number each: a scalar in published files, (1,) in training
 DEFAULT_FRESH = (*IMAGE_PROJECTION, ATTENTION_NORMS, *TEXT_PROJECTION)
 
 
@@ -120,14 +121,59 @@ def load_clip_weights(
     *,
     where: str = "state dict",
     patch_resize: PatchResize = "bicubic",
+    dtype: torch.dtype = torch.float32,
 ) -> LoadReport:
     """All weights of a CLIP model, in any naming that `canonical_state` knows; image positions and the patch kernel are
     resized to fit.
 
     Raises CheckpointError, leaving `clip` unchanged, unless every parameter has its tensor and every tensor its place.
+
+    Args:
+        dtype: of parameters that are on the meta device and get their memory here; the temperature's is float32.
     """
     source = canonical_state(state, where)
-    return load_parameters(clip, source, take=set(source), where=where, patch_resize=patch_resize)
+    return load_parameters(clip, source, take=set(source), where=where, patch_resize=patch_resize, dtype=dtype)
+
+
+class FittedMap(TensorMap):
+    """A file's tensors as a model's parameters need them: under our names, in their shapes, read when asked for."""
+
+    def __init__(
+        self, source: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], patch_resize: PatchResize
+    ) -> None:
+        self._source, self._shapes, self._patch_resize = source, dict(shapes), patch_resize
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        return _fitted(self._source[name], name, shape, self._patch_resize).reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the parameter."""
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype in the file."""
+        return dtype_of(self._source, name)
+
+
+def fitted_clip_weights(
+    clip: CustomTextCLIP, state: Mapping[str, Tensor], *, where: str, patch_resize: PatchResize = "bicubic"
+) -> FittedMap:
+    """What `load_clip_weights` would give `clip` (which may be on the meta device), without giving it.
+
+    Raises: CheckpointError as `load_clip_weights`.
+    """
+    source = canonical_state(state, where)
+    parameters = dict(clip.named_parameters())
+    missing = [name for name in parameters if name not in source]
+    _refuse_differences(parameters, source, take=set(source), missing=missing, where=where)
+    return FittedMap(source, {name: tuple(p.shape) for name, p in parameters.items()}, patch_resize)
 
 
 def load_mim_weights(model: MimModel, state: Mapping[str, Tensor], *, where: str = "state dict") -> LoadReport:
@@ -146,13 +192,13 @@ def load_parameters(
     may_be_fresh: Sequence[str] = (),
     where: str = "state dict",
     patch_resize: PatchResize = "bicubic",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> LoadReport:
     """Copy the tensors named in `take` into the parameters of `module` that `only` selects, one at a time.
 
-    Parameters on the meta device are given memory of their own on `device` and, if set, of `dtype`; then buffers that
-    no checkpoint holds are recomputed. Shapes are checked before anything is written.
+    Parameters on the meta device are given memory of their own on `device`, of `dtype` (the temperature: float32); then
+    buffers that no checkpoint holds are recomputed. Shapes are checked before anything is written.
 
     Args:
         may_be_fresh: patterns (`*` for anything) of parameters that may be missing from `source`.
@@ -169,19 +215,19 @@ def load_parameters(
         tensor = _fitted(source[name], name, tuple(target.shape), patch_resize)
         if tuple(shape_of(source, name)) != tuple(target.shape) and target.ndim > 1:
             report.resized.append(name)
-        _place(module, name, tensor.reshape(target.shape), dtype, device)
+        _place(module, name, tensor.reshape(target.shape), torch.float32 if name in SCALARS else dtype, device)
     still_meta = [name for name in fresh if parameters[name].is_meta]
     assert not still_meta, f"fresh parameters without memory: {still_meta}"
     restore_buffers(module, device)
     return report
 
 
-def _place(module: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str) -> None:
+def _place(module: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> None:
     parent_name, _, leaf = name.rpartition(".")
     parent = module.get_submodule(parent_name)
     parameter = getattr(parent, leaf)
     if parameter.is_meta:
-        fresh = torch.empty(tensor.shape, dtype=dtype or torch.float32, device=device).copy_(tensor)
+        fresh = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
         setattr(parent, leaf, nn.Parameter(fresh, requires_grad=parameter.requires_grad))
     else:
         with torch.no_grad():
@@ -222,7 +268,7 @@ def _refuse_differences(
 def _can_fit(name: str, theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
     if theirs == ours:
         return True
-    if name in ("logit_scale", "logit_bias"):
+    if name in SCALARS:
         return len(theirs) <= 1 and len(ours) <= 1  # open_clip has both forms of one number
     if name.endswith("pos_embed"):
         return len(theirs) == 3 and theirs[::2] == ours[::2] and round((theirs[1] - 1) ** 0.5) ** 2 == theirs[1] - 1
