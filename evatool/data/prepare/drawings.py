@@ -112,7 +112,7 @@ class Drawings:
     """
 
     def __init__(self, section: DrawingsSource) -> None:
-        self.concepts = load_concepts()[: section.max_concepts]
+        self.concepts = spread(load_concepts(), section.max_concepts)
         if section.num_unseen >= len(self.concepts):
             raise RecipeError(
                 f"data.num_unseen = {section.num_unseen} leaves nothing of {len(self.concepts)} concepts to train on",
@@ -247,6 +247,13 @@ def load_concepts() -> list[Concept]:
         tiles = tuple((name, index) for name, index in row["tiles"])
         concepts.append(Concept(row["code"], row["label"], tuple(row["tags"]), row["group"], row["subgroup"], tiles))
     return concepts
+
+
+def spread(concepts: list[Concept], count: int | None) -> list[Concept]:
+    """`count` concepts evenly over the list, which is sorted by group, so that few of them still cover the groups."""
+    if count is None or count >= len(concepts):
+        return concepts
+    return [concepts[i * len(concepts) // count] for i in range(count)]
 
 
 def _digest(text: str) -> bytes:
