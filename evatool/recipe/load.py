@@ -41,11 +41,14 @@ class _Layer:
 
     table: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    """What is wrong with the files themselves, told together with what the schema finds."""
 
     def merge(self, other: _Layer) -> None:
         """Lay `other` over this: tables merge, the rest replaces, a table whose `kind` changes replaces the old one."""
         _merge(self.table, other.table)
         self.origins |= other.origins
+        self.problems += other.problems
         kept = flatten(self.table)
         self.origins = {key: origin for key, origin in self.origins.items() if key in kept}
 
@@ -219,7 +222,7 @@ def _find_base(name: str, child: Path) -> Path:
 
 
 def _unset(layer: _Layer, keys: Sequence[str], where: str) -> None:
-    """Drop values of the bases. A key that no base sets is an error: it would silently do nothing."""
+    """Drop values of the bases. A key that no base sets is a problem: it would silently do nothing."""
     for key in keys:
         try:
             *parents, last = _key_path(key)
@@ -227,13 +230,10 @@ def _unset(layer: _Layer, keys: Sequence[str], where: str) -> None:
             for part in parents:
                 table = table[part]
             del table[last]
-        except (KeyError, TypeError, tomllib.TOMLDecodeError) as error:
+        except (KeyError, TypeError, tomllib.TOMLDecodeError):
             near = get_close_matches(key, list(flatten(layer.table)), n=1)
-            raise RecipeError(
-                f"unset = [{format_value(key)}] names a key that no base sets",
-                where=where,
-                expected="a dotted key of a base" + (f", such as {near[0]}" if near else ""),
-            ) from error
+            hint = f"; did you mean {near[0]}?" if near else ""
+            layer.problems.append(f"{where}: unset = [{format_value(key)}] names a key that no base sets{hint}")
     kept = flatten(layer.table)
     layer.origins = {key: origin for key, origin in layer.origins.items() if key in kept}
 
@@ -323,7 +323,7 @@ def _resolve(
     _unset(layer, _names(over.table, "unset", SET_ORIGIN), SET_ORIGIN)
     layer.merge(over)
     model = _recipe_model(layer, top, stage)
-    unreadable = [
+    problems = layer.problems + [
         f"{layer.origins.get(key, top)}: {key} = {format_value(value)}: recipes hold no dates; quote it"
         for key, value in flatten(layer.table).items()
         if any(_is_date(item) for item in _items(value))
@@ -331,10 +331,10 @@ def _resolve(
     try:
         recipe = model.model_validate_json(json.dumps(layer.table, default=str))
     except ValidationError as error:
-        problems = unreadable + describe(error, model, layer.table, layer.origins, top)
+        problems += describe(error, model, layer.table, layer.origins, top)
         raise _recipe_error(problems, top) from error
-    if unreadable:
-        raise _recipe_error(unreadable, top)
+    if problems:
+        raise _recipe_error(problems, top)
     origins = {key: layer.origins.get(key, DEFAULT_ORIGIN) for key in flatten(to_table(recipe))}
     return Resolved(recipe=recipe, name=name, origins=origins, path=path)
 
