@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import signal
@@ -9,12 +10,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from evatool import log as logs
 from evatool.errors import EvatoolError, ExitCode, Preempted
 from evatool.recipe.load import Resolved
-from evatool.stages.run_dir import RunDir, RunOptions, check_run_dir, stored_result
+from evatool.stages.run_dir import RunDir, RunOptions, check_run_dir, run_path, stored_result
 from evatool.types import Result
 
 log = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ def run_stage(resolved: Resolved, options: RunOptions) -> Result:
         check_run_dir(recipe, options)  # before the seconds that importing torch takes
     stage = importlib.import_module("evatool.stages." + recipe.stage.replace("-", "_"))
     try:
-        with _sigterm_raises():
+        with _sigterm_raises(), _full_disk_in_words(run_path(recipe, options)):
             result: Result = stage.run(recipe, options)
     except KeyboardInterrupt:
         _record_failure(options.opened, ExitCode.INTERRUPTED, "stopped by Ctrl-C")
@@ -59,6 +61,21 @@ def _record_failure(run_dir: RunDir | None, exit_code: int, message: str) -> Non
     for handler in run_dir.handlers:
         handler.handle(record)
     run_dir.fail(exit_code, message)
+
+
+@contextmanager
+def _full_disk_in_words(path: Path) -> Iterator[None]:
+    """A full disk, wherever a stage meets it, as an error that says where and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise EvatoolError(
+            "the disk is full",
+            where=str(error.filename or path),
+            fix="free some space, then run the same command with --resume",
+        ) from error
 
 
 @contextmanager

@@ -249,12 +249,12 @@ def _differences(before: Recipe, now: Recipe) -> list[str]:
 
 
 def write_status(path: Path, state: str, exit_code: int | None, message: str | None) -> None:
-    """Write `status.json`: state, exit code, reason, the last logged step and the time."""
+    """Write `status.json`: state, exit code, reason, the last step that was logged or saved, and the time."""
     status = {
         "state": state,
         "exit_code": None if exit_code is None else int(exit_code),
         "message": message,
-        "step": _last_step(path / "metrics.jsonl"),
+        "step": _last_step(path),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     write_json(path / "status.json", status)
@@ -339,7 +339,14 @@ def _git_commit() -> str | None:
     return commit.stdout.strip() + ("+dirty" if changes.stdout.strip() else "")
 
 
-def _last_step(metrics: Path) -> int | None:
+def _last_step(path: Path) -> int | None:
+    """The newest step that metrics.jsonl or a checkpoint tells of: a run told to stop saves between two log lines."""
+    saved = [int(name) for p in path.glob("checkpoints/step_*") if (name := p.name.removeprefix("step_")).isdigit()]
+    logged = _last_logged_step(path / "metrics.jsonl")
+    return max([*saved, *([] if logged is None else [logged])], default=None)
+
+
+def _last_logged_step(metrics: Path) -> int | None:
     """Step of the last complete line of metrics.jsonl."""
     try:
         with metrics.open("rb") as file:

@@ -13,7 +13,16 @@ from types import ModuleType
 import pytest
 
 import evatool.stages
-from evatool.errors import CheckpointError, DataError, ExitCode, NumericalError, Preempted, RecipeError, UsageError
+from evatool.errors import (
+    CheckpointError,
+    DataError,
+    EvatoolError,
+    ExitCode,
+    NumericalError,
+    Preempted,
+    RecipeError,
+    UsageError,
+)
 from evatool.recipe.load import Resolved, load_recipe
 from evatool.recipe.write import to_toml
 from evatool.stages import run_dir as run_dir_module
@@ -158,6 +167,16 @@ def test_the_status_has_the_last_logged_step(resolved: Resolved, options: RunOpt
     assert (status["state"], status["exit_code"], status["message"], status["step"]) == ("failed", 80, "not finite", 20)
 
 
+def test_the_status_has_the_saved_step_where_it_is_newer(resolved: Resolved, options: RunOptions) -> None:
+    """Ctrl-C saves between two log lines."""
+    run_dir = open_run_dir(resolved.recipe, options)
+    for name in ("step_00000020", "step_00000032", ".step_00000099.part-x"):
+        (run_dir.checkpoints / name).mkdir(parents=True)
+    run_dir.metrics.write_text('{"step": 30}\n')
+    run_dir.fail(ExitCode.INTERRUPTED, "stopped")
+    assert read_status(run_dir.path)["step"] == 32
+
+
 def test_the_rank_that_failed_first_gives_the_code(resolved: Resolved, options: RunOptions) -> None:
     """torchrun ends the other ranks with SIGTERM: without the note, rank 0 would call it a preemption."""
     zero = open_run_dir(resolved.recipe, options)
@@ -267,6 +286,22 @@ def test_every_failure_reaches_status_and_log(
     status = read_status(options.opened.path)
     assert (status["state"], status["exit_code"]) == (state, code)
     assert "Traceback" in (options.opened.logs / "rank_00000.log").read_text()
+
+
+@pytest.mark.parametrize("filename", [None, "some/file"])
+def test_a_full_disk_is_told_in_words_by_every_stage(
+    resolved: Resolved, options: RunOptions, fake: ModuleType, filename: str | None
+) -> None:
+    def run(recipe: object, options: RunOptions) -> Result:
+        open_run_dir(recipe, options)  # type: ignore[arg-type]
+        raise OSError(errno.ENOSPC, "No space left on device", filename)
+
+    fake.run = run  # type: ignore[attr-defined]
+    with pytest.raises(EvatoolError, match="the disk is full") as caught:
+        run_stage(resolved, options)
+    assert caught.value.where == (filename or str(options.run_dir))
+    assert "--resume" in str(caught.value.fix)
+    assert read_status(run_path(options))["message"].startswith("the disk is full")
 
 
 def test_sigterm_outside_the_training_loop_is_a_preemption(
