@@ -34,11 +34,6 @@ class Bar:
             self._last_update = now
             self._flush()
 
-    def set_total(self, total: float | None) -> None:
-        """Change the number of units; None shows a bar without an end."""
-        if self._display is not None and self._task is not None:
-            self._display.update(self._task, total=total)
-
     def _flush(self) -> None:
         if self._display is not None and self._task is not None:
             shown = "  ".join(f"{name} {_short(value)}" for name, value in self._fields.items())

@@ -57,13 +57,6 @@ def test_a_failure_closes_the_display(terminal: io.StringIO) -> None:
     assert progress._active is None
 
 
-def test_the_total_may_come_late(terminal: io.StringIO) -> None:
-    with bar_of("Read", None) as bar:
-        bar.set_total(3)
-        bar.advance(3)
-    assert "3/3" in terminal.getvalue()
-
-
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_nothing_is_shown_without_a_terminal_or_on_other_ranks(
     rank: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -73,7 +66,6 @@ def test_nothing_is_shown_without_a_terminal_or_on_other_ranks(
         monkeypatch.setattr(log, "stderr_console", lambda: Console(force_terminal=True))
     with bar_of("Train", 100) as bar:
         bar.advance(40, loss=1.0)
-        bar.set_total(50)
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "")
 

@@ -65,11 +65,6 @@ class EvalSet:
         return self.classnames[int(members["cls"])]
 
 
-def list_eval_sets(folder: Path) -> list[str]:
-    """Names of the evaluation sets below `folder`, sorted: every folder in clip-benchmark's layout."""
-    return sorted(path.parent.parent.name for path in folder.glob("*/test/nshards.txt"))
-
-
 def open_eval_set(
     folder: Path, *, transform: Callable[[Image.Image], Tensor], batch_size: int, split: str = "test"
 ) -> EvalSet:
