@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.models.eva import checkpoint_filter_fn
 from torch import Tensor
 
-from evatool.export.folder import Exported, Target, staged_folder, sync_file, write_json, write_text
+from evatool.export.folder import Exported, Target, staged_folder, write_json, write_text
 from evatool.export.model_card import CardFacts, model_card
 from evatool.export.verify import (
     ExportableClip,
@@ -22,6 +22,7 @@ from evatool.export.verify import (
     refuse_different_tensors,
 )
 from evatool.tensorfile import write_safetensors
+from evatool.torchfile import write_torch_archive
 
 BAAI_WEIGHTS, SAFETENSORS_WEIGHTS, CONFIG, CARD = "model.pt", "model.safetensors", "model_config.json", "README.md"
 
@@ -48,8 +49,7 @@ def export_baai(
     """
     files = (BAAI_WEIGHTS, CARD, CONFIG)
     with staged_folder(target, files) as work:
-        torch.save(dict(tensors), work / BAAI_WEIGHTS)
-        sync_file(work / BAAI_WEIGHTS)
+        write_torch_archive(work / BAAI_WEIGHTS, tensors)
         read = torch.load(work / BAAI_WEIGHTS, weights_only=True)
         refuse_different_tensors(read, tensors, target.folder)
         difference = _compare(clip, config, target, lambda inputs: _through_timm(clip, read, inputs))

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from evatool.errors import RecipeError
 from evatool.model.config import TEXT_DEFAULTS, VISION_DEFAULTS, ModelConfig
+from evatool.model.derived import DerivedMap, Source
+from evatool.model.files import MergedMap
 from evatool.model.names import baai_name
+from evatool.tensorfile import TensorMap
 
 # N patches, C head width
 
@@ -19,8 +22,11 @@ _ALWAYS = ("image_size", "patch_size", "layers", "width", "head_width", "context
 _OURS = ("tower", "swiglu", "inner_attn_ln", "init", "init_std", "head_init_scale")
 
 
-def baai_state(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def baai_state(tensors: Mapping[str, Tensor], config: ModelConfig) -> TensorMap:
     """Weights under our names -> EVA-CLIP's, with the RoPE tables its loader expects; their dtype is the weights'.
+
+    Args:
+        tensors: read one at a time, when they are asked for; the temperature as a scalar.
 
     Raises: RecipeError for a model that EVA-CLIP's code cannot build.
     """
@@ -34,16 +40,14 @@ def baai_state(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
     rename = lambda name: baai_name(  # noqa: E731
         name, separate_qkv=vision["subln"], swiglu=vision["naiveswiglu"] or vision["swiglu"]
     )
-    state = {rename(name): tensor for name, tensor in tensors.items()}
-    if "logit_scale" in state:
-        state["logit_scale"] = state["logit_scale"].reshape(())
+    state = DerivedMap(tensors, {rename(name): Source((name,)) for name in tensors})
+    tables: dict[str, Tensor] = {}
     if vision["rope"] and "visual.pos_embed" in state:
-        cos, sin = rope_tables(config)
-        dtype = state["visual.pos_embed"].dtype
-        owners = ["visual.rope", *(f"visual.blocks.{i}.attn.rope" for i in range(config.depth))]
-        for owner in owners:
-            state[f"{owner}.freqs_cos"], state[f"{owner}.freqs_sin"] = cos.to(dtype), sin.to(dtype)
-    return state
+        dtype = state.dtype("visual.pos_embed")
+        cos, sin = (table.to(dtype) for table in rope_tables(config))
+        for owner in ("visual.rope", *(f"visual.blocks.{i}.attn.rope" for i in range(config.depth))):
+            tables |= {f"{owner}.freqs_cos": cos, f"{owner}.freqs_sin": sin}
+    return MergedMap(dict.fromkeys(state, state) | dict.fromkeys(tables, tables))
 
 
 def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:

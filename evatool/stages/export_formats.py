@@ -21,11 +21,10 @@ from evatool.model.baai import baai_config, baai_state
 from evatool.model.clip import open_clip_model_config
 from evatool.model.derived import TOWER
 from evatool.model.vision import STOCK_NAMES, has_head_bias, timm_config
+from evatool.model.weights import SCALARS
 from evatool.pixels import CLIP_MEAN, CLIP_STD
 from evatool.recipe.export_sections import ExportSection
-from evatool.tensorfile import TensorMap
-
-_SCALARS = ("logit_scale", "logit_bias")
+from evatool.tensorfile import TensorMap, shape_of
 
 
 class CastMap(TensorMap):
@@ -36,7 +35,7 @@ class CastMap(TensorMap):
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        self._tensors, self._dtype = dict(tensors), dtype
+        self._tensors, self._dtype = tensors, dtype
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._tensors[name].detach()
@@ -50,12 +49,14 @@ class CastMap(TensorMap):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape as written."""
-        return () if name in _SCALARS else tuple(self._tensors[name].shape)
+        return () if name in SCALARS else shape_of(self._tensors, name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype as written."""
+        if name not in SCALARS:
+            return self._dtype
         tensor = self._tensors[name]
-        if name in _SCALARS and not torch.equal(tensor.to(self._dtype).to(tensor.dtype), tensor):
+        if not torch.equal(tensor.to(self._dtype).to(tensor.dtype), tensor):
             return tensor.dtype
         return self._dtype
 
@@ -96,7 +97,7 @@ def written_tensors(clip: LoadedClip, tower: str | None = None) -> CastMap:
 def round_weights(clip: LoadedClip, dtype: torch.dtype) -> None:
     """Round the float32 model to what `dtype` can hold, so that it is what a reader of the export will have."""
     for name, parameter in clip.model.named_parameters():
-        if name not in _SCALARS:
+        if name not in SCALARS:
             parameter.data.copy_(parameter.data.to(dtype))
     clip.stored_dtype = dtype
 
