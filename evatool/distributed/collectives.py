@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -83,6 +84,61 @@ def all_reduce_max(x: Tensor) -> Tensor:
     largest = x.detach().clone()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum over ranks, without gradient; every rank must call it."""
+    if world_size() == 1:
+        return x.detach()
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def around_ring(
+    block: Sequence[Tensor], luggage: Sequence[Tensor]
+) -> Iterator[tuple[int, Sequence[Tensor], Sequence[Tensor]]]:
+    """Every rank's block in turn, the own one first, without ever holding more than two; every rank must go through.
+
+    Args:
+        block: what the other ranks only read, of the same shapes on every rank. It is under way to the next rank while
+            this one works with it.
+        luggage: what travels with the block and is written to on the way, in place. Once round, each rank's comes home:
+            these very tensors then hold what all ranks have written.
+    Yields: the rank whose block it is, the block, and its luggage. No gradient flows.
+    """
+    size, me = world_size(), rank()
+    held, carried = list(block), list(luggage)
+    for hop in range(size):
+        is_last = hop + 1 == size
+        arriving = None if is_last else _pass_on(held, first_tag=0)
+        yield (me - hop) % size, held, carried
+        if size > 1:
+            carried = _pass_on(carried, first_tag=len(held))()
+        if arriving is not None:
+            held = arriving()
+    for own, home in zip(luggage, carried, strict=True):
+        if own is not home:
+            own.copy_(home)
+
+
+def _pass_on(tensors: Sequence[Tensor], first_tag: int) -> Callable[[], list[Tensor]]:
+    """Start sending tensors to the next rank; the result waits for those of the rank before."""
+    after, before = (rank() + 1) % world_size(), (rank() - 1) % world_size()
+    sent = [tensor.contiguous() for tensor in tensors]
+    received = [torch.empty_like(tensor) for tensor in sent]
+    steps = []
+    for tag, (there, here) in enumerate(zip(sent, received, strict=True), start=first_tag):
+        steps += [dist.P2POp(dist.isend, there, after, tag=tag), dist.P2POp(dist.irecv, here, before, tag=tag)]
+    works = dist.batch_isend_irecv(steps) if steps else []
+
+    def wait() -> list[Tensor]:
+        for work in works:
+            work.wait()
+        del sent[:]  # kept until they have left
+        return received
+
+    return wait
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -1,10 +1,9 @@
-"""Contrastive objective: InfoNCE over the global batch, plain or with equal captions as positives.
+"""Contrastive objective: two towers, and a softmax or sigmoid loss between their features over the global batch.
 
-Source: CLIP (arXiv 2103.00020), EVA-CLIP (arXiv 2303.15389), EVA-CLIP/rei/training/loss.py. Each rank holds the rows
-of its own samples against all gathered columns; the engine's mean over ranks of the rank means is the global loss.
+Source: CLIP (arXiv 2103.00020), EVA-CLIP (arXiv 2303.15389), SigLIP (arXiv 2303.15343).
 """
 
-# B this rank's batch, G global batch, L text tokens, E embedding
+# B this rank's batch, L text tokens, E embedding
 
 from __future__ import annotations
 
@@ -15,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from evatool.distributed.collectives import all_gather_rows, all_gather_with_grad, rank
+from evatool.objective.infonce import infonce_loss
+from evatool.objective.sigmoid import sigmoid_loss
 from evatool.pixels import normalize_images
-from evatool.recipe.schema import InfoNceObjective
+from evatool.recipe.schema import FixedTemperature, InfoNceObjective, SigmoidObjective
 from evatool.types import Batch, LossDict
 
 PARAMETER_BOUNDS = {"model.logit_scale": (0.0, math.log(100))}
@@ -29,29 +29,49 @@ class ClipObjective(nn.Module):
 
     Args:
         model: an open_clip `CustomTextCLIP`-like module with `encode_image`, `encode_text`, `text` and `logit_scale`
-            (the logarithm, shape (1,) or ()).
+            (the logarithm, shape (1,) or ()). Its temperature is set, and frozen, where the section says so.
         section: the recipe's `[objective]`.
     """
 
-    parameter_bounds = PARAMETER_BOUNDS
-
-    def __init__(self, model: nn.Module, section: InfoNceObjective) -> None:
+    def __init__(self, model: nn.Module, section: InfoNceObjective | SigmoidObjective) -> None:
         super().__init__()
         self.model = model
         self.section = section
+        self.parameter_bounds = PARAMETER_BOUNDS
+        match section:
+            case SigmoidObjective():
+                set_logit_scale(model, section.initial_scale)
+                # The objective's, not the model's: ranking captions needs none, so models stay what they are.
+                self.logit_bias = nn.Parameter(torch.full((1,), section.initial_bias))
+            case InfoNceObjective(temperature=FixedTemperature(value=value)):
+                set_logit_scale(model, 1 / value).requires_grad_(False)
+                self.parameter_bounds = {}
 
     def forward(self, batch: Batch) -> LossDict:
         """Losses of this rank's samples against the global batch; all ranks must call it together.
 
-        Returns: `loss` with gradient; `i2t_top1`, `t2i_top1` (accuracy within the batch) and `logit_scale`
-            (exponentiated) for the log. Batches must be of equal size on all ranks.
+        Returns: `loss` with gradient; for the log `i2t_top1`, `t2i_top1` (accuracy within the batch), `logit_scale`
+            (exponentiated) and, of a sigmoid loss, `logit_bias`. Batches must be of equal size on all ranks.
         """
         image_features, text_features = encode_pair(self.model, batch)
         scale = logit_scale(self.model)
-        is_positive = positives(batch, self.section.positives)
-        logits = pair_logits(image_features, text_features, scale)
-        loss = contrastive_loss(logits, is_positive)
-        return {"loss": loss, **accuracies(logits, is_positive), "logit_scale": scale.detach()}
+        caption_id = positive_ids(batch, self.section.positives)
+        match self.section:
+            case InfoNceObjective():
+                loss, logs = infonce_loss(image_features, text_features, scale, caption_id)
+            case SigmoidObjective():
+                bias = self.logit_bias.squeeze()
+                loss, logs = sigmoid_loss(image_features, text_features, scale, bias, caption_id)
+                logs["logit_bias"] = bias.detach()
+        return {"loss": loss, **logs, "logit_scale": scale.detach()}
+
+
+def positive_ids(batch: Batch, kind: str) -> Tensor | None:
+    """What tells equal captions apart, or None where only the own caption is right."""
+    if kind == "pair":
+        return None
+    assert batch.caption_id is not None, "positives = 'equal-captions' needs caption ids in its batches"
+    return batch.caption_id
 
 
 # ------------------------------------------------------------------------------------------------------- features
@@ -109,70 +129,13 @@ def logit_scale(model: nn.Module) -> Tensor:
     return log_scale.to(torch.promote_types(log_scale.dtype, torch.float32)).exp().squeeze()
 
 
+def set_logit_scale(model: nn.Module, scale: float) -> Tensor:
+    """Set the temperature to the inverse of `scale`; returns its parameter, the logarithm of `scale`."""
+    log_scale = model.logit_scale
+    assert isinstance(log_scale, Tensor)
+    nn.init.constant_(log_scale, math.log(scale))
+    return log_scale
+
+
 def _input_dtype(model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
-
-
-# ----------------------------------------------------------------------------------------------------------- loss
-
-Logits = tuple[Tensor, Tensor]
-"""This rank's rows, image against all texts and text against all images, each (B, G) float32 or wider."""
-
-
-def pair_logits(image_features: Tensor, text_features: Tensor, scale: Tensor | float) -> Logits:
-    """Scaled similarities of this rank's samples against the global batch; gradients reach every rank's features.
-
-    Args:
-        image_features, text_features: (B, E) unit length; the same B on every rank. All ranks must call this.
-        scale: exponentiated temperature.
-    """
-    # Not under autocast: bf16 logits at scale 100 would be off by about 0.4.
-    with torch.autocast(image_features.device.type, enabled=False):
-        per_image = scale * image_features @ all_gather_with_grad(text_features).T
-        per_text = scale * text_features @ all_gather_with_grad(image_features).T
-    return per_image, per_text
-
-
-def positives(batch: Batch, kind: str) -> Tensor | None:
-    """Which of the global batch's captions fit this rank's samples: (B, G) bool, or None if only the own one does."""
-    if kind == "pair":
-        return None
-    assert batch.caption_id is not None, "positives = 'equal-captions' needs caption ids in its batches"
-    return batch.caption_id[:, None] == all_gather_rows(batch.caption_id)[None, :]
-
-
-def contrastive_loss(logits: Logits, is_positive: Tensor | None = None) -> Tensor:
-    """InfoNCE, both directions averaged: this rank's mean over its rows of the cross-entropy against the targets.
-
-    Args:
-        logits: from `pair_logits`.
-        is_positive: (B, G) bool from `positives`; a row's target is uniform over its positives. It serves both
-            directions, since captions being equal is symmetric. None: the target is the own partner.
-    Returns: scalar, ln G where all logits are equal.
-    """
-    per_image, per_text = logits
-    targets = own_columns(per_image) if is_positive is None else _uniform(is_positive, per_image.dtype)
-    return (F.cross_entropy(per_image, targets) + F.cross_entropy(per_text, targets)) / 2
-
-
-def own_columns(logits: Tensor) -> Tensor:
-    """(B,) int64: the column of each row's own partner in the rank-ordered global batch."""
-    size = logits.shape[0]
-    return torch.arange(size, device=logits.device) + rank() * size
-
-
-def _uniform(is_positive: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of probabilities, equal over the positives and 0 elsewhere."""
-    return is_positive.to(dtype) / is_positive.sum(dim=1, keepdim=True)
-
-
-@torch.no_grad()
-def accuracies(logits: Logits, is_positive: Tensor | None) -> dict[str, Tensor]:
-    """Share of this rank's rows whose best column is a positive, image to text and text to image."""
-
-    def share(rows: Tensor) -> Tensor:
-        best = rows.argmax(dim=1)
-        is_hit = best == own_columns(rows) if is_positive is None else is_positive.gather(1, best[:, None])
-        return is_hit.float().mean()
-
-    return {"i2t_top1": share(logits[0]), "t2i_top1": share(logits[1])}

@@ -15,19 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evatool.distributed.collectives import all_gather_with_grad
 from evatool.objective.contrastive import (
     PARAMETER_BOUNDS,
-    Logits,
-    accuracies,
-    contrastive_loss,
     encode_pair,
     encode_text,
     logit_scale,
-    pair_logits,
-    positives,
+    positive_ids,
     trim_tokens,
     unit,
 )
+from evatool.objective.infonce import infonce_loss
+from evatool.objective.tiles import exact
 from evatool.recipe import schema
 from evatool.types import Batch, LossDict
 
@@ -104,15 +103,14 @@ class DistillObjective(nn.Module):
         section = self.section
         student = encode_pair(self.model, self.student_view(batch))
         scale = logit_scale(self.model)
-        is_positive = positives(batch, section.positives)
-        logits = pair_logits(*student, scale)
         # Also at weight 0: every parameter then takes part in each step, which the multi-rank engines ask for.
-        parts = {"contrastive_loss": contrastive_loss(logits, is_positive)}
+        contrastive_loss, accuracies = infonce_loss(*student, scale, positive_ids(batch, section.positives))
+        parts = {"contrastive_loss": contrastive_loss}
         teacher = teacher_features(self.teacher, batch)
         if section.feature_weight > 0:
             parts["feature_loss"] = feature_loss(self.project(*student), teacher)
         if section.logit_weight > 0:
-            parts["logit_loss"] = logit_loss(logits, teacher_logits(self.teacher, teacher))
+            parts["logit_loss"] = logit_loss(pair_logits(*student, scale), teacher_logits(self.teacher, teacher))
         weights = {
             "contrastive_loss": section.contrastive_weight,
             "feature_loss": section.feature_weight,
@@ -120,7 +118,7 @@ class DistillObjective(nn.Module):
         }
         loss = sum((weights[name] * part for name, part in parts.items()), torch.zeros((), device=scale.device))
         logs = {name: part.detach() for name, part in parts.items()}
-        return {"loss": loss, **logs, **accuracies(logits, is_positive), "logit_scale": scale.detach()}
+        return {"loss": loss, **logs, **accuracies, "logit_scale": scale.detach()}
 
     def student_view(self, batch: Batch) -> Batch:
         """The batch at the student's context length: captions are tokenized once, for the longer of both contexts."""
@@ -166,6 +164,23 @@ def fit_tokens(tokens: Tensor, context_length: int) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------------- losses
+
+
+Logits = tuple[Tensor, Tensor]
+"""This rank's rows, image against all texts and text against all images, each (B, G) float32 or wider."""
+
+
+def pair_logits(image_features: Tensor, text_features: Tensor, scale: Tensor | float) -> Logits:
+    """Scaled similarities of this rank's samples against the global batch; gradients reach every rank's features.
+
+    Args:
+        image_features, text_features: (B, E) unit length; the same B on every rank. All ranks must call this.
+        scale: exponentiated temperature.
+    """
+    with exact(image_features.device):
+        per_image = scale * image_features @ all_gather_with_grad(text_features).T
+        per_text = scale * text_features @ all_gather_with_grad(image_features).T
+    return per_image, per_text
 
 
 def feature_loss(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> Tensor:

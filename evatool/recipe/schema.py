@@ -10,7 +10,7 @@ import codecs
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, Tag, field_validator, model_validator
 
 from evatool.recipe.export_sections import ExportRecipe as ExportRecipe
 from evatool.recipe.export_sections import ExportSection as ExportSection
@@ -24,7 +24,13 @@ from evatool.recipe.model_sections import TeacherSection as TeacherSection
 from evatool.recipe.model_sections import TextTowerSource as TextTowerSource
 from evatool.recipe.model_sections import TowersInit as TowersInit
 from evatool.recipe.model_sections import WholeModelInit as WholeModelInit
-from evatool.recipe.section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+from evatool.recipe.objective_sections import DistillObjective as DistillObjective
+from evatool.recipe.objective_sections import FixedTemperature as FixedTemperature
+from evatool.recipe.objective_sections import InfoNceObjective as InfoNceObjective
+from evatool.recipe.objective_sections import LearnedTemperature as LearnedTemperature
+from evatool.recipe.objective_sections import MimObjective as MimObjective
+from evatool.recipe.objective_sections import SigmoidObjective as SigmoidObjective
+from evatool.recipe.section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, by_kind
 
 # ---------------------------------------------------------------------------------------------------- data-prepare
 
@@ -38,7 +44,7 @@ class DrawingsSource(Section):
     split_seed: int = 0
     """Seed of the never-seen split."""
     max_concepts: Positive | None = None
-    """Use only the first this many concepts (debug recipes)."""
+    """Use only this many concepts, spread evenly over the groups (debug recipes)."""
 
 
 class FolderSource(Section):
@@ -135,44 +141,6 @@ class TrainDataSection(Section):
     """Loader processes per rank; 0 reads in the training process."""
     max_bad_fraction: Fraction = 0.01
     """Samples that cannot be read, as a share of those tried: replaced and counted up to here, refused beyond."""
-
-
-class InfoNceObjective(Section):
-    """Contrastive loss over the global batch (eva.md 3.8)."""
-
-    kind: Literal["infonce"] = "infonce"
-    positives: Literal["pair", "equal-captions"] = "pair"
-    """`pair`: only the picture's own caption is right. `equal-captions`: every equal caption in the batch is."""
-
-
-class MimObjective(Section):
-    """Negative cosine to the teacher's patch features at masked places (eva.md 2.5)."""
-
-    kind: Literal["mim"] = "mim"
-    mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.41
-    """Target share of masked patches, reached at most; the count is round(mask_ratio N): 105 of 256 in EVA."""
-    min_block_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.0625
-    """Smallest masked block as a share of the grid: 16 of 256 patches in EVA."""
-
-
-class DistillObjective(Section):
-    """Contrastive loss plus what the student learns from the teacher, each with its own weight."""
-
-    kind: Literal["distill"] = "distill"
-    positives: Literal["pair", "equal-captions"] = "pair"
-    """As in the contrastive loss."""
-    contrastive_weight: NonNegativeFloat = 1.0
-    """Weight of the contrastive loss."""
-    feature_weight: NonNegativeFloat = 1.0
-    """Weight of feature matching: 1 - cosine between student and teacher features of both towers."""
-    logit_weight: NonNegativeFloat = 1.0
-    """Weight of the KL divergence from the teacher's to the student's softmax, averaged over both directions."""
-
-    @model_validator(mode="after")
-    def _something_is_taught(self) -> DistillObjective:
-        if self.feature_weight == 0 and self.logit_weight == 0:
-            raise ValueError("feature_weight and logit_weight are both 0: nothing is distilled; use train-clip instead")
-        return self
 
 
 class GroupSection(Section):
@@ -314,7 +282,9 @@ class TrainClipRecipe(TrainingRecipe):
 
     stage: Literal["train-clip"] = "train-clip"
     model: ClipModelSection
-    objective: InfoNceObjective = InfoNceObjective()
+    objective: Annotated[
+        Annotated[InfoNceObjective, Tag("infonce")] | Annotated[SigmoidObjective, Tag("sigmoid")], by_kind("infonce")
+    ] = InfoNceObjective()
 
     @model_validator(mode="after")
     def _text_tower_has_settings(self) -> TrainClipRecipe:

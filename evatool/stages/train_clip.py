@@ -19,7 +19,8 @@ def run(recipe: TrainClipRecipe, run: RunOptions) -> Result:
         groups = wiring.build_groups(recipe, objective, config)
         engine = wiring.build_job_engine(job, objective, groups)
         state = wiring.start_state(job, engine, groups, loader)
-        hooks = wiring.build_hooks(job, config, contrastive_key="loss")
+        is_softmax = recipe.objective.kind == "infonce"  # only its loss starts at ln(batch)
+        hooks = wiring.build_hooks(job, config, contrastive_key="loss" if is_softmax else None)
         trainer = wiring.build_trainer(job, objective, engine, loader, groups, hooks, state)
         trainer.fit()
         path = job.run_dir.path

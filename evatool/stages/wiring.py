@@ -356,7 +356,7 @@ def training_result(
         ),
     }
     metrics |= {key: value for key, value in record.items() if key.startswith("train/") and value is not None}
-    if isinstance(job.recipe, TrainClipRecipe | DistillRecipe):
+    if isinstance(job.recipe, TrainClipRecipe | DistillRecipe) and job.recipe.objective.kind != "sigmoid":
         metrics["stuck_at_start"] = int("stuck_at_start" in state.notes)
     if state.notes:
         metrics["warning"] = "; ".join(state.notes.values())

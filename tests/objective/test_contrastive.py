@@ -5,112 +5,12 @@ import math
 import pytest
 import torch
 from tiny_clip import make_batch, tiny_clip
-from torch import Tensor
 
 from evatool.model.clip import build_clip
 from evatool.model.presets import resolve_preset
 from evatool.objective import contrastive
-from evatool.objective.contrastive import ClipObjective, contrastive_loss, encode_text, pair_logits, positives, unit
-from evatool.recipe.schema import InfoNceObjective
-from evatool.types import Batch
-
-
-def features(size: int, width: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Unit-length float64 image and text features with gradient."""
-    generator = torch.Generator().manual_seed(seed)
-    raw = torch.randn(2, size, width, dtype=torch.float64, generator=generator)
-    image, text = unit(raw)
-    return image.clone().requires_grad_(), text.clone().requires_grad_()
-
-
-def loop_oracle(image: Tensor, text: Tensor, scale: float, caption_id: list[int]) -> float:
-    """The multi-positive loss written out sample by sample: mean over positives of -log softmax, both directions."""
-    image, text, size, total = image.detach(), text.detach(), len(caption_id), 0.0
-    similarity = [[scale * float(image[i] @ text[j]) for j in range(size)] for i in range(size)]
-    for row in (similarity, [list(column) for column in zip(*similarity, strict=True)]):
-        for i in range(size):
-            log_sum = math.log(sum(math.exp(s) for s in row[i]))
-            same = [j for j in range(size) if caption_id[j] == caption_id[i]]
-            total -= sum(row[i][j] - log_sum for j in same) / len(same)
-    return total / (2 * size)
-
-
-def batch_with_ids(ids: list[int]) -> Batch:
-    return Batch(image=torch.zeros(len(ids), 3, 1, 1), keys=[str(i) for i in ids], caption_id=torch.tensor(ids))
-
-
-@pytest.mark.parity
-def test_pair_loss_and_gradients_are_open_clips() -> None:
-    from open_clip.loss import ClipLoss
-
-    image, text = features(7)
-    scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
-    ours = contrastive_loss(pair_logits(image, text, scale))
-    theirs = ClipLoss()(image, text, scale)
-    assert abs(float(ours.detach() - theirs.detach())) < 1e-12
-    for a, b in zip(
-        torch.autograd.grad(ours, (image, text, scale)),
-        torch.autograd.grad(theirs, (image, text, scale)),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    "ids", [[0, 0, 1, 2, 2, 2], [5, 5, 5, 5], [0, 1, 2, 3]], ids=["some equal", "all equal", "all different"]
-)
-def test_equal_captions_loss_is_the_loop_oracle(ids: list[int]) -> None:
-    image, text = features(len(ids))
-    loss = contrastive_loss(pair_logits(image, text, 14.0), positives(batch_with_ids(ids), "equal-captions"))
-    assert abs(float(loss.detach()) - loop_oracle(image, text, 14.0, ids)) < 1e-12
-
-
-def test_equal_captions_gradient_is_numerically_right() -> None:
-    image, text = features(5)
-    is_positive = positives(batch_with_ids([0, 0, 1, 2, 2]), "equal-captions")
-    assert torch.autograd.gradcheck(
-        lambda i, t, s: contrastive_loss(pair_logits(i, t, s), is_positive),
-        (image, text, torch.tensor(3.0, dtype=torch.float64, requires_grad=True)),
-    )
-
-
-def test_different_captions_make_both_kinds_the_same() -> None:
-    image, text = features(4)
-    logits = pair_logits(image, text, 14.0)
-    same = contrastive_loss(logits, positives(batch_with_ids([7, 1, 9, 3]), "equal-captions"))
-    torch.testing.assert_close(same, contrastive_loss(logits), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("ids", [None, [0, 0, 1, 1]], ids=["pair", "equal-captions"])
-def test_loss_starts_at_the_log_of_the_batch(ids: list[int] | None) -> None:
-    """What the stuck-at-start warning relies on."""
-    logits = torch.zeros(4, 4), torch.zeros(4, 4)
-    is_positive = None if ids is None else positives(batch_with_ids(ids), "equal-captions")
-    assert float(contrastive_loss(logits, is_positive)) == pytest.approx(math.log(4), abs=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["pair", "equal-captions"])
-def test_mean_over_ranks_is_the_global_loss(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Row offsets and targets of each rank, with the collectives played by a loop (tests/dist runs the real ones)."""
-    ids = [0, 1, 0, 2, 3, 1]
-    image, text = features(6)
-    expected = contrastive_loss(pair_logits(image, text, 14.0), positives(batch_with_ids(ids), kind))
-    losses = []
-    for rank in range(3):
-        rows = slice(2 * rank, 2 * rank + 2)
-        mine_image, mine_text = image[rows], text[rows]
-        whole = {id(mine_image): image, id(mine_text): text}
-        monkeypatch.setattr(contrastive, "all_gather_with_grad", lambda x, whole=whole: whole[id(x)])
-        monkeypatch.setattr(contrastive, "all_gather_rows", lambda _: torch.tensor(ids))
-        monkeypatch.setattr(contrastive, "rank", lambda rank=rank: rank)
-        logits = pair_logits(mine_image, mine_text, 14.0)
-        losses.append(contrastive_loss(logits, positives(batch_with_ids(ids[rows]), kind)))
-    mean = sum(losses) / 3
-    torch.testing.assert_close(mean, expected, rtol=0, atol=1e-12)
-    for a, b in zip(
-        torch.autograd.grad(mean, (image, text)), torch.autograd.grad(expected, (image, text)), strict=True
-    ):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+from evatool.objective.contrastive import ClipObjective, encode_pair, encode_text
+from evatool.recipe.schema import FixedTemperature, InfoNceObjective, SigmoidObjective
 
 
 def test_trimmed_text_gives_the_same_features_and_gradients() -> None:
@@ -158,13 +58,6 @@ def test_objective_reports_loss_accuracy_and_temperature() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_accuracy_counts_every_equal_caption_as_right() -> None:
-    logits = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
-    pair = contrastive.accuracies((logits, logits), None)
-    equal = contrastive.accuracies((logits, logits), positives(batch_with_ids([4, 4, 5]), "equal-captions"))
-    assert (float(pair["i2t_top1"]), float(equal["i2t_top1"])) == (pytest.approx(1 / 3), 1.0)
-
-
 def test_temperature_has_bounds_under_its_parameters_name() -> None:
     objective = ClipObjective(tiny_clip(), InfoNceObjective())
     ((name, (low, high)),) = objective.parameter_bounds.items()
@@ -172,9 +65,48 @@ def test_temperature_has_bounds_under_its_parameters_name() -> None:
     assert (math.exp(low), math.exp(high)) == (1.0, pytest.approx(100.0))
 
 
-def test_logits_stay_float32_under_autocast() -> None:
+def test_a_fixed_temperature_is_set_and_not_learned() -> None:
+    model = tiny_clip()
+    objective = ClipObjective(model, InfoNceObjective(temperature=FixedTemperature(value=0.01)))
+    losses = objective(make_batch(6))
+    losses["loss"].backward()
+    assert float(losses["logit_scale"]) == pytest.approx(100, rel=1e-6)
+    assert (model.logit_scale.requires_grad, model.logit_scale.grad) == (False, None)
+    assert objective.parameter_bounds == {}, "an engine holds bounds of what it steps"
+    assert "model.logit_scale" in objective.state_dict(), "whoever loads the model needs it"
+
+
+def test_a_sigmoid_objective_starts_where_the_recipe_says() -> None:
+    model = tiny_clip()
+    objective = ClipObjective(model, SigmoidObjective())
+    losses = objective(make_batch(6))
+    assert set(losses) == {"loss", "i2t_top1", "t2i_top1", "logit_scale", "logit_bias"}
+    assert float(losses["logit_scale"]) == pytest.approx(10, rel=1e-6)
+    assert float(losses["logit_bias"]) == -10
+    losses["loss"].backward()
+    assert all(p.grad is not None for p in objective.parameters())
+    assert set(objective.state_dict()) - {f"model.{name}" for name in model.state_dict()} == {"logit_bias"}
+
+
+@pytest.mark.parametrize("name", ["infonce", "sigmoid"])
+@pytest.mark.parametrize("positives", ["pair", "equal-captions"])
+def test_equal_captions_reach_the_loss(name: str, positives: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = {"infonce": InfoNceObjective, "sigmoid": SigmoidObjective}[name](positives=positives)
+    seen = []
+    monkeypatch.setattr(contrastive, f"{name}_loss", lambda *given: (seen.append(given[-1]), {}))
+    batch = make_batch(6, num_captions=3)
+    ClipObjective(tiny_clip(), section)(batch)
+    assert seen == [None if positives == "pair" else batch.caption_id]
+
+
+def test_the_loss_is_of_float32_features_under_autocast() -> None:
+    objective = ClipObjective(tiny_clip(), InfoNceObjective(temperature=FixedTemperature()))
+    batch = make_batch(6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        image, text = contrastive.encode_pair(tiny_clip(), make_batch(6))
-        per_image, _ = pair_logits(image, text, 100.0)
-    assert (image.dtype, per_image.dtype) == (torch.float32, torch.float32)
-    torch.testing.assert_close(per_image, 100.0 * image @ text.T)
+        image, text = encode_pair(objective.model, batch)
+        loss = objective(batch)["loss"]
+    assert (image.dtype, loss.dtype) == (torch.float32, torch.float32)
+    logits = 100.0 * image @ text.T
+    labels = torch.arange(6)
+    expected = sum(torch.nn.functional.cross_entropy(rows, labels) for rows in (logits, logits.T)) / 2
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)

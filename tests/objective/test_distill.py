@@ -7,8 +7,15 @@ import torch
 from tiny_clip import TinyTeacher, make_batch, tiny_clip
 from torch import Tensor
 
-from evatool.objective.contrastive import pair_logits, unit
-from evatool.objective.distill import DistillObjective, feature_loss, fit_tokens, logit_loss, teacher_features
+from evatool.objective.contrastive import unit
+from evatool.objective.distill import (
+    DistillObjective,
+    feature_loss,
+    fit_tokens,
+    logit_loss,
+    pair_logits,
+    teacher_features,
+)
 from evatool.recipe import schema
 from evatool.types import Batch
 

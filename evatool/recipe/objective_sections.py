@@ -1,0 +1,77 @@
+"""What is learned: the losses and their settings. No torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, Tag, model_validator
+
+from evatool.recipe.section import NonNegativeFloat, Section, by_kind
+
+
+class LearnedTemperature(Section):
+    """Learned, from the model's first value on, and kept within [1/100, 1]."""
+
+    kind: Literal["learned"] = "learned"
+
+
+class FixedTemperature(Section):
+    """The same from the first step to the last."""
+
+    kind: Literal["fixed"] = "fixed"
+    value: Annotated[float, Field(ge=0.01, le=1.0)] = 0.01
+    """What similarities are divided by: 0.01 in EVA-CLIP-8B and 18B (eva.md 3.3)."""
+
+
+class InfoNceObjective(Section):
+    """Contrastive loss over the global batch (eva.md 3.8)."""
+
+    kind: Literal["infonce"] = "infonce"
+    positives: Literal["pair", "equal-captions"] = "pair"
+    """`pair`: only the picture's own caption is right. `equal-captions`: every equal caption in the batch is."""
+    temperature: Annotated[
+        Annotated[LearnedTemperature, Tag("learned")] | Annotated[FixedTemperature, Tag("fixed")], by_kind("learned")
+    ] = LearnedTemperature()
+    """Whether the temperature of the softmax is learned."""
+
+
+class SigmoidObjective(Section):
+    """A yes-or-no question for every pair of the global batch (SigLIP, arXiv 2303.15343)."""
+
+    kind: Literal["sigmoid"] = "sigmoid"
+    positives: Literal["pair", "equal-captions"] = "pair"
+    """As in `infonce`."""
+    initial_scale: Annotated[float, Field(ge=1.0, le=100.0)] = 10.0
+    """Factor on the cosines at the start, whatever `[model.init]` brought; learned, and kept within [1, 100]."""
+    initial_bias: float = -10.0
+    """Added to all similarities at the start; learned. Nearly all pairs of a batch are wrong ones."""
+
+
+class MimObjective(Section):
+    """Negative cosine to the teacher's patch features at masked places (eva.md 2.5)."""
+
+    kind: Literal["mim"] = "mim"
+    mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.41
+    """Target share of masked patches, reached at most; the count is round(mask_ratio N): 105 of 256 in EVA."""
+    min_block_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.0625
+    """Smallest masked block as a share of the grid: 16 of 256 patches in EVA."""
+
+
+class DistillObjective(Section):
+    """Contrastive loss plus what the student learns from the teacher, each with its own weight."""
+
+    kind: Literal["distill"] = "distill"
+    positives: Literal["pair", "equal-captions"] = "pair"
+    """As in the contrastive loss."""
+    contrastive_weight: NonNegativeFloat = 1.0
+    """Weight of the contrastive loss."""
+    feature_weight: NonNegativeFloat = 1.0
+    """Weight of feature matching: 1 - cosine between student and teacher features of both towers."""
+    logit_weight: NonNegativeFloat = 1.0
+    """Weight of the KL divergence from the teacher's to the student's softmax, averaged over both directions."""
+
+    @model_validator(mode="after")
+    def _something_is_taught(self) -> DistillObjective:
+        if self.feature_weight == 0 and self.logit_weight == 0:
+            raise ValueError("feature_weight and logit_weight are both 0: nothing is distilled; use train-clip instead")
+        return self
