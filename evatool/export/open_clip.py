@@ -75,16 +75,17 @@ def export_open_clip(
         write_safetensors(work / WEIGHTS, tensors, {"format": "pt"})
         if is_tied:
             write_json(work / TIMM_CONFIG, description.timm_config)
-        write_json(work / CONFIG, _config(description, work))
+        write_json(work / CONFIG, config_of(description, work))
         inputs = fixed_inputs(clip.image_size, clip.context_length, description.model_cfg["text_cfg"]["vocab_size"])
         theirs = foreign_outputs(OPEN_CLIP_READER, work, inputs, needs_evatool=description.needs_evatool)
         difference = largest_difference(theirs, our_outputs(clip, inputs), target)
-        write_json(work / CONFIG, _config(description, target.folder))
-        write_text(work / CARD, _card(description, facts, target, difference))
+        write_json(work / CONFIG, config_of(description, target.folder))
+        write_text(work / CARD, card_of(description, facts, target, difference=difference))
     return Exported(target.folder, files, difference)
 
 
-def _config(description: OpenClipDescription, folder: Path) -> dict[str, Any]:
+def config_of(description: OpenClipDescription, folder: Path) -> dict[str, Any]:
+    """`open_clip_config.json` of the folder at this path."""
     model_cfg = json.loads(json.dumps(description.model_cfg))
     if description.timm_config is not None:
         # timm takes arguments from a folder only by its absolute path: a relative one would depend on the reader's
@@ -97,7 +98,14 @@ def _config(description: OpenClipDescription, folder: Path) -> dict[str, Any]:
     }
 
 
-def _card(description: OpenClipDescription, facts: CardFacts, target: Target, difference: float) -> str:
+def card_of(
+    description: OpenClipDescription, facts: CardFacts, target: Target, *, difference: float, how: str | None = None
+) -> str:
+    """The folder's README.md.
+
+    Args:
+        how: how it was verified, where that was not by opening the whole model in open_clip.
+    """
     lines = ["import open_clip"]
     notes = []
     if description.needs_evatool:
@@ -114,12 +122,14 @@ def _card(description: OpenClipDescription, facts: CardFacts, target: Target, di
             "points at the `config.json` beside it by absolute path. After moving or copying the folder, run this "
             f"one line inside it:\n\n```sh\n{PATH_FIX}\n```"
         )
-    where = "with evatool registered" if description.needs_evatool else "with evatool impossible to import"
+    where = "registered" if description.needs_evatool else "impossible to import"
     verification = (
-        "Before this folder was published, stock open_clip opened it in a fresh process "
+        "Before this folder was published, stock open_clip opened it in a fresh process with evatool "
         f"{where}. Image features, text features, temperature and preprocessing of fixed inputs differ from the "
         f"original model by at most {difference:.1e} (relative L2 per tensor; {target.tolerance:.0e} was allowed)."
     )
+    if how is not None:
+        verification = f"Before it was published, the file was {how} (relative L2 at most {difference:.1e})."
     return model_card(facts, library="open_clip", loading="\n".join(lines), notes=notes, verification=verification)
 
 

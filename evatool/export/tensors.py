@@ -26,6 +26,9 @@ from evatool.torchfile import write_torch_archive
 
 BAAI_WEIGHTS, SAFETENSORS_WEIGHTS, CONFIG, CARD = "model.pt", "model.safetensors", "model_config.json", "README.md"
 
+BAAI_NOTE = "`model.pt` is a flat state dict with the names of EVA-CLIP's releases; its own code loads it as well."
+SAFETENSORS_NOTE = "`model.safetensors` holds the weights under the names of open_clip's `CustomTextCLIP`."
+
 Outputs = dict[str, Tensor]
 
 
@@ -54,14 +57,8 @@ def export_baai(
         refuse_different_tensors(read, tensors, target.folder)
         difference = _compare(clip, config, target, lambda inputs: _through_timm(clip, read, inputs))
         write_json(work / CONFIG, config)
-        loading = (
-            "import evatool\n"
-            'clip = evatool.load_clip("PATH/OF/THIS/FOLDER")\n'
-            "features = clip.encode_image(clip.preprocess(picture)[None])"
-        )
-        note = "`model.pt` is a flat state dict with the names of EVA-CLIP's releases; its own code loads it as well."
-        how = "loaded with torch's restricted loader, its image tower translated by timm's filter for these names"
-        write_text(work / CARD, _card(facts, "pytorch", loading, note, how, difference, target.tolerance))
+        how = "loaded with torch's restricted loader, its image tower translated by timm's filter, and run"
+        write_text(work / CARD, card_of(facts, "pytorch", BAAI_NOTE, how, difference, target.tolerance))
     return Exported(target.folder, files, difference)
 
 
@@ -95,14 +92,8 @@ def export_safetensors(
         if reopen is not None:
             again = reopen(work)
             difference = _compare(clip, config, target, lambda inputs: our_outputs(again, inputs))
-        loading = (
-            "import evatool\n"
-            'clip = evatool.load_clip("PATH/OF/THIS/FOLDER")\n'
-            "features = clip.encode_image(clip.preprocess(picture)[None])"
-        )
-        note = "`model.safetensors` holds the weights under the names of open_clip's `CustomTextCLIP`."
-        how = "read back by the safetensors library; every tensor has the same bits"
-        write_text(work / CARD, _card(facts, "safetensors", loading, note, how, difference, target.tolerance))
+        how = "read back by the safetensors library with the same bits in every tensor, and run"
+        write_text(work / CARD, card_of(facts, "safetensors", SAFETENSORS_NOTE, how, difference, target.tolerance))
     return Exported(target.folder, files, difference)
 
 
@@ -139,9 +130,15 @@ def _through_timm(clip: ExportableClip, read: Mapping[str, Tensor], inputs: Mapp
     return outputs
 
 
-def _card(facts: CardFacts, library: str, loading: str, note: str, how: str, difference: float, allowed: float) -> str:
+def card_of(facts: CardFacts, library: str, note: str, how: str, difference: float, allowed: float) -> str:
+    """README.md of a folder with one weight file, which was verified as `how` says."""
+    loading = (
+        "import evatool\n"
+        'clip = evatool.load_clip("PATH/OF/THIS/FOLDER")\n'
+        "features = clip.encode_image(clip.preprocess(picture)[None])"
+    )
     verification = (
-        f"Before it was published, the file was {how}. Features of fixed inputs differ from the original model by at "
-        f"most {difference:.1e} (relative L2 per tensor; {allowed:.0e} was allowed)."
+        f"Before it was published, the file was {how}. The largest difference from the original model was "
+        f"{difference:.1e} (relative L2 per tensor; {allowed:.0e} was allowed)."
     )
     return model_card(facts, library=library, loading=loading, notes=[note], verification=verification)

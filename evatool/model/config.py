@@ -146,6 +146,10 @@ class ModelConfig:
             return self
         return _checked(replace(self, vision={**self.vision, "patch_size": patch_size}))
 
+    def with_depth(self, layers: int) -> ModelConfig:
+        """The same model with another number of blocks in its image tower."""
+        return replace(self, vision={**self.vision, "layers": layers})
+
     def to_json(self) -> dict[str, Any]:
         """JSON-ready form; `from_json` reads it back equal."""
         table: dict[str, Any] = {"name": self.name, "task": self.task, "vision_cfg": dict(self.vision)}

@@ -34,6 +34,9 @@ class ExportSection(Section):
     """Only this tower (`onnx`, `torch-export`, `safetensors`, `baai`); `timm` is always the image tower."""
     opset: Annotated[int, Field(ge=18)] | None = None
     """ONNX operator set; 20 when absent. Only with `onnx`."""
+    streamed: bool | None = None
+    """Write tensor by tensor without loading the model, and verify block by block (`open_clip`, `baai`, `safetensors`).
+    When absent: if the float32 model does not fit the free memory."""
     results: Path | None = None
     """`results.json` of an evaluation, for the model card."""
     tolerance: PositiveFloat = 1e-5

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import logging
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 import evatool
-from evatool.api import DTYPES, LoadedClip, load_clip
+from evatool.api import DTYPES, LoadedClip, UnloadedClip, find_clip, load_clip
 from evatool.errors import UsageError
 from evatool.eval.results import main_metrics, read_results
 from evatool.export.folder import Target
 from evatool.export.model_card import CardFacts
+from evatool.model.config import ModelConfig
 from evatool.recipe.schema import ExportRecipe, ExportSection
 from evatool.stages.export_formats import export_model, round_weights
+from evatool.stages.export_streamed import export_unloaded, needs_streaming
 from evatool.stages.run_dir import RunOptions, open_run_dir
 from evatool.types import Result
 
@@ -29,30 +34,53 @@ def run(recipe: ExportRecipe, run: RunOptions) -> Result:
     """
     run_dir = open_run_dir(recipe, run)
     section = recipe.export
-    clip = load_model(section)
-    log.info("%s: %s, %s", section.checkpoint, clip.config.name, clip.source)
-    results = [] if section.results is None else _results(section.results, clip)
-    round_to(clip, section)
-    facts = card_facts(clip, results)
     target = Target(run_dir.path, section.tolerance, replace=run_dir.resumed)
-    exported = export_model(clip, section, facts, target)
+    unloaded = find_model(section)
+    dtype = DTYPES[section.dtype] if section.dtype else unloaded.stored_dtype
+    log.info("%s: %s, %s", section.checkpoint, unloaded.config.name, unloaded.source)
+    if needs_streaming(unloaded, section):
+        log.info("written tensor by tensor, verified block by block")
+        facts = card_facts(unloaded, dtype)
+        exported = export_unloaded(unloaded, section, dtype, facts, target)
+    else:
+        clip = load_model(section)
+        results = [] if section.results is None else _results(section.results, clip)
+        round_to(clip, section)
+        facts = card_facts(unloaded, dtype, results)
+        exported = export_model(clip, section, facts, target)
     parameters = sum(facts.parameters.values())
     size = sum((run_dir.path / name).stat().st_size for name in exported.files)
-    dtype = str(clip.stored_dtype).removeprefix("torch.")
     return Result(
         stage="export",
         run_dir=run_dir.path,
         outputs={"model": run_dir.path} | {name: run_dir.path / name for name in exported.files},
         metrics={"max_difference": exported.difference, "parameters": parameters, "bytes": size},
-        next_command=_next_command(clip, section, run_dir.path),
+        next_command=_next_command(unloaded.config, section, run_dir.path),
         table=[
             ["", ""],
             ["format", section.format],
-            ["model", clip.config.name],
-            ["parameters", f"{parameters:,} ({dtype})"],
+            ["model", unloaded.config.name],
+            ["parameters", f"{parameters:,} ({_plain_name(dtype)})"],
             ["size", f"{size / 1e6:.1f} MB"],
             ["largest difference after reloading", f"{exported.difference:.1e}"],
         ],
+    )
+
+
+def find_model(section: ExportSection) -> UnloadedClip:
+    """The model to export, on disk. Raises: UsageError for a preset: it has no weights to export."""
+    if not Path(section.checkpoint).expanduser().exists():
+        raise UsageError(
+            f"there is no model at {section.checkpoint!r}",
+            where="export.checkpoint",
+            expected="a run folder, a checkpoint, or a file or folder of a published model",
+        )
+    return find_clip(
+        section.checkpoint,
+        model_config=section.model,
+        image_size=section.image_size,
+        patch_size=section.patch_size,
+        patch_resize=section.patch_resize or "bicubic",
     )
 
 
@@ -75,10 +103,10 @@ def round_to(clip: LoadedClip, section: ExportSection) -> None:
         round_weights(clip, dtype)
 
 
-def _next_command(clip: LoadedClip, section: ExportSection, folder: Path) -> str:
+def _next_command(config: ModelConfig, section: ExportSection, folder: Path) -> str:
     """Open what was written, in the library it was written for."""
     where = folder.resolve()
-    register = "import evatool; evatool.register(); " if clip.config.vision["use_rms_norm"] else ""
+    register = "import evatool; evatool.register(); " if config.vision["use_rms_norm"] else ""
     match section.format:
         case "open_clip":
             code = f"{register}import open_clip; open_clip.create_model_from_pretrained('local-dir:{where}')"
@@ -93,12 +121,12 @@ def _next_command(clip: LoadedClip, section: ExportSection, folder: Path) -> str
     return f'python -c "{code}"' if not set(code) & set('"$`\\!') else f"python -c {shlex.quote(code)}"
 
 
-def card_facts(clip: LoadedClip, results: Sequence[tuple[str, str]] = ()) -> CardFacts:
+def card_facts(clip: UnloadedClip, dtype: torch.dtype, results: Sequence[tuple[str, str]] = ()) -> CardFacts:
     """What the model card says: shape and size of `clip`, the recipe found beside its weights, and `results`."""
     config = clip.config
-    assert config.text is not None, "load_clip returns CLIP models only"
+    assert config.text is not None, "exports are of CLIP models only"
     text = config.text
-    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    count = lambda prefix: sum(math.prod(clip.tensors.shape(n)) for n in clip.tensors if n.startswith(prefix))  # noqa: E731
     return CardFacts(
         name=config.name,
         source=clip.source,
@@ -112,9 +140,9 @@ def card_facts(clip: LoadedClip, results: Sequence[tuple[str, str]] = ()) -> Car
             ("text tower: width, depth, heads", f"{text['width']}, {text['layers']}, {text['heads']}"),
             ("context, vocabulary", f"{config.context_length}, {text['vocab_size']}"),
             ("embedding", str(config.embed_dim)),
-            ("weights", str(clip.stored_dtype).removeprefix("torch.")),
+            ("weights", _plain_name(dtype)),
         ],
-        parameters={"image": count(clip.model.visual), "text": count(clip.model.text), "temperature": 1},
+        parameters={"image": count("visual."), "text": count("text."), "temperature": 1},
         recipe_toml=_beside(Path(clip.source), "resolved.toml"),
         results=results,
         evatool_version=evatool.__version__,
@@ -134,6 +162,10 @@ def _block_words(vision: dict) -> str:
         "q and v biases" if vision["qkv_bias"] else "no q/k/v biases",
     ]
     return ", ".join(words)
+
+
+def _plain_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _beside(source: Path, name: str) -> str | None:

@@ -19,6 +19,7 @@ from evatool.export.tensors import export_baai, export_safetensors
 from evatool.export.timm import export_timm
 from evatool.model.baai import baai_config, baai_state
 from evatool.model.clip import open_clip_model_config
+from evatool.model.config import ModelConfig
 from evatool.model.derived import TOWER
 from evatool.model.vision import STOCK_NAMES, has_head_bias, timm_config
 from evatool.model.weights import SCALARS
@@ -68,7 +69,7 @@ def export_model(clip: LoadedClip, section: ExportSection, facts: CardFacts, tar
     tensors = written_tensors(clip, tower)
     match section.format:
         case "open_clip":
-            return export_open_clip(clip, open_clip_description(clip), tensors, facts, target)
+            return export_open_clip(clip, open_clip_description(config), tensors, facts, target)
         case "baai":
             return export_baai(clip, baai_state(tensors, config), baai_config(config), facts, target)
         case "timm":
@@ -102,19 +103,19 @@ def round_weights(clip: LoadedClip, dtype: torch.dtype) -> None:
     clip.stored_dtype = dtype
 
 
-def open_clip_description(clip: LoadedClip) -> OpenClipDescription:
-    """How open_clip is told to build this model. Raises: CheckpointError where it cannot be told."""
-    model_cfg = open_clip_model_config(clip.config)
+def open_clip_description(model: ModelConfig) -> OpenClipDescription:
+    """How open_clip is told to build `model`. Raises: CheckpointError where it cannot be told."""
+    model_cfg = open_clip_model_config(model)
     name = model_cfg["vision_cfg"].get("timm_model_name")  # None: open_clip's own ViT
     is_stock = name is None or name in STOCK_NAMES
-    config = None if is_stock else timm_config(clip.config)
+    config = None if is_stock else timm_config(model)
     is_told_by_args = config is not None and bool(config["model_args"])
     return OpenClipDescription(
         model_cfg=model_cfg,
         timm_config=config if is_told_by_args else None,
         needs_evatool=config is not None and not is_told_by_args,
         preprocess_cfg={"mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic", "resize_mode": "shortest"},
-        evatool={"version": evatool.__version__, "model": clip.config.to_json()},
+        evatool={"version": evatool.__version__, "model": model.to_json()},
     )
 
 

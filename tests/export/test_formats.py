@@ -23,7 +23,8 @@ from evatool.model.clip import build_clip
 from evatool.model.names import canonical_state
 from evatool.model.presets import resolve_preset
 from evatool.recipe.schema import ExportRecipe, ExportSection
-from evatool.stages.export import card_facts, load_model, round_to, run
+from evatool.stages import export_streamed
+from evatool.stages.export import find_model, load_model, round_to, run
 from evatool.stages.export_formats import export_model, load_written, written_tensors
 from evatool.stages.run_dir import RunOptions
 
@@ -53,7 +54,13 @@ def export(checkpoint, out, **options):
     asked = section(checkpoint, **options)
     clip = load_model(asked)
     round_to(clip, asked)
-    return clip, export_model(clip, asked, card_facts(clip), Target(out, asked.tolerance))
+    return clip, export_model(clip, asked, FACTS, Target(out, asked.tolerance))
+
+
+def run_stage(out, checkpoint, **options):
+    """The stage itself."""
+    table = {"stage": "export", "export": {"checkpoint": str(checkpoint)} | options}
+    return run(ExportRecipe.model_validate_json(json.dumps(table)), RunOptions(name="x", run_dir=out))
 
 
 def assert_same_tensors(one, other):
@@ -191,19 +198,68 @@ def results_file(path, fingerprint):
 
 def test_results_of_these_very_weights_are_on_the_card(weights, tmp_path):
     results = results_file(tmp_path / "results.json", load_clip(weights).fingerprint)
-    recipe = {"stage": "export", "export": {"checkpoint": str(weights), "format": "safetensors", "results": results}}
-    run(ExportRecipe.model_validate_json(json.dumps(recipe)), RunOptions(name="x", run_dir=tmp_path / "out"))
+    run_stage(tmp_path / "out", weights, format="safetensors", results=results)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| drawings/s, top1, % (chance 1) | 25.0 [20.0, 30.0] |" in card
-    assert "3,331,697" in card
+    assert "| parameters, total | 3,331,697 |" in card
 
 
 def test_results_of_other_weights_are_refused(weights, tmp_path):
     results = results_file(tmp_path / "results.json", "other")
-    recipe = {"stage": "export", "export": {"checkpoint": str(weights), "format": "safetensors", "results": results}}
     with pytest.raises(UsageError, match="none of the 1 models"):
-        run(ExportRecipe.model_validate_json(json.dumps(recipe)), RunOptions(name="x", run_dir=tmp_path / "out"))
+        run_stage(tmp_path / "out", weights, format="safetensors", results=results)
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+# ------------------------------------------------------------------------------------------------ without loading
+
+
+@pytest.mark.parametrize("form", ["safetensors", "baai", "open_clip"])
+def test_streamed_exports_are_the_same_files(weights, form, tmp_path):
+    streamed = run_stage(tmp_path / "streamed", weights, format=form, dtype="bf16", streamed=True)
+    assert streamed.metrics["max_difference"] <= 1e-6
+    file = {"safetensors": "model.safetensors", "baai": "model.pt", "open_clip": "open_clip_model.safetensors"}[form]
+    export(weights, tmp_path / "whole", format="safetensors" if form == "open_clip" else form, dtype="bf16")
+    whole = "model.safetensors" if form == "open_clip" else file
+    assert (tmp_path / "streamed" / file).read_bytes() == (tmp_path / "whole" / whole).read_bytes()
+    assert "every block of the image tower gave the same output" in (tmp_path / "streamed" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", CLIP_FILES)
+def test_released_files_are_converted_without_loading(name, tmp_path):
+    golden = read_golden(name)
+    torch.save(golden.state, tmp_path / "released.pt")
+    (tmp_path / "model.json").write_text(json.dumps(golden.config.to_json()))
+    options = {"model": str(tmp_path / "model.json"), "streamed": True}
+    run_stage(tmp_path / "plain", tmp_path / "released.pt", format="safetensors", **options)
+    run_stage(tmp_path / "back", tmp_path / "plain", format="baai", streamed=True)
+    assert_same_tensors(torch.load(tmp_path / "back" / "model.pt", weights_only=True), golden.state)
+
+
+def test_a_streamed_export_that_reads_back_otherwise_is_removed(weights, tmp_path, monkeypatch):
+    class Damaged(export_streamed.LibraryMap):
+        def __getitem__(self, name):
+            return super().__getitem__(name) + (name == "text.ln_final.bias")
+
+    monkeypatch.setattr(export_streamed, "LibraryMap", Damaged)
+    with pytest.raises(EvatoolError, match=r"1 tensors of the export differ(.|\n)*text\.ln_final\.bias"):
+        run_stage(tmp_path / "out", weights, format="safetensors", streamed=True)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_streaming_is_chosen_by_the_free_memory(weights, monkeypatch):
+    asked = section(weights, format="safetensors")
+    assert not export_streamed.needs_streaming(find_model(asked), asked)
+    monkeypatch.setattr(export_streamed, "available_memory", lambda: 10e6)
+    assert export_streamed.needs_streaming(find_model(asked), asked)
+    graph_format = section(weights, format="torch-export")
+    with pytest.raises(RecipeError, match="runs the whole model"):
+        export_streamed.needs_streaming(find_model(graph_format), graph_format)
+
+
+def test_a_preset_has_no_weights_to_export():
+    with pytest.raises(UsageError, match="there is no model at 'EVA02-CLIP-debug'"):
+        find_model(section("EVA02-CLIP-debug"))
 
 
 # ------------------------------------------------------------------------------------------------ refusals

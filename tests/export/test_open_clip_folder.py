@@ -22,15 +22,14 @@ from evatool.export.model_card import CardFacts
 from evatool.export.open_clip import export_open_clip
 from evatool.export.verify import fixed_inputs, largest_difference
 from evatool.recipe.schema import ExportRecipe
-from evatool.stages.export import card_facts
 from evatool.stages.export import run as run_export
 from evatool.stages.export_formats import open_clip_description, written_tensors
 from evatool.stages.run_dir import RunOptions
 
 
-def export(clip, out, facts=None):
-    tensors = written_tensors(clip)
-    return export_open_clip(clip, open_clip_description(clip), tensors, facts or FACTS, Target(out, tolerance=1e-5))
+def export(clip, out):
+    description, target = open_clip_description(clip.config), Target(out, tolerance=1e-5)
+    return export_open_clip(clip, description, written_tensors(clip), FACTS, target)
 
 
 FACTS = CardFacts(name="test", source="test", architecture=[], parameters={"image": 1})
@@ -45,7 +44,7 @@ def clip() -> LoadedClip:
 @pytest.fixture(scope="module")
 def exported(clip, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("exported") / "a folder"
-    done = export(clip, out, card_facts(clip))
+    done = export(clip, out)
     assert done.difference <= 1e-5
     return out
 
@@ -188,7 +187,7 @@ def test_rms_norm_without_a_name_in_timm_is_refused(tmp_path):
     torch.save(golden.state, tmp_path / "weights.pt")
     clip = load_clip(tmp_path / "weights.pt", model_config=golden.config)
     with pytest.raises(CheckpointError, match="RMSNorm"):
-        open_clip_description(clip)
+        open_clip_description(clip.config)
 
 
 @pytest.mark.parametrize(
@@ -197,8 +196,7 @@ def test_rms_norm_without_a_name_in_timm_is_refused(tmp_path):
 )
 def test_who_needs_what(preset, tied, needs_evatool):
     config = evatool.model.presets.resolve_preset(preset)
-    loaded = LoadedClip(model=None, config=config, source="", preprocess=None, tokenizer=None)
-    description = open_clip_description(loaded)
+    description = open_clip_description(config)
     assert (description.timm_config is not None, description.needs_evatool) == (tied, needs_evatool)
 
 

@@ -1,0 +1,100 @@
+"""Exports of models larger than the memory: one tensor at a time from file to file, verified block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evatool.errors import EvatoolError
+from evatool.export.folder import Exported, Target, staged_folder, write_json, write_text
+from evatool.export.verify import relative_difference
+from evatool.tensorfile import shape_of
+
+# B inputs, N tokens, D width
+
+BlockOutput = Callable[[int], Tensor]
+"""Number of an image tower's block -> its output for the same fixed input."""
+
+
+@dataclass(frozen=True)
+class StreamedFormat:
+    """One format's files.
+
+    Attributes:
+        weights: name of the weight file.
+        write: writes it from a mapping, one tensor at a time.
+        read: opens it as its library does, one tensor at a time; names as written.
+        configs: JSON files beside it, by name; the last makes the folder a model for its readers.
+        card: the model card, from the largest difference.
+    """
+
+    weights: str
+    write: Callable[[Path, Mapping[str, Tensor]], None]
+    read: Callable[[Path], Mapping[str, Tensor]]
+    configs: Mapping[str, Mapping[str, Any]]
+    card: Callable[[float], str]
+
+
+def export_streamed(
+    layout: StreamedFormat,
+    tensors: Mapping[str, Tensor],
+    num_blocks: int,
+    source_block: BlockOutput,
+    exported_block: Callable[[Mapping[str, Tensor]], BlockOutput],
+    target: Target,
+) -> Exported:
+    """Write the target folder, holding one tensor (or one block) at a time.
+
+    Read back by the format's library, every tensor must have the bits that were to be written; then every block of the
+    image tower is built twice, from the source and from the export, and must give the same output for one input.
+
+    Raises: EvatoolError on any difference beyond the tolerance, and on a full disk; then nothing is left.
+    """
+    files = (layout.weights, "README.md", *layout.configs)
+    with staged_folder(target, files) as work:
+        layout.write(work / layout.weights, tensors)
+        read = layout.read(work / layout.weights)
+        _same_bits(read, tensors, target.folder)
+        largest = _compare_blocks(num_blocks, source_block, exported_block(read), target)
+        del read
+        for name, table in layout.configs.items():
+            write_json(work / name, table)
+        write_text(work / "README.md", layout.card(largest))
+    return Exported(target.folder, files, largest)
+
+
+def _same_bits(read: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: Path) -> None:
+    changed = sorted(set(read) ^ set(tensors))
+    for name in tensors:
+        if name in read and shape_of(read, name) == shape_of(tensors, name):
+            ours, theirs = tensors[name], read[name]
+            if ours.dtype == theirs.dtype and torch.equal(ours, theirs):
+                continue
+        if name not in changed:
+            changed.append(name)
+    if changed:
+        raise EvatoolError(
+            f"{len(changed)} tensors of the export differ when it is read back: {', '.join(changed[:6])}",
+            where=str(where),
+            fix="nothing was written; please report it with the model's configuration",
+        )
+
+
+def _compare_blocks(num_blocks: int, source: BlockOutput, exported: BlockOutput, target: Target) -> float:
+    largest = 0.0
+    for number in range(num_blocks):
+        difference = relative_difference(exported(number), source(number))
+        if not difference <= target.tolerance:
+            raise EvatoolError(
+                f"block {number} of the reloaded export differs from the source's by {difference:.2e}",
+                where=str(target.folder),
+                expected=f"at most {target.tolerance:.0e} (relative L2)",
+                fix="nothing was written; please report it with the model's configuration",
+            )
+        largest = max(largest, difference)
+    return largest
