@@ -27,6 +27,8 @@ class Report:
     table: list[list[str]] = field(default_factory=list)
     """Header row first."""
     lines: list[str] = field(default_factory=list)
+    failure: Failure | None = None
+    """Why the command fails although it has this to say: printed after the report, and decides the exit code."""
 
 
 @dataclass
@@ -69,6 +71,7 @@ def execute(action: Callable[[], Report], *, json_output: bool, debug: bool, go_
         logs.configure(rank=rank, debug=debug)
         try:
             report = action()
+            failure = report.failure
         except (KeyboardInterrupt, Exception) as error:
             failure = explain(error, go_on)
             if debug:
@@ -76,12 +79,38 @@ def execute(action: Callable[[], Report], *, json_output: bool, debug: bool, go_
     if rank == 0:
         if failure is not None and not failure.is_shown:
             _print_failure(failure)
-        if json_output:
-            data = failure.to_json() if failure else report.data if report else {}
-            _write_line(sys.stdout, json.dumps(data, ensure_ascii=False, allow_nan=False))
-        elif report is not None:
-            _print_report(report)
+        try:
+            _print_result(report, failure, json_output)
+        except BrokenPipeError:
+            raise  # whoever read the output has seen enough: Typer ends the command without a word
+        except OSError as error:  # `> file` on a full disk: a script must not take half an object for the whole
+            failure = explain(error, "run the same command again")
+            failure.details = {"where": "standard output"} | failure.details
+            _print_failure(failure)
+            _discard_stdout()
     raise typer.Exit(int(failure.exit_code) if failure else ExitCode.DONE)
+
+
+def open_closed_streams() -> None:
+    """Give a process that was started without stdout or stderr (`>&-`) one that goes nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, it stays open as long as the process
+
+
+def _print_result(report: Report | None, failure: Failure | None, json_output: bool) -> None:
+    if json_output:
+        data = failure.to_json() if failure else report.data if report else {}
+        _write_line(sys.stdout, json.dumps(data, ensure_ascii=False, allow_nan=False))
+    elif report is not None:
+        _print_report(report)
+
+
+def _discard_stdout() -> None:
+    """Python writes what is still buffered at its end: that would fail again, with an exit code of its own."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def explain(error: BaseException, go_on: str = GO_ON) -> Failure:

@@ -6,6 +6,7 @@ import errno
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -69,3 +70,23 @@ def test_json_leaves_out_what_is_not_known() -> None:
         "error": {"type": "CheckpointError", "message": "gone"},
         "exit_code": 1,
     }
+
+
+def run_cli(redirection: str, *, script: str = "recipe list --json") -> subprocess.CompletedProcess[str]:
+    command = f'exec "{sys.executable}" -m evatool {script} {redirection}'
+    return subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_stdout_fails_in_words() -> None:
+    result = run_cli("> /dev/full")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[:2] == ["error: the disk is full", "where: standard output"]
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-"], ids=["stdout", "stderr", "both"])
+def test_a_closed_stream_is_no_failure(redirection: str) -> None:
+    result = run_cli(redirection)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert bool(result.stdout) == (redirection == "2>&-")
