@@ -154,7 +154,7 @@ def _run_step(step: Step, family: str, options: DemoOptions) -> Result:
     except EvatoolError as error:
         # A stage tells how to go on with itself; here one command goes on with the whole chain.
         if error.fix and "--resume" in error.fix:
-            error.fix = f"run `evatool demo --out {options.out}` again: finished work is not repeated"
+            error.fix = "run the same command again: finished work is not repeated"
         raise
 
 

@@ -272,3 +272,17 @@ def test_recipe_check_reports_all_files(invoke: Invoke) -> None:
     assert "3 of 4 recipes have problems" in result.stderr
     for text in ("bad.toml: train.sed = 1", "worse.toml: not valid TOML", "preset.toml: no model preset"):
         assert text in result.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), Preempted("stopped", fix="run again with --resume")], ids=["ctrl-c", "sigterm"]
+)
+def test_a_stopped_demo_can_be_typed_again_as_it_was(invoke: Invoke, stage: FakeStage, error: BaseException) -> None:
+    """`evatool demo` alone would be another run: another folder, another seed."""
+
+    def stop(path: Path) -> None:
+        raise error
+
+    stage.body = stop
+    said = only_json(invoke("demo", "--out", "here", "--seed", "1", "--debug-size", "--json"))
+    assert said["error"]["next"].startswith("run the same command again")
