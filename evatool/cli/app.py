@@ -267,7 +267,7 @@ def _stage(
     execute(action, json_output=json_output, debug=debug)
 
 
-# ---------------------------------------------------------------------------------------------------- demo, recipe
+# ---------------------------------------------------------------------------------------------- demo, plan, recipe
 
 
 @app.command("demo", epilog=_examples("evatool demo", "evatool demo --out runs/seed1 --seed 1"))
@@ -297,6 +297,40 @@ def demo(
 
 
 app.add_typer(recipe_app, name="recipe")
+
+
+@app.command(
+    "plan",
+    epilog=_examples(
+        "evatool plan demo/train-clip --gpu cpu", "evatool plan demo/train-clip --gpus 8 --gpu h100 --json"
+    ),
+)
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A .toml file or a shipped recipe's name.")],
+    gpus: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Ranks. Default: the recipe's engine.processes, else 1.")
+    ] = None,
+    gpu: Annotated[
+        str, typer.Option(metavar="NAME", help="h100, h200, a100-40, a100-80, mi300x or cpu (this machine).")
+    ] = "h100",
+    price: Annotated[
+        float | None, typer.Option("--price-per-gpu-hour", metavar="X", min=0, help="Also print the cost.")
+    ] = None,
+    overrides: opt.Overrides = None,
+    json_output: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Say what a training recipe will need, or that it cannot fit.
+
+    Memory, time, network, data and disk from formulas (docs/plan.md); nothing is built. What does not fit exits 1.
+    """
+
+    def action() -> Report:
+        from evatool.cli.plan import plan_report
+
+        return plan_report(recipe, overrides or [], gpus, gpu, price)
+
+    execute(action, json_output=json_output, debug=debug)
 
 
 @recipe_app.command("list", epilog=_examples("evatool recipe list", "evatool recipe list --json"))

@@ -100,7 +100,7 @@ def open_closed_streams() -> None:
 
 def _print_result(report: Report | None, failure: Failure | None, json_output: bool) -> None:
     if json_output:
-        data = failure.to_json() if failure else report.data if report else {}
+        data = (report.data if report else {}) | (failure.to_json() if failure else {})
         _write_line(sys.stdout, json.dumps(data, ensure_ascii=False, allow_nan=False))
     elif report is not None:
         _print_report(report)

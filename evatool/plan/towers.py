@@ -10,7 +10,7 @@ Source: scale.md 2.2. Held to meta builds and to the counter by tests/plan/test_
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from evatool.model.config import ModelConfig
 
@@ -77,7 +77,7 @@ class Blocks:
 def image_blocks(config: ModelConfig) -> Blocks:
     """The image tower's blocks."""
     vision = config.vision
-    shape = {
+    shape: dict[str, Any] = {
         "width": config.width,
         "depth": config.depth,
         "num_heads": config.num_heads,
@@ -171,7 +171,8 @@ def _image_params(config: ModelConfig) -> int:
 
 def _text_params(config: ModelConfig) -> int:
     text = config.text
-    assert text is not None and config.embed_dim is not None
+    assert text is not None
+    assert config.embed_dim is not None
     width = text["width"]
     table = (text["vocab_size"] + text["context_length"]) * width
     return table + text_blocks(config).params + 2 * width + width * config.embed_dim

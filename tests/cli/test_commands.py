@@ -16,7 +16,7 @@ from evatool.errors import BadDataLimitError, DataError, NumericalError, Preempt
 from evatool.recipe.load import load_recipe
 from evatool.recipe.schema import RECIPES
 
-COMMANDS = [*RECIPES, "demo", "recipe"]
+COMMANDS = [*RECIPES, "demo", "plan", "recipe"]
 
 
 def test_help_lists_the_stages_in_pipeline_order(invoke: Invoke) -> None:

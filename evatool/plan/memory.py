@@ -1,0 +1,243 @@
+"""Bytes on one rank, by part, at the worst moment of a step.
+
+Activations are counted operation by operation: what each keeps for the backward pass, with an attention kernel that
+keeps query, key, value, output and one number a row. Source: scale.md 2.3; held to saved tensors by
+tests/plan/test_memory.py, to running engines by tests/dist/test_plan_states.py.
+"""
+
+# D width, h hidden width of the MLP, T tokens, P parameters, b samples a rank, B global batch, E embedding
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from evatool.model.config import ModelConfig
+from evatool.plan.towers import Blocks, decoder_blocks, image_blocks, kept_tokens, num_patches, text_blocks
+
+GIB = 2**30
+FP32 = 4
+
+CONTEXT_BYTES = 1.5 * GIB
+"""CUDA context and the buffers of NCCL or RCCL: 1 to 2 GiB (scale.md 2.3)."""
+FRAGMENTATION = 1.06
+"""What the allocator cannot use: 5 to 8 % (scale.md 2.3)."""
+ZERO_BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's default `reduce_bucket_size`."""
+TILE_SIDE = 4096
+"""Rows and columns of a tile of similarities on a GPU (objective/tiles.py)."""
+ZERO_LIVE_ELEMENTS = 1_000_000_000
+"""DeepSpeed's default `stage3_max_live_parameters`."""
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """What a number weighs.
+
+    Attributes:
+        name: "fp32" and "autocast" are what `train.precision` = "fp32" and "bf16" do here: weights, gradients and
+            moments stay float32, and autocast casts. "bf16" is DeepSpeed's own 16-bit engine, with which the EVA
+            models were trained: 16-bit weights and gradients, float32 master weights and moments.
+        compute: bytes of an activation.
+        residual: bytes of the residual stream and of what norms keep.
+        weight: bytes of a weight and of its gradient.
+    """
+
+    name: Literal["fp32", "autocast", "bf16"]
+    compute: int
+    residual: int
+    weight: int
+
+    @property
+    def casts(self) -> bool:
+        """Whether each linear layer makes 16-bit copies of its input and weight."""
+        return self.name == "autocast"
+
+
+NUMERICS = {
+    "fp32": Numerics("fp32", 4, 4, 4),
+    "autocast": Numerics("autocast", 2, 4, 4),
+    "bf16": Numerics("bf16", 2, 2, 2),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------- states
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes on one rank of what lives as long as the run, and of the gradients at their largest."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def states(group_sizes: Sequence[int], *, is_zero: bool, zero_stage: int, num_ranks: int, numerics: Numerics) -> States:
+    """Weights, gradients, and AdamW's moments with the master weights.
+
+    Args:
+        group_sizes: parameters of each optimiser group; ZeRO divides each group, rounded up, over the ranks.
+        is_zero: DeepSpeed; else one process or DistributedDataParallel, and `zero_stage` is not looked at.
+    """
+    params = sum(group_sizes)
+    size = numerics.weight
+    master = FP32 if size != FP32 else 0  # float32 weights are their own master where nothing is divided
+    if not is_zero or zero_stage == 0:
+        return States(size * params, size * params, (2 * FP32 + master) * params)
+    piece = sum(-(-n // num_ranks) for n in group_sizes)
+    # ZeRO keeps a master copy of its piece even of float32 weights. Stage 1 has whole gradients until they are reduced.
+    optimizer = 3 * FP32 * piece
+    if zero_stage == 1:
+        return States(size * params, size * params, optimizer)
+    if zero_stage == 2:
+        return States(size * params, size * piece, optimizer)
+    return States(size * piece, size * piece, optimizer)
+
+
+def engine_buffers(
+    params: int, block_params: int, *, is_zero: bool, zero_stage: int, num_ranks: int, numerics: Numerics
+) -> int:
+    """Buckets of gradients on their way, and under stage 3 the gathered weights: upper bounds of DeepSpeed's defaults.
+
+    DistributedDataParallel's buckets are the gradients themselves.
+    """
+    if not is_zero or zero_stage == 0 or num_ranks == 1:
+        return 0
+    size = numerics.weight
+    num_buckets = 2 if zero_stage > 1 else 1  # overlap_comm
+    buckets = num_buckets * size * min(params, ZERO_BUCKET_ELEMENTS)
+    if zero_stage < 3:
+        return buckets
+    # two blocks with their gradients, or what DeepSpeed is allowed to keep gathered
+    return buckets + size * min(params, max(4 * block_params, ZERO_LIVE_ELEMENTS))
+
+
+# ------------------------------------------------------------------------------------------------------ activations
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes a sample that one tower keeps for the backward pass.
+
+    Attributes:
+        kept: all of it between the two passes.
+        block: what one block's backward pass needs back for a moment; 0 unless blocks are recomputed.
+    """
+
+    kept: int
+    block: int = 0
+
+
+def block_activations(blocks: Blocks, tokens: int, numerics: Numerics) -> int:
+    """Bytes a sequence that one block keeps."""
+    compute, residual, casts = numerics.compute, numerics.residual, numerics.casts
+    norm_input = FP32 if blocks.has_rms_norm else residual  # RMSNorm is computed in float32
+    norm_rows = FP32 if blocks.has_rms_norm else 2 * FP32
+    # Autocast gives every linear layer its own copy of a float32 input.
+    num_qkv_inputs = 3 if casts and not blocks.has_fused_qkv else 1
+    num_mlp_inputs = 2 if casts and blocks.gated == "separate" else 1
+    num_outputs = 2 if blocks.is_text else 1  # torch's attention module copies the output to another layout
+    a_width = compute * (num_qkv_inputs + 3 + num_outputs + num_mlp_inputs) + 2 * norm_input
+    rows = 2 * norm_rows + FP32 * blocks.num_heads
+    if blocks.has_inner_norm:
+        a_width += compute + (norm_input if casts or blocks.has_rms_norm else 0)
+        rows += norm_rows
+    if blocks.has_layer_scale:
+        a_width += 2 * compute
+    if blocks.gated == "none":
+        a_hidden = (3 if blocks.has_quick_gelu else 2) * compute
+    elif blocks.has_mlp_norm:
+        a_hidden = 4 * compute + (FP32 if casts else compute)
+        rows += norm_rows
+    else:
+        a_hidden = 4 * compute
+    return tokens * (a_width * blocks.width + a_hidden * blocks.hidden + rows)
+
+
+def stack_activations(blocks: Blocks, tokens: int, numerics: Numerics, *, checkpointing: bool) -> Activations:
+    """Bytes a sequence that a stack keeps: every block's, or only every block's input."""
+    block = block_activations(blocks, tokens, numerics)
+    if checkpointing:
+        return Activations(blocks.depth * tokens * blocks.width * numerics.residual, block)
+    return Activations(blocks.depth * block)
+
+
+def image_activations(
+    config: ModelConfig, numerics: Numerics, *, patch_dropout: float = 0.0, checkpointing: bool = False
+) -> Activations:
+    """Bytes a picture that the image tower keeps: its blocks, the picture and the final norm."""
+    tokens, blocks = kept_tokens(config, patch_dropout), image_blocks(config)
+    stack = stack_activations(blocks, tokens, numerics, checkpointing=checkpointing)
+    if checkpointing and not config.is_eva:  # open_clip's ViT keeps its residual stream in the type of the convolution
+        stack = Activations(stack.kept // numerics.residual * numerics.compute, stack.block)
+    norm_input = FP32 if blocks.has_rms_norm else numerics.residual
+    norm = tokens * (blocks.width * norm_input + 2 * FP32)
+    outside = 3 * config.image_size**2 * numerics.compute + norm
+    if not config.is_eva:  # a norm before the blocks as well
+        outside += norm
+    if config.task == "clip" and not (numerics.casts and config.is_eva):  # the pooled token is a view: its projection keeps the rest
+        outside += tokens * blocks.width * numerics.compute
+    if patch_dropout > 0:  # all patches, from which some are chosen
+        outside += num_patches(config) * blocks.width * numerics.residual
+    return Activations(stack.kept + outside, stack.block)
+
+
+def text_activations(
+    config: ModelConfig, numerics: Numerics, *, tokens: int | None = None, checkpointing: bool = False
+) -> Activations:
+    """Bytes a caption of `tokens` (the whole context when None) that the text tower keeps."""
+    length = config.context_length if tokens is None else min(tokens, config.context_length)
+    blocks = text_blocks(config)
+    stack = stack_activations(blocks, length, numerics, checkpointing=checkpointing)
+    return Activations(stack.kept + length * (blocks.width * numerics.residual + 2 * FP32), stack.block)
+
+
+def mim_activations(
+    config: ModelConfig, numerics: Numerics, masked: int, *, checkpointing: bool = False
+) -> Activations:
+    """Bytes a picture that a MIM student keeps, prediction head and loss included."""
+    predict = masked * (config.predict_dim or 0) * (numerics.compute + 3 * FP32)
+    if config.decoder is None:
+        tower = image_activations(config, numerics, checkpointing=checkpointing)
+        return Activations(tower.kept + masked * config.width * numerics.compute + predict, tower.block)
+    patches = num_patches(config)
+    encoder = stack_activations(image_blocks(config), 1 + patches - masked, numerics, checkpointing=checkpointing)
+    decoder = stack_activations(decoder_blocks(config), 1 + patches, numerics, checkpointing=False)
+    return Activations(encoder.kept + decoder.kept + predict, encoder.block)
+
+
+def teacher_activations(blocks: Blocks, tokens: int, numerics: Numerics) -> int:
+    """Bytes a sequence that a frozen tower needs for a moment: one block's, since nothing is kept."""
+    return block_activations(blocks, tokens, numerics)
+
+
+def cast_weights(params_in_matrices: int, numerics: Numerics) -> int:
+    """Autocast's 16-bit copies of the weights, which live from the forward to the backward pass."""
+    return numerics.compute * params_in_matrices if numerics.casts else 0
+
+
+# ------------------------------------------------------------------------------------------------------------- loss
+
+
+def contrastive_bytes(
+    batch: int, global_batch: int, embed_dim: int, numerics: Numerics, *, distils: bool = False
+) -> int:
+    """What the loss between one rank's samples and the global batch needs at its largest.
+
+    Here it goes tile by tile round a ring: features of two ranks with their gradients, scaled pictures, and a few
+    tiles, all float32, so the global batch does not matter. `distils` adds both models' whole logits and log-softmaxes
+    and the terms of their divergence. The 16-bit engine is EVA's, with whole rows of logits: 2 b B (q + 8), scale.md
+    2.3.
+    """
+    if numerics.name == "bf16":
+        return 2 * batch * global_batch * (numerics.compute + 8) + 4 * global_batch * embed_dim * numerics.compute
+    features = 10 * batch * embed_dim * FP32
+    tiles = 4 * min(batch, TILE_SIDE) ** 2 * FP32
+    return features + tiles + (9 * batch * global_batch * FP32 if distils else 0)

@@ -1,0 +1,350 @@
+"""The plan of a recipe as data and as text, and the refusal of one that does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from evatool.errors import EvatoolError
+from evatool.plan import memory as mem
+from evatool.plan import towers
+from evatool.plan.estimate import (
+    Choice,
+    Pace,
+    choices,
+    enough_gpus,
+    failures,
+    largest_micro_batch,
+    memory,
+    operations,
+    pace,
+)
+from evatool.plan.hardware import Assumptions, Hardware
+from evatool.plan.job import Job
+from evatool.plan.published import PARAMETERS
+
+GIB = mem.GIB
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job needs: `data` is JSON-ready, `table` the memory by engine, `refusal` is set where it does not fit."""
+
+    data: dict[str, Any]
+    text: str
+    table: list[list[str]]
+    lines: list[str]
+    refusal: EvatoolError | None
+
+
+def make_plan(
+    job: Job, gpu: Hardware, *, assumed: Assumptions | None = None, price_per_gpu_hour: float | None = None
+) -> Plan:
+    """Plan `job` on `gpu`."""
+    assumed = assumed or Assumptions()
+    paces = {name: pace(job, gpu, assumed, mfu) for name, mfu in zip(("low", "likely", "high"), gpu.mfu, strict=True)}
+    likely, fitting = paces["likely"], choices(job, gpu, assumed)
+    data = {
+        "name": job.name,
+        "stage": job.stage,
+        "gpus": job.num_gpus,
+        "gpu": {**asdict(gpu), "mfu": list(gpu.mfu)},
+        "parameters": _parameters(job),
+        "run": _run(job),
+        "operations": {
+            "per_sample": asdict(operations(job)),
+            "total": operations(job).model * job.num_steps * job.global_batch_size,
+        },
+        "memory": _memory(job, gpu),
+        "traffic": _traffic(likely),
+        "data": {
+            "samples_per_sec": likely.samples_per_sec,
+            "bytes_per_sec": likely.samples_per_sec * assumed.bytes_per_sample,
+            "loader_cores_per_gpu": likely.samples_per_sec / job.num_gpus / assumed.samples_per_core_sec,
+            "epoch_bytes": job.num_steps * job.global_batch_size * assumed.bytes_per_sample,
+        },
+        "time": {name: _time(each, price_per_gpu_hour) for name, each in paces.items()},
+        "checkpoints": _checkpoints(job, gpu, assumed, likely),
+        "binding": "memory" if memory(job).total > gpu.memory_gib * GIB else likely.binding,
+        "advice": [_choice(choice, job) for choice in _best(fitting, job)],
+        "largest_micro_batch": largest_micro_batch(job, gpu),
+        "assumptions": asdict(assumed),
+        "notes": list(job.notes),
+    }
+    refusal = _refusal(job, gpu, fitting)
+    data["fits"] = refusal is None
+    return Plan(data, _text(job, data), _memory_table(job, gpu), _lines(job, gpu, data), refusal)
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+def _parameters(job: Job) -> dict[str, Any]:
+    counted = towers.count_parameters(job.model)
+    frozen = towers.count_parameters(job.teacher).total if job.teacher else 0
+    return {
+        "image": counted.image,
+        "text": counted.text,
+        "other": counted.other,
+        "trainable": counted.total,
+        "frozen": frozen,
+        "published": PARAMETERS.get(job.model.name),
+    }
+
+
+def _run(job: Job) -> dict[str, Any]:
+    samples = job.num_steps * job.global_batch_size
+    image_tokens = towers.kept_tokens(job.model, job.patch_dropout)
+    text_tokens = (job.text_tokens or job.model.context_length) if job.stage != "pretrain-mim" else 0
+    return {
+        "steps": job.num_steps,
+        "samples": samples,
+        "global_batch_size": job.global_batch_size,
+        "micro_batch_size": job.micro_batch_size,
+        "grad_accum_steps": job.accumulation,
+        "image_tokens_per_sample": image_tokens,
+        "text_tokens_per_sample": text_tokens,
+        "tokens": samples * (image_tokens + text_tokens),
+        "engine": job.engine,
+        "zero_stage": job.zero_stage,
+        "numerics": job.numerics,
+        "grad_checkpointing": job.checkpointing,
+    }
+
+
+def _engines(job: Job) -> dict[str, Job]:
+    """The same job on every engine that `num_gpus` allows."""
+    if job.num_gpus == 1:
+        return {"single": replace(job, engine="single", zero_stage=0)}
+    zero = {f"ZeRO-{stage}": replace(job, engine="zero", zero_stage=stage) for stage in (1, 2, 3)}
+    return {"ddp": replace(job, engine="ddp", zero_stage=0), **zero}
+
+
+def _memory(job: Job, gpu: Hardware) -> dict[str, Any]:
+    own = memory(job)
+    return {
+        "bytes": own.total,
+        "available_bytes": int(gpu.memory_gib * GIB),
+        "parts": own.parts,
+        "by_engine": {
+            name: {"bytes": memory(each).total, **memory(each).parts} for name, each in _engines(job).items()
+        },
+    }
+
+
+def _traffic(likely: Pace) -> dict[str, Any]:
+    traffic = likely.traffic
+    return {
+        "bytes_per_step": traffic.total,
+        "weights_and_gradients": traffic.weights_and_gradients,
+        "features": traffic.features,
+        "seconds_per_step": traffic.seconds,
+        "exposed_seconds": traffic.exposed_seconds,
+        "is_hidden": traffic.exposed_seconds <= 0.01 * likely.step_sec,
+    }
+
+
+def _time(each: Pace, price: float | None) -> dict[str, Any]:
+    known = {
+        "mfu": each.mfu,
+        "step_sec": each.step_sec,
+        "samples_per_sec": each.samples_per_sec,
+        "days": each.days,
+        "gpu_hours": each.gpu_hours,
+        "seconds_per_step": each.seconds,
+        "binding": each.binding,
+    }
+    return known if price is None else known | {"cost": each.gpu_hours * price}
+
+
+def _checkpoints(job: Job, gpu: Hardware, assumed: Assumptions, likely: Pace) -> dict[str, Any]:
+    params = towers.count_parameters(job.model).total
+    ranks = min(job.num_gpus, gpu.gpus_per_node)
+    return {
+        "export_bytes": mem.FP32 * params,
+        "kept_bytes": (job.kept_checkpoints + 1) * 12 * params,  # the next one is written before the oldest goes
+        "host_bytes_per_machine": ranks * 12 * params,  # every rank copies the whole state to its CPU
+        **asdict(failures(job, assumed, likely.step_sec)),
+    }
+
+
+def _best(fitting: list[Choice], job: Job) -> list[Choice]:
+    """The fastest that this version can run, the recipe itself if nothing beats it; then the fastest of all."""
+    available = [choice for choice in fitting if choice.is_available]
+    today = available[0] if available else None
+    own = next((choice for choice in available if choice.job == job), None)
+    if own is not None and today is not None and own.step_sec <= 1.02 * today.step_sec:
+        today = own
+    best = fitting[:1]
+    return ([today] if today else []) + [c for c in best if today is None or c.step_sec < 0.98 * today.step_sec]
+
+
+def _choice(choice: Choice, job: Job) -> dict[str, Any]:
+    chosen = choice.job
+    return {
+        "settings": _settings(chosen),
+        "memory_bytes": choice.memory_bytes,
+        "step_sec": choice.step_sec,
+        "micro_batch_size": chosen.micro_batch_size,
+        "grad_accum_steps": chosen.accumulation,
+        "grad_checkpointing": chosen.checkpointing,
+        "is_available": choice.is_available,
+        "is_the_recipe": chosen == job,
+    }
+
+
+def _settings(job: Job) -> list[str]:
+    if job.engine == "zero":
+        return ["engine.kind=deepspeed", f"engine.zero_stage={job.zero_stage}"]
+    return [f"engine.kind={job.engine}"]
+
+
+# ---------------------------------------------------------------------------------------------------------- refusal
+
+
+def _refusal(job: Job, gpu: Hardware, fitting: list[Choice]) -> EvatoolError | None:
+    need, room = memory(job).total, gpu.memory_gib * GIB
+    if need <= room:
+        return None
+    fixes = []
+    today = next((choice for choice in fitting if choice.is_available), None)
+    if today:
+        fixes.append(
+            " ".join(f"--set {key}" for key in _settings(today.job)) + f" needs {_gib(today.memory_bytes)} a rank"
+        )
+    ranks = enough_gpus(job, gpu)
+    if ranks and ranks > job.num_gpus:
+        fixes.append(f"--gpus {ranks} fits as it is")
+    batch = _batch_that_fits(job, gpu)
+    if batch:
+        fixes.append(f"train.global_batch_size = {batch} fits on {job.num_gpus}, as another run")
+    other = next((choice for choice in fitting if not choice.is_available), None)
+    if other and not today:
+        parts = ["block checkpointing"] if other.job.checkpointing else []
+        parts += [f"{other.job.accumulation} accumulation steps"] if other.job.accumulation > 1 else []
+        fixes.append(
+            f"{' and '.join(parts)} with {', '.join(_settings(other.job))} would need {_gib(other.memory_bytes)},"
+            " but this version has no recipe key for it"
+        )
+    return EvatoolError(
+        f"{job.name} needs {_gib(need)} a rank, {_gib(need - room)} more than one {gpu.name} has",
+        expected=f"at most {_gib(room)} on each of {job.num_gpus} ranks",
+        fix="; or ".join(fixes) or "a smaller model or a larger accelerator: nothing else fits",
+    )
+
+
+def _batch_that_fits(job: Job, gpu: Hardware) -> int | None:
+    """The largest power-of-two fraction of the global batch that fits without any other change."""
+    batch = job.global_batch_size
+    while batch % 2 == 0 and batch // 2 >= job.num_gpus:
+        batch //= 2
+        if memory(replace(job, global_batch_size=batch)).total <= gpu.memory_gib * GIB:
+            return batch
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------- text
+
+
+def _text(job: Job, data: dict[str, Any]) -> str:
+    p, r, ops = data["parameters"], data["run"], data["operations"]
+    per_sample = ops["per_sample"]
+    published = f"; published: {p['published']}" if p["published"] else ""
+    rows = [
+        ("run", f"{job.name}: {job.stage} of {job.model.name} on {job.num_gpus} x {data['gpu']['name']}"),
+        (
+            "parameters",
+            f"{p['trainable']:,} trainable (image {p['image']:,}, text {p['text']:,}, other {p['other']:,}), "
+            f"{p['frozen']:,} frozen{published}",
+        ),
+        (
+            "length",
+            f"{r['steps']:,} steps of {r['global_batch_size']:,} = {r['samples']:,} samples, "
+            f"{r['tokens']:.3g} tokens ({r['image_tokens_per_sample']} of a picture, "
+            f"{r['text_tokens_per_sample']} of a caption)",
+        ),
+        (
+            "rank",
+            f"{r['micro_batch_size']} samples a step; engine {r['engine']}"
+            + (f" stage {r['zero_stage']}" if job.is_zero else "")
+            + f", {r['numerics']}, checkpointing {'on' if r['grad_checkpointing'] else 'off'}",
+        ),
+        (
+            "operations",
+            f"{per_sample['model'] / 1e9:,.4g} GFLOP a sample (forward: image {per_sample['image'] / 1e9:,.4g}, "
+            f"text {per_sample['text'] / 1e9:,.4g}, teacher {per_sample['teacher'] / 1e9:,.4g}), "
+            f"{ops['total']:.3g} FLOP in all",
+        ),
+    ]
+    return "\n".join(f"{label:<11} {value}" for label, value in rows)
+
+
+def _memory_table(job: Job, gpu: Hardware) -> list[list[str]]:
+    by_engine = {name: memory(each) for name, each in _engines(job).items()}
+    names = list(next(iter(by_engine.values())).parts)
+    rows = [["GiB a rank", *by_engine]]
+    rows += [[name, *(f"{m.parts[name] / GIB:.2f}" for m in by_engine.values())] for name in names]
+    rows.append(["with fragmentation", *(f"{m.total / GIB:.2f}" for m in by_engine.values())])
+    room = gpu.memory_gib * GIB
+    return [*rows, [f"fits {gpu.memory_gib:.1f}", *("yes" if m.total <= room else "no" for m in by_engine.values())]]
+
+
+def _lines(job: Job, gpu: Hardware, data: dict[str, Any]) -> list[str]:
+    saves, traffic, time, reading = data["checkpoints"], data["traffic"], data["time"], data["data"]
+    lines = [
+        f"{name:<7} {each['mfu']:.0%} of peak: {_seconds(each['step_sec'])} a step, "
+        f"{each['samples_per_sec']:,.0f} samples/s, {each['days']:,.3g} days, {_count(each['gpu_hours'])} GPU-hours"
+        + (f", cost {_count(each['cost'])}" if "cost" in each else "")
+        for name, each in time.items()
+    ]
+    lines += [
+        f"network: {_size(traffic['bytes_per_step'])} a rank and step, {_seconds(traffic['seconds_per_step'])}; "
+        + ("hidden behind computation" if traffic["is_hidden"] else f"{_seconds(traffic['exposed_seconds'])} exposed"),
+        f"data: {_size(reading['bytes_per_sec'])}/s to read, {reading['loader_cores_per_gpu']:.1f} loader cores a rank",
+        f"checkpoint: {_size(saves['checkpoint_bytes'])}, {_size(saves['kept_bytes'])} of disk for those kept, "
+        f"{_size(saves['host_bytes_per_machine'])} of host memory a machine while saving; "
+        f"export {_size(saves['export_bytes'])}",
+        f"failures: {saves['expected']:.2g} expected, one in {saves['mean_hours_between']:,.0f} h; save every "
+        f"{_seconds(saves['interval_sec'])} ({saves['interval_steps']:,} steps); {saves['goodput']:.1%} of the time "
+        "is training",
+        f"binding: {data['binding']}",
+    ]
+    for each in data["advice"]:
+        words = "this recipe" if each["is_the_recipe"] else " ".join(f"--set {key}" for key in each["settings"])
+        extra = [] if not each["grad_checkpointing"] else ["block checkpointing"]
+        extra += [f"{each['grad_accum_steps']} accumulation steps"] if each["grad_accum_steps"] > 1 else []
+        tail = f" with {' and '.join(extra)} (no recipe key yet)" if extra else ""
+        lines.append(f"advice: {words}{tail}: {_gib(each['memory_bytes'])} a rank, {_seconds(each['step_sec'])} a step")
+    if not data["advice"]:
+        lines.append("advice: nothing fits on these ranks")
+    lines.append(f"largest micro-batch of this engine: {data['largest_micro_batch']}")
+    a = data["assumptions"]
+    lines.append(
+        f"assumed: {gpu.source}; {a['bytes_per_sample']:,.0f} bytes a sample, {a['samples_per_core_sec']:.0f} "
+        f"samples/s a core, {a['storage_gb_per_sec']:g} GB/s of storage, saves at {a['save_gb_per_sec']:g} GB/s, "
+        f"a failure every {a['gpu_hours_per_failure']:,.0f} GPU-hours"
+    )
+    return [*lines, *(f"note: {note}" for note in job.notes)]
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+def _size(size: float) -> str:
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if size >= scale:
+            return f"{size / scale:.3g} {unit}"
+    return f"{size / 1e3:.3g} kB"
+
+
+def _seconds(value: float) -> str:
+    if value >= 3600:
+        return f"{value / 3600:.3g} h"
+    if value >= 120:
+        return f"{value / 60:.3g} min"
+    return f"{value:.3g} s" if value >= 1 or value == 0 else f"{value * 1e3:.3g} ms"

@@ -1,0 +1,178 @@
+"""Published settings, whole plans, advice and refusals."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from published_jobs import job_of
+
+from evatool.errors import RecipeError, UsageError
+from evatool.model.presets import PRESETS, resolve_preset
+from evatool.plan.estimate import choices, enough_gpus, largest_micro_batch, memory, operations, pace, traffic
+from evatool.plan.hardware import HARDWARE_NAMES, Assumptions, hardware
+from evatool.plan.job import Job, job_of_recipe
+from evatool.plan.memory import GIB
+from evatool.plan.published import PARAMETERS, PUBLISHED_RUNS
+from evatool.plan.report import make_plan
+from evatool.recipe.load import load_recipe
+
+RUNS = {run.name: run for run in PUBLISHED_RUNS}
+ASSUMED = Assumptions()
+# scale.md 2.3, anchors, and finding 6: the same settings by an independent calculation, GiB
+REFERENCE = {
+    "B/16": 28.9,
+    "L/14": 30.8,
+    "L/14-336": 29.0,
+    "E/14": 55.4,
+    "E/14+": 68.8,
+    "8B": 31.7,
+    "18B": 32.4,
+    "E/14, all patches": 87,
+    "E/14+, all patches": 108,
+    "8B, ZeRO-1": 60,
+    "18B, all patches": 57,
+}
+
+
+def job(**changes: object) -> Job:
+    base = Job("l14", "train-clip", PRESETS["EVA02-CLIP-L-14"], None, 4_000_000, 1024, 8, "autocast", "ddp")
+    return replace(base, **changes)
+
+
+@pytest.mark.parametrize("run", PUBLISHED_RUNS, ids=lambda run: run.name)
+def test_published_settings_fit_and_controls_do_not(run) -> None:
+    needed = memory(job_of(run)).total / GIB
+    assert (needed <= hardware(run.gpu).memory_gib) == run.fits
+    assert needed == pytest.approx(REFERENCE[run.name], rel=0.18)
+
+
+def test_seven_settings_and_four_controls() -> None:
+    assert [run.fits for run in PUBLISHED_RUNS].count(True) == 7
+    assert [run.fits for run in PUBLISHED_RUNS].count(False) == 4
+    assert set(PARAMETERS) <= set(PRESETS)
+
+
+def test_18b_takes_about_what_the_reference_predicts() -> None:
+    """scale.md 2.5: 8.4e22 operations, 22 to 29 days on 360 A100 at 40 and 30 %."""
+    run = job_of(RUNS["18B"])
+    assert operations(run).model * run.samples_seen == pytest.approx(8.4e22, rel=0.01)
+    for mfu, days in ((0.4, 22), (0.3, 29)):
+        assert pace(run, hardware("a100-40"), ASSUMED, mfu).days == pytest.approx(days, rel=0.05)
+
+
+def test_18b_exchanges_what_the_reference_says() -> None:
+    """scale.md 2.4: 109 GB of weights and gradients, 1.3 GB of features."""
+    exchange = traffic(job_of(RUNS["18B"]), hardware("a100-40"), 40.0)
+    assert exchange.weights_and_gradients / 1e9 == pytest.approx(109, rel=0.02)
+    assert exchange.features / 1e9 == pytest.approx(1.3, rel=0.05)
+    assert exchange.exposed_seconds < 0.05 * exchange.seconds
+
+
+def test_small_models_on_many_gpus_wait_for_data() -> None:
+    """scale.md 2.5: L/14 on 256 H100 wants hundreds of loader cores, 18B a few."""
+    small = job_of(RUNS["L/14"], num_gpus=256)
+    gpu = replace(hardware("h100"), cores_per_gpu=1)
+    assert pace(small, gpu, ASSUMED, 0.45).binding == "data"
+    assert pace(job_of(RUNS["18B"]), gpu, ASSUMED, 0.45).binding == "compute"
+
+
+@pytest.mark.parametrize("gpu", [name for name in HARDWARE_NAMES if name != "cpu"])
+def test_every_choice_fits_and_the_fastest_is_first(gpu: str) -> None:
+    device = hardware(gpu)
+    found = choices(job(model=PRESETS["EVA02-CLIP-bigE-14"], num_gpus=64, global_batch_size=65536), device, ASSUMED)
+    assert found
+    assert all(memory(choice.job).total == choice.memory_bytes <= device.memory_gib * GIB for choice in found)
+    assert all(first.step_sec <= 1.000001 * then.step_sec for first, then in itertools.pairwise(found))
+
+
+def test_largest_micro_batch_is_the_largest() -> None:
+    gpu = hardware("a100-40")
+    big = job(global_batch_size=32768)
+    batch = largest_micro_batch(big, gpu)
+    assert 0 < batch < big.micro_batch_size
+    assert memory(replace(big, global_batch_size=batch * 8)).total < gpu.memory_gib * GIB
+
+
+def test_more_gpus_make_room() -> None:
+    gpu, big = hardware("a100-40"), job(global_batch_size=32768)
+    enough = enough_gpus(big, gpu)
+    assert enough is not None
+    assert enough > 8
+    assert memory(replace(big, num_gpus=enough)).total <= gpu.memory_gib * GIB
+    assert memory(replace(big, num_gpus=enough // 2)).total > gpu.memory_gib * GIB
+
+
+def test_a_refusal_says_by_how_much_and_what_would_fit() -> None:
+    big, gpu = job(global_batch_size=32768), hardware("a100-40")
+    plan = make_plan(big, gpu)
+    assert plan.refusal is not None
+    assert plan.data["fits"] is False
+    assert plan.data["binding"] == "memory"
+    over = memory(big).total / GIB - gpu.memory_gib
+    assert f"{over:.1f} GiB more" in plan.refusal.what
+    assert "--gpus" in (plan.refusal.fix or "")
+    assert "no recipe key" in (plan.refusal.fix or "")
+
+
+def test_what_fits_is_not_refused_and_parts_add_up() -> None:
+    plan = make_plan(job(), hardware("h100"), price_per_gpu_hour=2.5)
+    assert plan.refusal is None
+    held = plan.data["memory"]
+    assert held["bytes"] == int(sum(held["parts"].values()) * 1.06)
+    assert held["by_engine"]["ddp"]["bytes"] == held["bytes"]
+    for each in plan.data["time"].values():
+        assert each["cost"] == pytest.approx(2.5 * each["gpu_hours"])
+        assert each["gpu_hours"] == pytest.approx(each["days"] * 24 * 8)
+    assert plan.data["time"]["low"]["days"] > plan.data["time"]["likely"]["days"] > plan.data["time"]["high"]["days"]
+    json.dumps(plan.data, allow_nan=False)
+
+
+def test_patch_dropout_and_trimmed_captions_save_memory_and_work() -> None:
+    for less in (job(patch_dropout=0.5), job(text_tokens=16), job(checkpointing=True)):
+        assert memory(less).parts["activations"] < memory(job()).parts["activations"]
+    assert operations(job(patch_dropout=0.5)).model < operations(job()).model
+    assert operations(job(checkpointing=True)).executed == pytest.approx(4 / 3 * operations(job()).model)
+
+
+@pytest.mark.parametrize("stage", ["train-clip", "pretrain-mim", "distill"])
+def test_shipped_training_recipes_are_planned(stage: str) -> None:
+    resolved = load_recipe(f"demo/{stage}")
+    planned = job_of_recipe(resolved.recipe, resolved.name, 2)
+    assert planned.num_steps == resolved.recipe.train.num_steps
+    assert make_plan(planned, hardware("h100")).refusal is None
+
+
+def test_a_teacher_counts(tmp_path: Path) -> None:
+    known = load_recipe("demo/pretrain-mim", ['teacher.model="EVA02-CLIP-L-14"'])
+    planned = job_of_recipe(known.recipe, known.name, 1)
+    assert planned.model.predict_dim == 768
+    assert operations(planned).teacher > 150e9
+    folder = tmp_path / "checkpoints" / "step_00000001"
+    folder.mkdir(parents=True)
+    (folder / "model_config.json").write_text(json.dumps(resolve_preset("EVA02-CLIP-B-16").to_json()))
+    there = load_recipe("demo/distill", [f'teacher.model="{tmp_path}"'])
+    assert job_of_recipe(there.recipe, there.name, 1).teacher == resolve_preset("EVA02-CLIP-B-16")
+    gone = load_recipe("demo/distill", ['teacher.model="runs/gone"'])
+    assert any("not counted" in note for note in job_of_recipe(gone.recipe, gone.name, 1).notes)
+
+
+@pytest.mark.parametrize("name", ["demo/eval", "demo/export", "demo/data-prepare"])
+def test_only_training_is_planned(name: str) -> None:
+    resolved = load_recipe(name)
+    with pytest.raises(UsageError, match="only training"):
+        job_of_recipe(resolved.recipe, resolved.name, 1)
+
+
+def test_batches_must_divide() -> None:
+    resolved = load_recipe("demo/train-clip")
+    with pytest.raises(RecipeError, match="does not divide over 3"):
+        job_of_recipe(resolved.recipe, resolved.name, 3)
+
+
+def test_unknown_hardware_is_named() -> None:
+    with pytest.raises(UsageError, match="h1000"):
+        hardware("h1000")
