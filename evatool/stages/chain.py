@@ -1,4 +1,4 @@
-"""The command that comes after a finished training stage. No torch."""
+"""The command that comes after a finished stage. No torch."""
 
 from __future__ import annotations
 
@@ -34,6 +34,14 @@ def next_in_chain(recipe: TrainingRecipe, name: str, run_dir: Path) -> str | Non
     return f"evatool {stage} {sibling}"
 
 
+def use_data(name: str, run_dir: Path) -> str:
+    """What to do with prepared data: the next stage of the chain that recipe `name` belongs to, else a first CLIP."""
+    following = name.rpartition("/")[0] + "/train-clip"
+    if run_dir == Path("runs") / name and shipped_path(following) is not None:
+        return f"evatool train-clip {following}"
+    return f"evatool train-clip {_START} --set {_quoted_setting('data.train', run_dir / 'train')}"
+
+
 def use_clip(recipe: TrainingRecipe, run_dir: Path) -> str:
     """What to do with a trained CLIP: evaluate it where evaluation sets lie beside the data, else export it."""
     sets = recipe.data.train.parent / "eval"
@@ -50,9 +58,13 @@ def use_image_tower(recipe: TrainingRecipe, preset: str, run_dir: Path) -> str:
         "model.init.path": str(run_dir),
         "data.train": str(recipe.data.train),
     }
-    sets = " ".join(f"--set {shlex.quote(f'{key}={value}')}" for key, value in settings.items())
+    sets = " ".join(f"--set {_quoted_setting(key, value)}" for key, value in settings.items())
     return f"evatool train-clip {_START} {sets} --run-dir {_quoted(run_dir.with_name(run_dir.name + '-clip'))}"
 
 
 def _quoted(path: Path) -> str:
     return shlex.quote(str(path))
+
+
+def _quoted_setting(key: str, value: object) -> str:
+    return shlex.quote(f"{key}={value}")

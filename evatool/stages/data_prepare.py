@@ -22,6 +22,7 @@ from evatool.data.shards import MANIFEST, sync_folder, write_file
 from evatool.errors import EvatoolError
 from evatool.progress import progress
 from evatool.recipe.schema import DataPrepareRecipe
+from evatool.stages.chain import use_data
 from evatool.stages.run_dir import RunOptions, open_run_dir
 from evatool.types import Result
 
@@ -44,7 +45,7 @@ def run(recipe: DataPrepareRecipe, run: RunOptions) -> Result:
         manifest = packed.manifest | {"recipe": recipe.model_dump(mode="json", exclude_none=True)}
         write_file(work / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
         _publish(work, run_dir.path)
-    return _result(packed, run_dir.path)
+    return _result(packed, run.name, run_dir.path)
 
 
 @contextmanager
@@ -85,7 +86,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _result(packed: Packed, run_dir: Path) -> Result:
+def _result(packed: Packed, name: str, run_dir: Path) -> Result:
     train = packed.manifest["train"]
     outputs = {"train": run_dir / "train", "contact_sheet": run_dir / "contact_sheet.png"}
     metrics: dict[str, float | int | str] = {
@@ -97,11 +98,10 @@ def _result(packed: Packed, run_dir: Path) -> Result:
     table = [["set", "pictures", "classes"], ["train", f"{train['num_samples']}", ""]]
     if packed.manifest["eval"]:
         outputs["eval"] = run_dir / "eval"
-    for name, entry in packed.manifest["eval"].items():
-        metrics[f"eval_samples/{name}"] = entry["num_samples"]
-        table.append([f"eval/{name}", f"{entry['num_samples']}", f"{entry['num_classes'] or ''}"])
+    for set_name, entry in packed.manifest["eval"].items():
+        metrics[f"eval_samples/{set_name}"] = entry["num_samples"]
+        table.append([f"eval/{set_name}", f"{entry['num_samples']}", f"{entry['num_classes'] or ''}"])
     for cause, names in packed.manifest["bad_samples"].items():
         metrics[f"bad_samples/{cause}"] = len(names)
         table.append([f"skipped: {cause}", f"{len(names)}", ""])
-    next_command = f"evatool train-clip demo/train-clip --set data.train={run_dir / 'train'}"
-    return Result("data-prepare", run_dir, outputs, metrics, next_command, table)
+    return Result("data-prepare", run_dir, outputs, metrics, use_data(name, run_dir), table)

@@ -145,7 +145,7 @@ def _run_step(step: Step, family: str, options: DemoOptions) -> Result:
     run_options = RunOptions(
         name=resolved.name,
         run_dir=options.out / step.name,
-        resume=True,
+        resume=(options.out / step.name).is_dir(),
         debug=options.debug,
         command=["evatool", "demo"],
     )

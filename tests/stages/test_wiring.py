@@ -86,3 +86,16 @@ def test_sheet_hides_what_was_masked_and_colours_it_by_cosine() -> None:
     best, worst = (tuple(int(v) for v in colors_of(np.array(value))) for value in (1.0, 0.0))
     assert (at(2, 0, 0), at(2, 1, 3)) == (best, worst)
     assert at(2, 0, 1) == (241, 241, 241)
+
+
+@pytest.mark.parametrize(
+    ("name", "run_dir", "command"),
+    [
+        ("debug/data-prepare", "runs/debug/data-prepare", "evatool train-clip debug/train-clip"),
+        ("debug/data-prepare", "a b", "evatool train-clip demo/train-clip --set 'data.train=a b/train'"),
+        ("photos", "runs/photos", "evatool train-clip demo/train-clip --set data.train=runs/photos/train"),
+    ],
+    ids=["chain", "elsewhere", "own"],
+)
+def test_the_command_after_data_prepare(name: str, run_dir: str, command: str) -> None:
+    assert chain.use_data(name, Path(run_dir)) == command
