@@ -16,9 +16,10 @@ from evatool.checkpoint.save import save_run
 from evatool.distributed.collectives import all_gather_with_grad, rank, world_size
 from evatool.distributed.engine import Engine, build_engine
 from evatool.distributed.world import World
+from evatool.optim.build import build_optimizer
 from evatool.optim.param_groups import build_param_groups
 from evatool.optim.schedules import warmup_cosine
-from evatool.recipe.schema import EngineSection, GroupSection, OptimSection
+from evatool.recipe.schema import AdamWSection, EngineSection, GroupSection, LambSection, OptimSection
 from evatool.train.hooks import Checkpoints, Hook, MetricsFile
 from evatool.train.state import TrainState, resume_from
 from evatool.train.trainer import Trainer
@@ -106,6 +107,7 @@ def toy_engine(
     zero_stage: int = 0,
     clip: float | None = 1.0,
     precision: str = "fp32",
+    optim: OptimSection | None = None,
 ) -> Engine:
     world = World(rank(), world_size(), rank(), torch.device("cpu"))
     return build_engine(
@@ -115,13 +117,12 @@ def toy_engine(
         groups,
         precision=precision,
         grad_clip_norm=clip,
-        betas=(0.9, 0.98),
-        eps=1e-6,
+        optimizer=build_optimizer(optim or toy_optim(), groups),
     )
 
 
-def toy_optim(layer_decay: float = 0.8, has_other: bool = True) -> OptimSection:
-    return OptimSection(
+def toy_optim(layer_decay: float = 0.8, has_other: bool = True, kind: str = "adamw") -> OptimSection:
+    return {"adamw": AdamWSection, "lamb": LambSection}[kind](
         visual=GroupSection(lr=1e-2, weight_decay=0.1, layer_decay=layer_decay),
         text=GroupSection(lr=5e-3, weight_decay=0.1),
         other=GroupSection(lr=1e-2) if has_other else None,

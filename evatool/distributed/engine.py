@@ -94,8 +94,7 @@ def build_engine(
     *,
     precision: str,
     grad_clip_norm: float | None,
-    betas: tuple[float, float],
-    eps: float,
+    optimizer: torch.optim.Optimizer,
     bounds: Bounds | None = None,
 ) -> Engine:
     """The recipe's engine around an objective, which it moves to the rank's device.
@@ -103,6 +102,7 @@ def build_engine(
     Args:
         groups: all trainable parameters of `objective`, from `optim.param_groups`.
         precision: "fp32" or "bf16" (autocast; weights, gradients and optimiser stay float32).
+        optimizer: of these groups, from `optim.build`.
         bounds: parameters kept within limits after each step, by their names in `objective`; its attribute
             `parameter_bounds` when absent, if it has one (for instance {"model.logit_scale": (0, ln 100)}).
     Raises: RecipeError where the engine cannot serve this job; DependencyError where its package is missing.
@@ -121,8 +121,7 @@ def build_engine(
                 zero_stage=section.zero_stage,
                 precision=precision,
                 grad_clip_norm=grad_clip_norm,
-                betas=betas,
-                eps=eps,
+                optimizer=optimizer,
                 bounds=bounds,
             )
         case _:
@@ -134,8 +133,7 @@ def build_engine(
                 groups,
                 precision=precision,
                 grad_clip_norm=grad_clip_norm,
-                betas=betas,
-                eps=eps,
+                optimizer=optimizer,
                 bounds=bounds,
             )
 

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from evatool.distributed.engine import Bounds, Engine, autocast, poisoned_if_not_finite
-from evatool.distributed.optimizer import build_adamw, checked_shape, load_moments, moments_of
+from evatool.distributed.optimizer import checked_shape, load_moments, moments_of
 from evatool.distributed.world import World
 from evatool.errors import CheckpointError
 from evatool.types import Batch, LossDict, ParamGroup
@@ -29,8 +29,7 @@ class ReplicatedEngine(Engine):
         *,
         precision: str,
         grad_clip_norm: float | None,
-        betas: tuple[float, float],
-        eps: float,
+        optimizer: torch.optim.Optimizer,
         bounds: Bounds,
     ) -> None:
         self.device = world.device
@@ -39,7 +38,7 @@ class ReplicatedEngine(Engine):
         self._params = [param for group in groups for param in group.params]
         self._precision = precision
         self._grad_clip_norm = grad_clip_norm
-        self._optimizer = build_adamw(groups, betas=betas, eps=eps)
+        self._optimizer = optimizer
         named = dict(objective.named_parameters())
         self._bounded = [(named[name], low, high) for name, (low, high) in bounds.items()]
         self._wrapped = _replicated(objective) if world.world_size > 1 else objective
@@ -54,7 +53,7 @@ class ReplicatedEngine(Engine):
     def step(self) -> Tensor:
         norm = get_total_norm([param.grad for param in self._params if param.grad is not None])
         optimizer: Any = self._optimizer
-        # The fused kernel divides by grad_scale and changes nothing where found_inf is 1: no sync on a GPU.
+        # AdamW's kernel divides by grad_scale and changes nothing where found_inf is 1: no sync on a GPU.
         if self._grad_clip_norm is not None:
             optimizer.grad_scale = torch.clamp(norm / self._grad_clip_norm, min=1.0).float()
         optimizer.found_inf = (~torch.isfinite(norm)).float()

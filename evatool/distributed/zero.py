@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO behind the engine interface: optimiser state, gradients and weights divided over ranks.
 
 Weights and moments stay float32 and bf16 is autocast, as in the other engines, so all of them compute the same thing.
-AdamW is torch's own, so nothing of DeepSpeed is ever compiled and no compiler is needed.
+Optimisers are torch's or our own, so nothing of DeepSpeed is ever compiled and no compiler is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from evatool.distributed.engine import Bounds, Engine, autocast, poisoned_if_not_finite
-from evatool.distributed.optimizer import MOMENTS, NUM_UPDATES, build_adamw, checked_shape, load_moments, moments_of
+from evatool.distributed.optimizer import (
+    MOMENTS,
+    NUM_UPDATES,
+    LayerwiseOptimizer,
+    Piece,
+    checked_shape,
+    load_moments,
+    moments_of,
+)
 from evatool.distributed.replicated import check_names
 from evatool.distributed.world import World
 from evatool.errors import CheckpointError, DependencyError
@@ -49,8 +57,7 @@ class ZeroEngine(Engine):
         zero_stage: int,
         precision: str,
         grad_clip_norm: float | None,
-        betas: tuple[float, float],
-        eps: float,
+        optimizer: torch.optim.Optimizer,
         bounds: Bounds,
     ) -> None:
         self.device = world.device
@@ -59,17 +66,19 @@ class ZeroEngine(Engine):
         self._named = dict(objective.named_parameters())
         self._shapes = {name: tensor.shape for name, tensor in objective.state_dict().items()}
         self._bounds = bounds
-        self._adamw = build_adamw(groups, betas=betas, eps=eps)
+        self._optimizer = optimizer
         with _deepspeed(world) as deepspeed:
-            self._engine, optimizer, _, _ = deepspeed.initialize(
+            self._engine, zero, _, _ = deepspeed.initialize(
                 model=_Autocasting(objective, precision, world.device),
-                optimizer=self._adamw,
+                optimizer=optimizer,
                 config=zero_config(zero_stage, grad_clip_norm, world.device),
                 dist_init_required=False,
             )
-        self._zero: Any = optimizer if zero_stage > 0 else None
+        self._zero: Any = zero if zero_stage > 0 else None
         if self._zero is not None:
             self._create_moments()
+            if isinstance(optimizer, LayerwiseOptimizer):
+                optimizer.place(self._pieces(), is_shared=True)
 
     def forward(self, batch: Batch) -> LossDict:
         return self._engine(batch.to(self.device))
@@ -89,7 +98,7 @@ class ZeroEngine(Engine):
         return norm
 
     def set_lrs(self, lrs: Sequence[float]) -> None:
-        for group, lr in zip(self._adamw.param_groups, lrs, strict=True):
+        for group, lr in zip(self._optimizer.param_groups, lrs, strict=True):
             group["lr"] = lr
 
     def model_state(self) -> dict[str, Tensor]:
@@ -113,10 +122,10 @@ class ZeroEngine(Engine):
 
     def optimizer_state(self) -> dict[str, Tensor]:
         if self._zero is None:
-            return {name: tensor.cpu() for name, tensor in moments_of(self._adamw, self._groups).items()}
+            return {name: tensor.cpu() for name, tensor in moments_of(self._optimizer, self._groups).items()}
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        tensors = {NUM_UPDATES: torch.tensor([int(self._adamw.state[self._flat_params()[0]]["step"])])}
+        tensors = {NUM_UPDATES: torch.tensor([int(self._optimizer.state[self._flat_params()[0]]["step"])])}
         for group in self._groups:
             for name, param in zip(group.param_names, group.params, strict=True):
                 for moment in MOMENTS:
@@ -125,7 +134,7 @@ class ZeroEngine(Engine):
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         if self._zero is None:
-            load_moments(self._adamw, self._groups, state)
+            load_moments(self._optimizer, self._groups, state)
             return
         expected = {f"{moment}.{name}" for group in self._groups for name in group.param_names for moment in MOMENTS}
         if expected | {NUM_UPDATES} != set(state):
@@ -140,27 +149,44 @@ class ZeroEngine(Engine):
                     key = f"{moment}.{name}"
                     self._set_piece(param, checked_shape(key, state[key], self._shapes[name]).to(self.device), moment)
         for flat in self._flat_params():
-            self._adamw.state[flat]["step"].fill_(float(state[NUM_UPDATES]))
+            self._optimizer.state[flat]["step"].fill_(float(state[NUM_UPDATES]))
 
     def _clip_whole_gradients(self) -> Tensor:
         """Without ZeRO gradients are whole: clip and guard them as the replicated engine does."""
         norm = get_total_norm([p.grad for group in self._groups for p in group.params if p.grad is not None])
-        optimizer: Any = self._adamw
+        optimizer: Any = self._optimizer
         if self._grad_clip_norm is not None:
             optimizer.grad_scale = torch.clamp(norm / self._grad_clip_norm, min=1.0).float()
         optimizer.found_inf = (~torch.isfinite(norm)).float()
         return norm
 
     def _flat_params(self) -> list[Tensor]:
-        """What AdamW really steps: this rank's piece of each group, flat."""
+        """What the optimiser really steps: this rank's piece of each group, flat."""
         zero = self._zero
         return zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
+
+    def _pieces(self) -> dict[Tensor, list[Piece]]:
+        """Which numbers of which parameters this rank's flat pieces are made of."""
+        flats = self._flat_params()
+        pieces: dict[Tensor, list[Piece]] = {flat: [] for flat in flats}
+        for number, group in enumerate(self._groups):
+            for name, param in zip(group.param_names, group.params, strict=True):
+                if self._stage == 3:
+                    index, offset, size = self._zero.grad_position[self._zero.get_param_id(param)]
+                    start = size * dist.get_rank()
+                    numel = min(size, self._shapes[name].numel() - start)  # the last ranks' may hold padding
+                    if numel > 0:
+                        pieces[flats[index]].append(Piece(name, start, offset, numel))
+                elif param._hp_mapping is not None:  # type: ignore[attr-defined]
+                    own, flat = param._hp_mapping.lp_fragment_address, param._hp_mapping.hp_fragment_address  # type: ignore[attr-defined]
+                    pieces[flats[number]].append(Piece(name, own.start, flat.start, own.numel))
+        return pieces
 
     def _create_moments(self) -> None:
         """Moments from the start rather than from the first step, so that a resumed run can be put into them."""
         for flat in self._flat_params():
             moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
-            self._adamw.state[flat] = {"step": torch.zeros((), dtype=torch.float32, device=flat.device), **moments}
+            self._optimizer.state[flat] = {"step": torch.zeros((), dtype=torch.float32, device=flat.device), **moments}
         if self._stage < 3:
             self._zero._lazy_init_hp_params_optimizer_state()
 
@@ -219,6 +245,7 @@ def zero_config(zero_stage: int, grad_clip_norm: float | None, device: torch.dev
         "gradient_clipping": (grad_clip_norm or 0.0) if zero_stage > 0 else 0.0,  # stage 0 is clipped in `step`
         "steps_per_print": sys.maxsize,
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,  # LAMB is told what its flat pieces are
         "zero_optimization": {"stage": zero_stage, "overlap_comm": device.type == "cuda" and zero_stage > 1},
     }
 

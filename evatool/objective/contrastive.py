@@ -62,7 +62,7 @@ class ClipObjective(nn.Module):
             case SigmoidObjective():
                 bias = self.logit_bias.squeeze()
                 loss, logs = sigmoid_loss(image_features, text_features, scale, bias, caption_id)
-                logs["logit_bias"] = bias.detach()
+                logs["logit_bias"] = bias.detach().clone()  # read after the step, which changes it in place
         return {"loss": loss, **logs, "logit_scale": scale.detach()}
 
 

@@ -30,6 +30,12 @@ from evatool.recipe.objective_sections import InfoNceObjective as InfoNceObjecti
 from evatool.recipe.objective_sections import LearnedTemperature as LearnedTemperature
 from evatool.recipe.objective_sections import MimObjective as MimObjective
 from evatool.recipe.objective_sections import SigmoidObjective as SigmoidObjective
+from evatool.recipe.optim_sections import AdamWSection as AdamWSection
+from evatool.recipe.optim_sections import ConstantCooldownSection as ConstantCooldownSection
+from evatool.recipe.optim_sections import GroupSection as GroupSection
+from evatool.recipe.optim_sections import LambSection as LambSection
+from evatool.recipe.optim_sections import OptimSection as OptimSection
+from evatool.recipe.optim_sections import ScheduleSection as ScheduleSection
 from evatool.recipe.section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, by_kind
 
 # ---------------------------------------------------------------------------------------------------- data-prepare
@@ -143,45 +149,6 @@ class TrainDataSection(Section):
     """Samples that cannot be read, as a share of those tried: replaced and counted up to here, refused beyond."""
 
 
-class GroupSection(Section):
-    """Optimiser settings of one tower."""
-
-    lr: PositiveFloat
-    """Peak learning rate."""
-    weight_decay: NonNegativeFloat = 0.05
-    """Decoupled weight decay of matrices; biases, norms, position and class embeddings have none (eva.md 3.5)."""
-    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Factor on the learning rate per layer away from the head."""
-
-
-class OptimSection(Section):
-    """AdamW with one group per tower, layer and decay."""
-
-    kind: Literal["adamw"] = "adamw"
-    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
-    """Decay of the first and second moments; EVA's intended values (eva.md Q1)."""
-    eps: PositiveFloat = 1e-6
-    """Added to the root of the second moment."""
-    grad_clip_norm: PositiveFloat | None = None
-    """Largest global gradient norm; no clipping when absent."""
-    visual: GroupSection
-    """Image tower."""
-    text: GroupSection | None = None
-    """Text tower; required where there is one."""
-    other: GroupSection | None = None
-    """Parameters in neither tower (temperature, prediction head, projections); as `visual` when absent."""
-
-
-class ScheduleSection(Section):
-    """Linear warm-up from 0, then cosine to `min_lr_fraction` of the peak (eva.md 3.1)."""
-
-    kind: Literal["warmup-cosine"] = "warmup-cosine"
-    warmup_samples: NonNegative = 0
-    """Length of the warm-up in samples seen."""
-    min_lr_fraction: Fraction = 0.0
-    """Learning rate at the end as a share of the peak."""
-
-
 class TrainSection(Section):
     """Length, batch and precision."""
 
@@ -249,8 +216,11 @@ class TrainingRecipe(Section):
     run_dir: Path | None = None
     """Run folder; `runs/<recipe name>` when absent."""
     data: TrainDataSection
-    optim: OptimSection
-    schedule: ScheduleSection = ScheduleSection()
+    optim: Annotated[Annotated[AdamWSection, Tag("adamw")] | Annotated[LambSection, Tag("lamb")], by_kind("adamw")]
+    schedule: Annotated[
+        Annotated[ScheduleSection, Tag("warmup-cosine")] | Annotated[ConstantCooldownSection, Tag("constant-cooldown")],
+        by_kind("warmup-cosine"),
+    ] = ScheduleSection()
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
     engine: EngineSection = EngineSection()
@@ -261,6 +231,12 @@ class TrainingRecipe(Section):
             raise ValueError(
                 f"schedule.warmup_samples = {self.schedule.warmup_samples} is longer than the run: "
                 f"train.samples_seen = {self.train.samples_seen}"
+            )
+        cooldown = self.schedule.cooldown_samples if self.schedule.kind == "constant-cooldown" else 0
+        if self.schedule.warmup_samples + cooldown > self.train.samples_seen:
+            raise ValueError(
+                f"schedule.warmup_samples = {self.schedule.warmup_samples} and schedule.cooldown_samples = {cooldown} "
+                f"together are longer than the run: train.samples_seen = {self.train.samples_seen}"
             )
         return self
 

@@ -27,6 +27,7 @@ from evatool.errors import RecipeError
 from evatool.model.clip import build_clip
 from evatool.model.presets import ModelConfig, resolve_preset
 from evatool.model.weights import init_image_tower, init_text_tower, load_clip_weights
+from evatool.optim.build import build_optimizer
 from evatool.optim.param_groups import build_param_groups, group_table
 from evatool.optim.schedules import build_schedule, warmup_steps_of
 from evatool.recipe.schema import (
@@ -252,8 +253,7 @@ def build_job_engine(job: Job, objective: nn.Module, groups: Sequence[ParamGroup
         groups,
         precision=job.recipe.train.precision,
         grad_clip_norm=optim.grad_clip_norm,
-        betas=optim.betas,
-        eps=optim.eps,
+        optimizer=build_optimizer(optim, groups),
     )
 
 

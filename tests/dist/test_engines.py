@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_run import ToyLoader, ToyObjective, make_trainer, toy_engine, toy_groups
+from toy_run import ToyLoader, ToyObjective, make_trainer, toy_engine, toy_groups, toy_optim
 
 from evatool.checkpoint.load import load_checkpoint
 from evatool.checkpoint.save import save_run
@@ -47,21 +47,21 @@ def train(engine: Engine, groups: list, first: int, last: int, bad_step: int | N
     return losses, norms
 
 
-def run_cell(kind: str, zero_stage: int, bad_step: int | None = BAD_STEP) -> Outcome:
+def run_cell(kind: str, zero_stage: int, bad_step: int | None = BAD_STEP, optim_kind: str = "adamw") -> Outcome:
     torch.manual_seed(0)
     objective = ToyObjective(dropout=0.0, has_projection=True)
     start = objective.model.logit_scale.item()
     objective.parameter_bounds = {"model.logit_scale": (start - 0.005, 4.6)}  # reached in the first step
     groups = toy_groups(objective)
-    engine = toy_engine(objective, groups, kind, zero_stage)
+    engine = toy_engine(objective, groups, kind, zero_stage, optim=toy_optim(kind=optim_kind))
     losses, norms = train(engine, groups, 0, NUM_STEPS, bad_step)
     clone = lambda state: {name: tensor.clone() for name, tensor in state.items()}  # noqa: E731
     return losses, norms, clone(engine.model_state()), clone(engine.optimizer_state())
 
 
-def run_cells(cells: list[tuple[str, int]], extensions: Path) -> list[Outcome]:
+def run_cells(cells: list[tuple[str, int]], extensions: Path, optim_kind: str) -> list[Outcome]:
     os.environ |= {"PATH": "", "TORCH_EXTENSIONS_DIR": str(extensions)}  # no compiler is found, and none is missed
-    outcomes = [run_cell(*cell) for cell in cells]
+    outcomes = [run_cell(*cell, optim_kind=optim_kind) for cell in cells]
     assert not extensions.exists(), "DeepSpeed compiled something"
     streams = [handler.stream for handler in logging.getLogger("DeepSpeed").handlers]
     assert streams == [sys.stderr], "stdout belongs to the command's result"
@@ -82,20 +82,23 @@ def assert_same(ours: Outcome, expected: Outcome, cell: str) -> None:
             assert ours[1][step] == pytest.approx(expected[1][step], rel=1e-4), cell
 
 
-@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_every_engine_is_the_single_process_engine(run_on_ranks, num_ranks, tmp_path):
-    expected = run_cell("single", 0)
+@pytest.mark.parametrize("optim_kind", ["adamw", "lamb"])
+@pytest.mark.parametrize(
+    "num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
+)
+def test_every_engine_is_the_single_process_engine(run_on_ranks, num_ranks, optim_kind, tmp_path):
+    expected = run_cell("single", 0, optim_kind=optim_kind)
     assert expected[3]["num_updates"] == NUM_STEPS - 1
-    for outcomes in run_on_ranks(run_cells, num_ranks, CELLS, tmp_path / "extensions"):
+    for outcomes in run_on_ranks(run_cells, num_ranks, CELLS, tmp_path / "extensions", optim_kind):
         for cell, outcome in zip(CELLS, outcomes, strict=True):
             assert_same(outcome, expected, str(cell))
 
 
-def save_after(folder: Path, kind: str, zero_stage: int, num_steps: int) -> None:
+def save_after(folder: Path, kind: str, zero_stage: int, num_steps: int, optim_kind: str) -> None:
     torch.manual_seed(0)
     objective = ToyObjective(dropout=0.0, has_projection=True)
     groups = toy_groups(objective)
-    engine = toy_engine(objective, groups, kind, zero_stage)
+    engine = toy_engine(objective, groups, kind, zero_stage, optim=toy_optim(kind=optim_kind))
     train(engine, groups, 0, num_steps)
     states = {"objective_state": engine.model_state(), "optimizer_state": engine.optimizer_state()}
     if rank() == 0:
@@ -103,39 +106,42 @@ def save_after(folder: Path, kind: str, zero_stage: int, num_steps: int) -> None
         save_run(folder, num_steps, **states, **rest, resolved_toml="", keep=1)
 
 
-def resume_and_train(folder: Path, cells: list[tuple[str, int]]) -> list[list[float]]:
+def resume_and_train(folder: Path, cells: list[tuple[str, int]], optim_kind: str) -> list[list[float]]:
     losses = []
     for kind, zero_stage in cells:
         torch.manual_seed(123)  # other weights, which must not matter
         objective = ToyObjective(dropout=0.0, has_projection=True)
         groups = toy_groups(objective)
-        engine = toy_engine(objective, groups, kind, zero_stage)
+        engine = toy_engine(objective, groups, kind, zero_stage, optim=toy_optim(kind=optim_kind))
         state = resume_from(load_checkpoint(folder), engine, groups)
         losses.append(train(engine, groups, state.step, NUM_STEPS)[0])
     return losses
 
 
-def save_and_resume(folder: Path, writers: list[tuple[str, int]], readers: list[tuple[str, int]]) -> list[list[float]]:
+def save_and_resume(
+    folder: Path, writers: list[tuple[str, int]], readers: list[tuple[str, int]], optim_kind: str
+) -> list[list[float]]:
     losses = []
     for kind, zero_stage in writers:
         path = folder / f"{kind}{zero_stage}"
-        save_after(path, kind, zero_stage, 3)
+        save_after(path, kind, zero_stage, 3, optim_kind)
         all_reduce_mean(torch.zeros(1))  # nobody reads before rank 0 has written
-        losses += resume_and_train(path / "step_00000003", readers)
+        losses += resume_and_train(path / "step_00000003", readers, optim_kind)
     return losses
 
 
-def test_any_engine_resumes_any_other(run_on_ranks, tmp_path):
+@pytest.mark.parametrize("optim_kind", ["adamw", pytest.param("lamb", marks=pytest.mark.slow)])
+def test_any_engine_resumes_any_other(run_on_ranks, optim_kind, tmp_path):
     torch.manual_seed(0)
     objective = ToyObjective(dropout=0.0, has_projection=True)
     groups = toy_groups(objective)
-    whole, _ = train(toy_engine(objective, groups), groups, 0, NUM_STEPS)
-    for answer in run_on_ranks(save_and_resume, 2, tmp_path, CELLS[::2], CELLS):
+    whole, _ = train(toy_engine(objective, groups, optim=toy_optim(kind=optim_kind)), groups, 0, NUM_STEPS)
+    for answer in run_on_ranks(save_and_resume, 2, tmp_path, CELLS[::2], CELLS, optim_kind):
         for losses in answer:
             assert losses == pytest.approx(whole[3:], rel=1e-5)
     # And across world sizes: what two ranks wrote, one process resumes.
     for path in sorted(tmp_path.iterdir()):
-        for losses in resume_and_train(path / "step_00000003", [("single", 0)]):
+        for losses in resume_and_train(path / "step_00000003", [("single", 0)], optim_kind):
             assert losses == pytest.approx(whole[3:], rel=1e-5), path.name
 
 

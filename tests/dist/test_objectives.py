@@ -58,7 +58,8 @@ def losses_and_gradients(kind: str) -> tuple[dict[str, float], dict[str, torch.T
     named = [(name, param) for name, param in objective.named_parameters() if param.requires_grad]
     groups = [ParamGroup("all", "other", None, 1e-3, 1.0, 0.0, [p for _, p in named], [name for name, _ in named])]
     world = World(rank(), world_size(), rank(), torch.device("cpu"))
-    settings = {"precision": "fp32", "grad_clip_norm": None, "betas": (0.9, 0.98), "eps": 1e-6}
+    optimizer = torch.optim.AdamW([param for _, param in named])
+    settings = {"precision": "fp32", "grad_clip_norm": None, "optimizer": optimizer}
     engine = build_engine(schema.EngineSection(), world, objective, groups, **settings)
     losses = engine.forward(rows_of(batch, rank(), world_size()))
     engine.backward(losses["loss"])

@@ -256,3 +256,36 @@ def test_a_loss_at_the_log_of_the_batch_is_reported(run_training, clip_run, tmp_
     assert "ln(batch) = 2.079" in result.metrics["warning"]
     assert clip_run.metrics["stuck_at_start"] == 0
     assert "warning" not in clip_run.metrics
+
+
+def test_sigmoid_loss_lamb_and_cooldown_in_one_run_that_resumes(run_training, tmp_path, stop_after_two) -> None:
+    chosen = [
+        'objective.kind="sigmoid"',
+        'objective.positives="equal-captions"',
+        'optim.kind="lamb"',
+        'schedule.kind="constant-cooldown"',
+        "schedule.cooldown_samples=16",
+    ]
+    with pytest.raises(Preempted):
+        run_training("train-clip", tmp_path / "stopped", *chosen)
+    stop_after_two.undo()
+    resumed = run_training("train-clip", tmp_path / "stopped", *chosen, resume=True)
+    whole = run_training("train-clip", tmp_path / "whole", *chosen)
+    records = read_metrics(whole.outputs["metrics"])
+    assert [record["optim/lr/visual"] for record in records] == pytest.approx([1e-3] * 5 + [5e-4])
+    assert records[0]["train/logit_scale"] == pytest.approx(10, rel=1e-5)
+    assert records[0]["train/logit_bias"] == -10
+    assert records[-1]["train/logit_bias"] != -10
+    assert "stuck_at_start" not in whole.metrics, "its loss does not start at ln(batch)"
+    assert weights_of(resumed).keys() == weights_of(whole).keys()
+    for name, tensor in weights_of(resumed).items():
+        assert torch.equal(tensor, weights_of(whole)[name]), name
+    assert load_file(whole.outputs["checkpoint"] / "extra.safetensors").keys() == {"logit_bias"}
+    assert evatool.load_clip(whole.run_dir).logit_scale == pytest.approx(records[-1]["train/logit_scale"], rel=1e-2)
+
+
+def test_a_fixed_temperature_stays(run_training, tmp_path) -> None:
+    result = run_training("train-clip", tmp_path / "run", 'objective.temperature.kind="fixed"')
+    scales = [record["train/logit_scale"] for record in read_metrics(result.outputs["metrics"])]
+    assert scales == pytest.approx([100] * len(scales), rel=1e-5)
+    assert evatool.load_clip(result.run_dir).logit_scale == pytest.approx(100, rel=1e-5)
