@@ -79,25 +79,28 @@ class States:
         return self.weights + self.gradients + self.optimizer
 
 
-def states(group_sizes: Sequence[int], *, is_zero: bool, zero_stage: int, num_ranks: int, numerics: Numerics) -> States:
+def states(sizes: Sequence[int], *, is_zero: bool, zero_stage: int, num_ranks: int, numerics: Numerics) -> States:
     """Weights, gradients, and AdamW's moments with the master weights.
 
     Args:
-        group_sizes: parameters of each optimiser group; ZeRO divides each group, rounded up, over the ranks.
+        sizes: parameters of each optimiser group, or under stage 3 of each tensor: what ZeRO divides over the ranks.
         is_zero: DeepSpeed; else one process or DistributedDataParallel, and `zero_stage` is not looked at.
     """
-    params = sum(group_sizes)
+    params = sum(sizes)
     size = numerics.weight
     master = FP32 if size != FP32 else 0  # float32 weights are their own master where nothing is divided
     if not is_zero or zero_stage == 0:
         return States(size * params, size * params, (2 * FP32 + master) * params)
-    piece = sum(-(-n // num_ranks) for n in group_sizes)
+    # Stages 1 and 2 divide groups, padded to an even number of elements a rank; stage 3 divides each parameter.
+    even = 1 if zero_stage == 3 else 2
+    piece = sum(even * -(-n // (even * num_ranks)) for n in sizes)
     # ZeRO keeps a master copy of its piece even of float32 weights. Stage 1 has whole gradients until they are reduced.
     optimizer = 3 * FP32 * piece
+    padded = size * num_ranks * piece
     if zero_stage == 1:
-        return States(size * params, size * params, optimizer)
+        return States(padded, size * params, optimizer)
     if zero_stage == 2:
-        return States(size * params, size * piece, optimizer)
+        return States(padded, size * piece, optimizer)
     return States(size * piece, size * piece, optimizer)
 
 
@@ -182,7 +185,9 @@ def image_activations(
     outside = 3 * config.image_size**2 * numerics.compute + norm
     if not config.is_eva:  # a norm before the blocks as well
         outside += norm
-    if config.task == "clip" and not (numerics.casts and config.is_eva):  # the pooled token is a view: its projection keeps the rest
+    if config.task == "clip" and not (
+        numerics.casts and config.is_eva
+    ):  # the pooled token is a view: its projection keeps the rest
         outside += tokens * blocks.width * numerics.compute
     if patch_dropout > 0:  # all patches, from which some are chosen
         outside += num_patches(config) * blocks.width * numerics.residual

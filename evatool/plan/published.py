@@ -31,7 +31,7 @@ class PublishedRun:
 
     Attributes:
         per_gpu: samples a GPU and step.
-        patch_dropout, zero_stage: where `is_inferred`, ours: the papers do not say, and nothing else fits.
+        patch_dropout, zero_stage: as the commands and the paper's tables give them, or as a control changes them.
         fits: whether it must fit.
         source: where the setting is written.
     """

@@ -21,6 +21,12 @@ from evatool.plan.towers import (
 CLIP = [name for name, config in PRESETS.items() if config.task == "clip"]
 MIM = [name for name, config in PRESETS.items() if config.task == "mim"]
 B = 2
+# Every kind of block, and the largest; the others in make test-full.
+COVERING = {"EVA02-CLIP-debug", "EVA02-CLIP-B-16", "EVA-CLIP-18B", "OpenAI-CLIP-B-16", "EVA-01-g", "EVA-02-Ti", "EVA-L"}
+
+
+def covering(names: list[str]) -> list:
+    return [name if name in COVERING else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def count(module: torch.nn.Module) -> int:
@@ -40,7 +46,7 @@ def masks(config, masked: int) -> torch.Tensor:
     return mask
 
 
-@pytest.mark.parametrize("name", CLIP)
+@pytest.mark.parametrize("name", covering(CLIP))
 def test_clip(name: str) -> None:
     config = resolve_preset(name)
     with torch.device("meta"):  # build_clip inside: its towers must not be made on the CPU first
@@ -53,7 +59,7 @@ def test_clip(name: str) -> None:
     assert text_flops(config) == pytest.approx(counted(lambda: clip.text(tokens)), rel=0.01)
 
 
-@pytest.mark.parametrize("name", [name for name in CLIP if PRESETS[name].is_eva])
+@pytest.mark.parametrize("name", covering([name for name in CLIP if PRESETS[name].is_eva]))
 def test_patch_dropout(name: str) -> None:
     config = resolve_preset(name)
     with torch.device("meta"):
@@ -62,7 +68,7 @@ def test_patch_dropout(name: str) -> None:
     assert image_flops(config, 0.5) == pytest.approx(counted(lambda: tower(image)), rel=0.01)
 
 
-@pytest.mark.parametrize("name", MIM)
+@pytest.mark.parametrize("name", covering(MIM))
 def test_mim(name: str) -> None:
     config = resolve_preset(name)
     masked = round(0.41 * num_patches(config))
