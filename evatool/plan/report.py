@@ -234,12 +234,13 @@ def _refusal(job: Job, gpu: Hardware, fitting: list[Choice]) -> EvatoolError | N
 
 
 def _batch_that_fits(job: Job, gpu: Hardware) -> int | None:
-    """The largest power-of-two fraction of the global batch that fits without any other change."""
-    batch = job.global_batch_size
-    while batch % 2 == 0 and batch // 2 >= job.num_gpus:
-        batch //= 2
+    """The first halving of a rank's samples that fits without any other change, as a global batch."""
+    each = job.micro_batch_size // 2
+    while each > 0:
+        batch = each * job.num_gpus
         if memory(replace(job, global_batch_size=batch)).total <= gpu.memory_gib * GIB:
             return batch
+        each //= 2
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,6 +117,9 @@ def test_a_refusal_says_by_how_much_and_what_would_fit() -> None:
     assert f"{over:.1f} GiB more" in plan.refusal.what
     assert "--gpus" in (plan.refusal.fix or "")
     assert "no recipe key" in (plan.refusal.fix or "")
+    batch = int(re.search(r"global_batch_size = (\d+) fits", plan.refusal.fix or "").group(1))
+    assert batch % big.num_gpus == 0
+    assert make_plan(replace(big, global_batch_size=batch), gpu).refusal is None
 
 
 def test_what_fits_is_not_refused_and_parts_add_up() -> None:
