@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "evatool"
 LAYERS = (
     ("errors", "log", "types", "pixels"),
     ("progress", "tensorfile"),
+    ("torchfile",),
     ("recipe", "distributed"),
     ("data", "model", "objective", "optim", "train", "checkpoint", "export", "eval"),
     ("stages", "api", "plan"),

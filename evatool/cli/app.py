@@ -10,8 +10,8 @@ import typer
 
 import evatool
 from evatool.cli import options as opt
-from evatool.cli.console import Report, execute, open_closed_streams
-from evatool.errors import RecipeError
+from evatool.cli.console import Report, answer_usage_error, execute, open_closed_streams
+from evatool.errors import ExitCode, RecipeError
 
 
 def _examples(*commands: str) -> str:
@@ -38,7 +38,12 @@ recipe_app = typer.Typer(
 def main() -> None:
     """Entry point of the `evatool` script, of `python -m evatool` and of `torchrun -m evatool`."""
     open_closed_streams()
-    app()
+    try:
+        app()
+    except SystemExit as stop:
+        if stop.code == ExitCode.USAGE:
+            answer_usage_error(sys.argv[1:])
+        raise
 
 
 def _show_version(wanted: bool) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -52,6 +52,8 @@ class Failure:
         return {"error": error, "exit_code": int(self.exit_code)}
 
 
+_has_answered = False  # whether a command ran and left its object, or its failure, on stdout
+
 GO_ON = "run the same command with --resume to go on"
 
 
@@ -64,6 +66,8 @@ def execute(action: Callable[[], Report], *, json_output: bool, debug: bool, go_
         go_on: what to do after Ctrl-C or a full disk.
     Raises: typer.Exit.
     """
+    global _has_answered
+    _has_answered = True
     rank = logs.env_rank()
     failure: Failure | None = None
     report: Report | None = None
@@ -89,6 +93,13 @@ def execute(action: Callable[[], Report], *, json_output: bool, debug: bool, go_
             _print_failure(failure)
             _discard_stdout()
     raise typer.Exit(int(failure.exit_code) if failure else ExitCode.DONE)
+
+
+def answer_usage_error(arguments: Sequence[str]) -> None:
+    """The object that `--json` promises, for a command line that Typer refused, in words on stderr."""
+    if "--json" in arguments and not _has_answered and logs.env_rank() == 0:
+        failure = Failure("UsageError", "the command line is wrong: stderr says how", ExitCode.USAGE)
+        _print_result(None, failure, json_output=True)
 
 
 def open_closed_streams() -> None:

@@ -6,7 +6,6 @@ unset; what can be switched off has a `kind = "none"`.
 
 from __future__ import annotations
 
-import codecs
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -74,7 +73,7 @@ class FolderSource(Section):
     @classmethod
     def _encoding_is_known(cls, encoding: str) -> str:
         try:
-            codecs.lookup(encoding)
+            "".encode(encoding)  # refuses codecs that are not of text, such as base64, too
         except LookupError as error:
             raise ValueError(f"unknown text encoding {encoding!r}; for instance utf-8, utf-16 or cp1252") from error
         return encoding

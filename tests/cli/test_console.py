@@ -90,3 +90,11 @@ def test_a_closed_stream_is_no_failure(redirection: str) -> None:
     result = run_cli(redirection)
     assert (result.returncode, result.stderr) == (0, "")
     assert bool(result.stdout) == (redirection == "2>&-")
+
+
+@pytest.mark.parametrize("arguments", [["eval", "--json"], ["train-clip", "x.toml", "--json", "--no-such-flag"]])
+def test_a_refused_command_line_still_answers_in_json(arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "evatool", *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["exit_code"] == 2
+    assert done.stderr

@@ -117,7 +117,7 @@ def float32_answers() -> dict[tuple[str, bool], list[torch.Tensor]]:
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_float32_gradients_of_features_scale_and_bias(run_on_ranks, num_ranks):
-    """Against one dense float64 process: measured worst case 6e-7 in relative L2, at a scale of 10."""
+    """Against one dense float64 process, in relative L2, at a scale of 10; at 20 one gradient was seen 1.3e-6 off."""
     answers = run_on_ranks(float32_answers, num_ranks)
     for kind, has_ids in answers[0]:
         _, dense, scalars = LOSSES[kind]
