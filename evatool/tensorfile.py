@@ -41,6 +41,17 @@ _AGAIN = "copy or download the file again"
 class TensorMap(Mapping[str, Tensor]):
     """Tensors by name, each read when it is asked for; shapes and dtypes are known without reading."""
 
+    gives_copies = True
+    """Whether every read gives memory of its own, which the reader may keep and change."""
+
+    def __contains__(self, name: object) -> bool:
+        """Without reading the tensor, which `Mapping` would."""
+        try:
+            self.shape(name)  # type: ignore[arg-type]
+        except KeyError:
+            return False
+        return True
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
         return tuple(self[name].shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from evatool.errors import EvatoolError
 from evatool.export.folder import Exported, Target, staged_folder, write_json, write_text
 from evatool.export.verify import relative_difference
-from evatool.tensorfile import shape_of
+from evatool.tensorfile import shape_of, tensor_bytes
 
 # B inputs, N tokens, D width
 
@@ -69,20 +70,24 @@ def export_streamed(
 
 
 def _same_bits(read: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: Path) -> None:
-    changed = sorted(set(read) ^ set(tensors))
-    for name in tensors:
-        if name in read and shape_of(read, name) == shape_of(tensors, name):
-            ours, theirs = tensors[name], read[name]
-            if ours.dtype == theirs.dtype and torch.equal(ours, theirs):
-                continue
-        if name not in changed:
-            changed.append(name)
+    names = set(read)
+    changed = sorted(names ^ set(tensors)) + [n for n in tensors if n in names and not _equal(read, tensors, n)]
     if changed:
         raise EvatoolError(
             f"{len(changed)} tensors of the export differ when it is read back: {', '.join(changed[:6])}",
             where=str(where),
             fix="nothing was written; please report it with the model's configuration",
         )
+
+
+def _equal(read: Mapping[str, Tensor], tensors: Mapping[str, Tensor], name: str) -> bool:
+    if shape_of(read, name) != shape_of(tensors, name):
+        return False
+    return _checksum(read[name]) == _checksum(tensors[name])  # one of them in memory at a time
+
+
+def _checksum(tensor: Tensor) -> tuple[torch.dtype, bytes]:
+    return tensor.dtype, hashlib.sha256(tensor_bytes(tensor.contiguous())).digest()
 
 
 def _compare_blocks(num_blocks: int, source: BlockOutput, exported: BlockOutput, target: Target) -> float:

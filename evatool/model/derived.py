@@ -36,6 +36,7 @@ class DerivedMap(TensorMap):
 
     def __init__(self, base: Mapping[str, Tensor], sources: Mapping[str, Source], tower: TowerKind = "eva") -> None:
         self._base, self._sources, self.tower = base, dict(sources), tower
+        self.gives_copies = getattr(base, "gives_copies", False)
 
     def __getitem__(self, name: str) -> Tensor:
         source = self._sources[name]

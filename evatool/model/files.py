@@ -36,6 +36,7 @@ class MergedMap(TensorMap):
 
     def __init__(self, owners: Mapping[str, Mapping[str, Tensor]]) -> None:
         self._owners = dict(owners)
+        self.gives_copies = all(getattr(owner, "gives_copies", False) for owner in self._owners.values())
 
     def __getitem__(self, name: str) -> Tensor:
         return self._owners[name][name]

@@ -142,6 +142,7 @@ class FittedMap(TensorMap):
         self, source: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], patch_resize: PatchResize
     ) -> None:
         self._source, self._shapes, self._patch_resize = source, dict(shapes), patch_resize
+        self.gives_copies = getattr(source, "gives_copies", False)
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self._shapes[name]
@@ -210,25 +211,30 @@ def load_parameters(
         parameters, source, take=take, missing=[name for name in missing if name not in fresh], where=where
     )
     report = LoadReport(loaded=len(take), fresh=fresh)
+    may_keep = getattr(source, "gives_copies", False)
     for name in take:
         target = parameters[name]
         tensor = _fitted(source[name], name, tuple(target.shape), patch_resize)
         if tuple(shape_of(source, name)) != tuple(target.shape) and target.ndim > 1:
             report.resized.append(name)
-        _place(module, name, tensor.reshape(target.shape), torch.float32 if name in SCALARS else dtype, device)
+        tensor = tensor.reshape(target.shape)
+        if target.is_meta:
+            # what was read for this parameter alone becomes its memory: nothing is held twice
+            tensor = tensor.to(device, torch.float32 if name in SCALARS else dtype, copy=not may_keep)
+        _place(module, name, tensor)
     still_meta = [name for name in fresh if parameters[name].is_meta]
     assert not still_meta, f"fresh parameters without memory: {still_meta}"
     restore_buffers(module, device)
     return report
 
 
-def _place(module: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> None:
+def _place(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Copy into a parameter that has memory; give `tensor`'s to one on the meta device."""
     parent_name, _, leaf = name.rpartition(".")
     parent = module.get_submodule(parent_name)
     parameter = getattr(parent, leaf)
     if parameter.is_meta:
-        fresh = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
-        setattr(parent, leaf, nn.Parameter(fresh, requires_grad=parameter.requires_grad))
+        setattr(parent, leaf, nn.Parameter(tensor.contiguous(), requires_grad=parameter.requires_grad))
     else:
         with torch.no_grad():
             parameter.copy_(tensor)

@@ -50,7 +50,8 @@ class CastMap(TensorMap):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape as written."""
-        return () if name in SCALARS else shape_of(self._tensors, name)
+        shape = shape_of(self._tensors, name)
+        return () if name in SCALARS else shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype as written."""

@@ -85,7 +85,8 @@ class _Selected(TensorMap):
     """The tensors whose names begin with a prefix."""
 
     def __init__(self, tensors: TensorMap, prefix: str) -> None:
-        self._tensors, self._names = tensors, [name for name in tensors if name.startswith(prefix)]
+        self._tensors = tensors
+        self._names = {name: tensors.shape(name) for name in tensors if name.startswith(prefix)}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -97,8 +98,8 @@ class _Selected(TensorMap):
         return len(self._names)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape as it is written."""
-        return self._tensors.shape(name)
+        """Shape at the source."""
+        return self._names[name]
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype at the source."""
@@ -106,24 +107,59 @@ class _Selected(TensorMap):
 
 
 class LibraryMap(TensorMap):
-    """A safetensors file through the library itself."""
+    """A safetensors file through the library itself, opened anew for every tensor.
+
+    The library maps the file into memory: what was read would count as this process's memory until it is closed.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = safe_open(path, framework="pt")
-        self._names = list(self._file.keys())
+        self._path = path
+        with safe_open(path, framework="pt") as file:
+            self._shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._file.get_tensor(name)
+        with safe_open(self._path, framework="pt") as file:
+            return file.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._shapes)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape from the header."""
-        return tuple(self._file.get_slice(name).get_shape())
+        return self._shapes[name]
+
+
+class TorchMap(TensorMap):
+    """A torch file through torch's restricted loader, mapped anew after every 30 MB, for the same reason."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._state: dict[str, Tensor] = self._open()
+        self._bytes_read = 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self._bytes_read > 3e7:
+            self._state, self._bytes_read = {}, 0
+            self._state = self._open()
+        tensor = self._state[name]
+        self._bytes_read += tensor.nbytes
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape, without touching the data."""
+        return tuple(self._state[name].shape)
+
+    def _open(self) -> dict[str, Tensor]:
+        return torch.load(self._path, weights_only=True, mmap=True)
 
 
 def _layout(clip: UnloadedClip, section: ExportSection, facts: CardFacts, target: Target) -> StreamedFormat:
@@ -151,11 +187,10 @@ def _layout(clip: UnloadedClip, section: ExportSection, facts: CardFacts, target
                 lambda d: card_of(facts, "safetensors", SAFETENSORS_NOTE, how, d, target.tolerance),
             )
         case _:
-            read = partial(torch.load, weights_only=True, mmap=True)
             return StreamedFormat(
                 "model.pt",
                 write_torch_archive,
-                read,
+                TorchMap,
                 {"model_config.json": baai_config(clip.config)},
                 lambda d: card_of(facts, "pytorch", BAAI_NOTE, how, d, target.tolerance),
             )
