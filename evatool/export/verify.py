@@ -117,7 +117,7 @@ def foreign_outputs(
     with tempfile.TemporaryDirectory(prefix="evatool-verify-") as scratch:
         asked, answered = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
         write_safetensors(asked, inputs)
-        arguments = [str(folder), str(asked), str(answered), "yes" if needs_evatool else "no"]
+        arguments = [str(folder.resolve()), str(asked), str(answered), "yes" if needs_evatool else "no"]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
             [sys.executable, "-c", _PRELUDE + reader, *arguments],

@@ -204,10 +204,11 @@ def test_who_needs_what(preset, tied, needs_evatool):
 
 
 @pytest.mark.e2e
-def test_stage_writes_into_its_run_folder(exported, tmp_path):
+def test_stage_writes_into_its_run_folder(exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a relative run folder, as on the command line: the verifying process is elsewhere
     recipe = ExportRecipe.model_validate_json(json.dumps({"stage": "export", "export": {"checkpoint": str(exported)}}))
-    result = run_export(recipe, RunOptions(name="x", run_dir=tmp_path / "run"))
-    assert result.outputs["model"] == tmp_path / "run"
+    result = run_export(recipe, RunOptions(name="x", run_dir=Path("run")))
+    assert result.outputs["model"] == Path("run")
     assert result.metrics["max_difference"] <= 1e-5
     assert result.metrics["parameters"] == 3_331_697
     assert load_clip(tmp_path / "run").fingerprint == load_clip(exported).fingerprint
