@@ -80,7 +80,8 @@ def write_torch_archive(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with path.open("xb") as raw:
         with zipfile.ZipFile(raw, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             for entry, content in (("data.pkl", head.getvalue()), ("byteorder", b"little"), ("version", b"3\n")):
-                archive.writestr(f"{_ROOT}/{entry}", content)
+                # A ZipInfo of its own: from a bare name zipfile would write the time of day into the file.
+                archive.writestr(zipfile.ZipInfo(f"{_ROOT}/{entry}"), content)
             for name, reference in references.items():
                 info = zipfile.ZipInfo(f"{_ROOT}/data/{reference.storage.key}")
                 with archive.open(info, "w", force_zip64=True) as file:

@@ -167,3 +167,17 @@ def test_a_file_without_tensors(tmp_path):
     torch.save({"epoch": 1}, tmp_path / "f.pt")
     with pytest.raises(CheckpointError, match="no tensors"):
         open_weights(tmp_path / "f.pt")
+
+
+def test_a_torch_archive_does_not_depend_on_the_time_of_day(tmp_path, monkeypatch):
+    import time
+
+    from evatool.torchfile import write_torch_archive
+
+    tensors = {"a": torch.arange(6.0).reshape(2, 3)}
+    write_torch_archive(tmp_path / "now.pt", tensors)
+    later = time.localtime(time.time() + 3600)
+    monkeypatch.setattr(time, "localtime", lambda *_: later)
+    write_torch_archive(tmp_path / "later.pt", tensors)
+    assert (tmp_path / "now.pt").read_bytes() == (tmp_path / "later.pt").read_bytes()
+    assert torch.equal(torch.load(tmp_path / "now.pt", weights_only=True)["a"], tensors["a"])
