@@ -133,30 +133,24 @@ class LibraryMap(TensorMap):
 
 
 class TorchMap(TensorMap):
-    """A torch file through torch's restricted loader, mapped anew after every 30 MB, for the same reason."""
+    """A torch file through torch's restricted loader, mapped anew for every tensor, for the same reason."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._state: dict[str, Tensor] = self._open()
-        self._bytes_read = 0
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in self._open().items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        if self._bytes_read > 3e7:
-            self._state, self._bytes_read = {}, 0
-            self._state = self._open()
-        tensor = self._state[name]
-        self._bytes_read += tensor.nbytes
-        return tensor
+        return self._open()[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._state)
+        return iter(self._shapes)
 
     def __len__(self) -> int:
-        return len(self._state)
+        return len(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape, without touching the data."""
-        return tuple(self._state[name].shape)
+        """Shape from the file's pickle."""
+        return self._shapes[name]
 
     def _open(self) -> dict[str, Tensor]:
         return torch.load(self._path, weights_only=True, mmap=True)

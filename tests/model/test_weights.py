@@ -14,6 +14,7 @@ from evatool.model.names import baai_name, canonical_state
 from evatool.model.presets import ModelConfig, resolve_preset
 from evatool.model.resize import resize_patch_kernel, resize_positions
 from evatool.model.weights import init_image_tower, load_clip_weights, load_mim_weights
+from evatool.tensorfile import SafetensorsMap, write_safetensors
 
 DEBUG = resolve_preset("EVA02-CLIP-debug")
 
@@ -252,3 +253,37 @@ def test_pseudo_inverse_keeps_the_response_to_resized_patches():
 
 def test_half_precision_tables_keep_their_dtype():
     assert resize_positions(torch.randn(1, 17, 4).half(), (6, 6)).dtype == torch.float16
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def meta_clip():
+    with torch.device("meta"):
+        return build_clip(DEBUG)
+
+
+def test_a_model_never_shares_memory_with_a_dictionary(clip):
+    state = clip.state_dict()
+    other = meta_clip()
+    load_clip_weights(other, state)
+    before = other.visual.trunk.cls_token.clone()
+    state["visual.trunk.cls_token"].add_(1.0)
+    assert torch.equal(other.visual.trunk.cls_token, before)
+
+
+def test_looking_for_a_name_reads_no_tensor(clip, tmp_path):
+    class Counting(SafetensorsMap):
+        reads = 0
+
+        def __getitem__(self, name):
+            Counting.reads += 1
+            return super().__getitem__(name)
+
+    write_safetensors(tmp_path / "f", clip.state_dict())
+    state = canonical_state(Counting(tmp_path / "f"))
+    assert "text.token_embedding.weight" in state
+    assert "lm_head.weight" not in state
+    assert Counting.reads == 0
+    load_clip_weights(meta_clip(), state)
+    assert Counting.reads == len(state)

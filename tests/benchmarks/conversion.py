@@ -1,0 +1,144 @@
+"""Peak memory of converting and loading a checkpoint of 4.5 GB: at most its largest tensor and 1 GB beyond the model.
+
+    python tests/benchmarks/conversion.py [PRESET] [FOLDER]
+
+A synthetic file in EVA-CLIP's names (EVA01-CLIP-g-14, float32 by default) is converted to every format that is written
+tensor by tensor, converted back, and loaded. Each step runs in a process of its own; its peak is `ru_maxrss`, which
+counts the interpreter and its libraries too. Needs three times the file's size on the disk.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+GB = 1e9
+
+
+def make(preset: str, path: Path) -> None:
+    """Write the synthetic checkpoint, one tensor at a time."""
+    import torch
+
+    from evatool.model.baai import baai_state
+    from evatool.model.clip import build_clip
+    from evatool.model.presets import resolve_preset
+    from evatool.tensorfile import TensorMap
+    from evatool.torchfile import write_torch_archive
+
+    config = resolve_preset(preset)
+    with torch.device("meta"):
+        shapes = {name: tuple(t.shape) for name, t in build_clip(config).state_dict().items()}
+
+    class Synthetic(TensorMap):
+        def __getitem__(self, name: str) -> torch.Tensor:
+            if name == "logit_scale":
+                return torch.tensor(4.6052)
+            return 0.02 * torch.randn(shapes[name], generator=torch.Generator().manual_seed(len(name)))
+
+        def __iter__(self):
+            return iter(shapes)
+
+        def __len__(self) -> int:
+            return len(shapes)
+
+        def shape(self, name: str) -> tuple[int, ...]:
+            return () if name == "logit_scale" else shapes[name]
+
+        def dtype(self, name: str) -> torch.dtype:
+            return torch.float32
+
+    write_torch_archive(path, baai_state(Synthetic(), config))
+
+
+def sizes(path: Path) -> tuple[float, float]:
+    """Bytes of all tensors and of the largest."""
+    from evatool.model.files import open_weights
+    from evatool.tensorfile import dtype_of, shape_of
+
+    state = open_weights(path)
+    each = []
+    for name in state:
+        count = 1
+        for side in shape_of(state, name):
+            count *= side
+        each.append(count * dtype_of(state, name).itemsize)
+    return sum(each), max(each)
+
+
+def convert(source: Path, out: Path, form: str) -> None:
+    from evatool.recipe.schema import ExportRecipe
+    from evatool.stages.export import run
+    from evatool.stages.run_dir import RunOptions
+
+    export = {"checkpoint": str(source), "format": form, "streamed": True}
+    recipe = ExportRecipe.model_validate({"stage": "export", "export": export}, strict=True)
+    run(recipe, RunOptions(name="benchmark", run_dir=out))
+
+
+def load(source: Path) -> None:
+    import evatool
+
+    evatool.load_clip(source)
+
+
+def measured(*arguments: str) -> tuple[float, float]:
+    """Peak memory in bytes and seconds of one step in a process of its own."""
+    start = time.perf_counter()
+    command = [sys.executable, __file__, "--step", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return float(done.stdout.split()[-1]) * 1024, time.perf_counter() - start
+
+
+def main(preset: str, folder: Path) -> None:
+    source = folder / "source.pt"
+    measured("make", preset, str(source))
+    total, largest = sizes(source)
+    print(f"{preset}: {total / GB:.2f} GB in tensors, the largest {largest / GB:.2f} GB")
+    idle, _ = measured("idle")
+    print(f"imports alone: {idle / GB:.2f} GB")
+    steps = {
+        "baai -> open_clip": (0.0, ("convert", str(source), str(folder / "a"), "open_clip")),
+        "open_clip -> baai": (0.0, ("convert", str(folder / "a"), str(folder / "b"), "baai")),
+        "baai -> safetensors": (0.0, ("convert", str(folder / "b"), str(folder / "c"), "safetensors")),
+        "load_clip(safetensors)": (total, ("load", str(folder / "c"))),
+        "load_clip(baai)": (total, ("load", str(source))),
+    }
+    for name, (model, arguments) in steps.items():
+        if name == "baai -> safetensors":
+            shutil.rmtree(folder / "a")
+        peak, seconds = measured(*arguments)
+        beyond = peak - model - largest
+        verdict = "within" if beyond <= GB else "BEYOND"
+        print(
+            f"{name:24} peak {peak / GB:6.2f} GB; beyond the model and the largest tensor {beyond / GB:5.2f} GB "
+            f"({verdict} 1 GB), {seconds:.0f} s"
+        )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--step"]:
+        step, *rest = sys.argv[2:]
+        match step:
+            case "make":
+                make(rest[0], Path(rest[1]))
+            case "convert":
+                convert(Path(rest[0]), Path(rest[1]), rest[2])
+            case "load":
+                load(Path(rest[0]))
+            case "idle":
+                import evatool.stages.export  # noqa: F401
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    else:
+        preset = sys.argv[1] if len(sys.argv) > 1 else "EVA01-CLIP-g-14"
+        if len(sys.argv) > 2:
+            main(preset, Path(sys.argv[2]))
+        else:
+            with tempfile.TemporaryDirectory() as scratch:
+                main(preset, Path(scratch))
