@@ -36,6 +36,7 @@ from evatool.model.names import canonical_state
 from evatool.model.presets import resolve_preset
 from evatool.model.registration import register
 from evatool.model.resize import PatchResize
+from evatool.model.vision import match_key_biases
 from evatool.model.weights import SCALARS, FittedMap, fitted_clip_weights, load_clip_weights
 from evatool.pixels import CLIP_MEAN, CLIP_STD, normalize_images
 from evatool.tensorfile import dtype_of, shape_of
@@ -177,6 +178,7 @@ def load_clip(
         clip = _cast(build_clip(_clip_only(config, str(source))), DTYPES[precision])
         origin = f"random weights of {config.name}"
         log.warning("%s is a preset: its weights are random", source)
+    match_key_biases(clip)
     clip = clip.to(device).eval().requires_grad_(False)
     preprocess = PreprocessCfg(size=config.image_size, mean=CLIP_MEAN, std=CLIP_STD)
     return LoadedClip(

@@ -12,7 +12,7 @@ import torch
 from open_clip.transformer import TextTransformer
 from timm.layers import RmsNormFp32
 from timm.models import build_model_with_cfg, is_model, register_model
-from timm.models.eva import Eva, checkpoint_filter_fn
+from timm.models.eva import Eva, EvaAttention, checkpoint_filter_fn
 
 from evatool.errors import CheckpointError
 from evatool.model.config import NOT_ARCHITECTURE, ModelConfig
@@ -155,6 +155,13 @@ def timm_config(config: ModelConfig, num_classes: int = 0) -> dict[str, Any]:
 def build_trunk(config: ModelConfig, *, drop_path_rate: float = 0.0) -> Eva:
     """The image tower alone, without projection: what MIM trains. Weights are timm's initialisation."""
     return timm.create_model(timm_name(config), num_classes=0, global_pool="token", drop_path_rate=drop_path_rate)
+
+
+def match_key_biases(module: torch.nn.Module) -> None:
+    """Give attention's zero key bias, a buffer, the dtype of its query bias: they are joined into one vector."""
+    for part in module.modules():
+        if isinstance(part, EvaAttention) and part.k_bias is not None:
+            part.k_bias = part.k_bias.to(part.q_bias.dtype)
 
 
 def restore_buffers(module: torch.nn.Module, device: torch.device | str = "cpu") -> None:
