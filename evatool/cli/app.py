@@ -197,6 +197,10 @@ def export(
         str | None,
         typer.Option(metavar="JSON|PRESET", help="Short form: the model of a weight file that no preset fits."),
     ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Short form: also upload the verified files to the Hugging Face hub."),
+    ] = None,
     overrides: opt.Overrides = None,
     run_dir: opt.OutDirectory = None,
     resume: opt.Resume = False,
@@ -208,7 +212,7 @@ def export(
 
     They are reloaded there, and their features compared; beyond the tolerance nothing is left.
     """
-    given = {"--to": to, "--model-config": model_config}
+    given = {"--to": to, "--model-config": model_config, "--push-to-hub": push_to_hub}
     _stage("export", source, given, overrides, run_dir, resume, dry_run, json_output, debug)
 
 

@@ -119,6 +119,7 @@ def _pretrain_mim(preset: str, options: _Options) -> dict[str, Any]:
 
 def _export(checkpoint: str, options: _Options) -> dict[str, Any]:
     chosen = {"format": options.get("--to"), "model": options.get("--model-config")}
+    chosen["push_to_hub"] = options.get("--push-to-hub")
     return {"export": {"checkpoint": checkpoint} | {key: value for key, value in chosen.items() if value}}
 
 

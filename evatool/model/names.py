@@ -64,6 +64,19 @@ def canonical_state(state: Mapping[str, Tensor], where: str = "state dict") -> D
     return DerivedMap(state, sources, tower)
 
 
+def mae_state(state: Mapping[str, Tensor]) -> DerivedMap:
+    """EVA-L's weights under our names, from BAAI's file (MAE's names) or our checkpoint, without fixed positions."""
+    sources = {}
+    for key in state:
+        name = _without_wrapper(key)
+        if name in ("pos_embed", "decoder_pos_embed"):
+            continue
+        name = name.replace("decoder_pred.", "lm_head.")
+        is_shared = name == "mask_token" or name.startswith(("decoder_", "lm_head.", "visual."))
+        sources[name if is_shared else f"visual.{name}"] = Source((key,))
+    return DerivedMap(state, sources)
+
+
 def _without_wrapper(key: str) -> str:
     """Without the prefixes that DataParallel and torch.compile add."""
     return re.sub(r"^(module\.|_orig_mod\.)+", "", key)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from evatool.errors import CheckpointError
 from evatool.model.derived import PROJECTION, TOWER, DerivedMap
+from evatool.model.mae import MaeModel
 from evatool.model.mim import MimModel
-from evatool.model.names import canonical_state
+from evatool.model.names import canonical_state, mae_state
 from evatool.model.resize import PatchResize, resize_patch_kernel, resize_positions
 from evatool.model.vision import restore_buffers
 from evatool.tensorfile import TensorMap, dtype_of, shape_of
@@ -177,8 +178,13 @@ def fitted_clip_weights(
     return FittedMap(source, {name: tuple(p.shape) for name, p in parameters.items()}, patch_resize)
 
 
-def load_mim_weights(model: MimModel, state: Mapping[str, Tensor], *, where: str = "state dict") -> LoadReport:
+def load_mim_weights(
+    model: MimModel | MaeModel, state: Mapping[str, Tensor], *, where: str = "state dict"
+) -> LoadReport:
     """All weights of a MIM model from our checkpoint or a file of BAAI's. Raises CheckpointError as above."""
+    if isinstance(model, MaeModel):
+        ours = mae_state(state)
+        return load_parameters(model, ours, take=set(ours), where=where)
     source = canonical_state(state, where)
     ours = source.renamed({name: "visual." + name.removeprefix(TOWER) for name in source if name.startswith(TOWER)})
     return load_parameters(model, ours, take=set(ours), where=where)
@@ -258,12 +264,14 @@ def _refuse_differences(
         theirs, ours = tuple(shape_of(source, name)), tuple(parameters[name].shape)
         if not _can_fit(name, theirs, ours):
             misfits.append(f"{name} is {theirs}, the model has {ours}")
+        elif not dtype_of(source, name).is_floating_point:
+            misfits.append(f"{name} holds {str(dtype_of(source, name)).removeprefix('torch.')}, not floating point")
     if not (missing or unexpected or misfits):
         return
     if not set(parameters) & take:
         what = "nothing in this file matches the model"
     else:
-        counts = {"missing": len(missing), "unexpected": len(unexpected), "of another shape": len(misfits)}
+        counts = {"missing": len(missing), "unexpected": len(unexpected), "of another shape or kind": len(misfits)}
         what = "the weights do not fit the model: " + ", ".join(f"{n} {word}" for word, n in counts.items() if n)
     lines = [f"missing: {_short(missing)}"] if missing else []
     lines += [f"unexpected: {_short(unexpected)}"] if unexpected else []

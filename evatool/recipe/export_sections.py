@@ -37,6 +37,8 @@ class ExportSection(Section):
     streamed: bool | None = None
     """Write tensor by tensor without loading the model, and verify block by block (`open_clip`, `baai`, `safetensors`).
     When absent: if the float32 model does not fit the free memory."""
+    push_to_hub: str | None = None
+    """Repository on the Hugging Face hub, `owner/name`, to upload the verified files to."""
     results: Path | None = None
     """`results.json` of an evaluation, for the model card."""
     tolerance: PositiveFloat = 1e-5

@@ -15,6 +15,7 @@ from evatool.api import DTYPES, LoadedClip, UnloadedClip, find_clip, load_clip
 from evatool.errors import UsageError
 from evatool.eval.results import main_metrics, read_results
 from evatool.export.folder import Target
+from evatool.export.hub import check_credentials, push_to_hub
 from evatool.export.model_card import CardFacts
 from evatool.model.config import ModelConfig
 from evatool.recipe.schema import ExportRecipe, ExportSection
@@ -32,8 +33,10 @@ def run(recipe: ExportRecipe, run: RunOptions) -> Result:
     Raises: CheckpointError if the model cannot be read; EvatoolError if the reloaded export differs. Then no model
     file is left in the run folder.
     """
-    run_dir = open_run_dir(recipe, run)
     section = recipe.export
+    if section.push_to_hub is not None:
+        check_credentials(section.push_to_hub)
+    run_dir = open_run_dir(recipe, run)
     target = Target(run_dir.path, section.tolerance, replace=run_dir.resumed)
     unloaded = find_model(section)
     dtype = DTYPES[section.dtype] if section.dtype else unloaded.stored_dtype
@@ -48,13 +51,14 @@ def run(recipe: ExportRecipe, run: RunOptions) -> Result:
         round_to(clip, section)
         facts = card_facts(unloaded, dtype, results)
         exported = export_model(clip, section, facts, target)
+    address = {} if section.push_to_hub is None else {"hub": push_to_hub(exported, section.push_to_hub)}
     parameters = sum(facts.parameters.values())
     size = sum((run_dir.path / name).stat().st_size for name in exported.files)
     return Result(
         stage="export",
         run_dir=run_dir.path,
         outputs={"model": run_dir.path} | {name: run_dir.path / name for name in exported.files},
-        metrics={"max_difference": exported.difference, "parameters": parameters, "bytes": size},
+        metrics={"max_difference": exported.difference, "parameters": parameters, "bytes": size} | address,
         next_command=_next_command(unloaded.config, section, run_dir.path),
         table=[
             ["", ""],

@@ -53,7 +53,7 @@ def test_the_flags_of_every_stage_are_these(invoke: Invoke, stage: str) -> None:
         "pretrain-mim": {"--teacher", "--data", "--samples-seen"},
         "train-clip": {"--data", "--samples-seen"},
         "distill": {"--teacher", "--data", "--samples-seen"},
-        "export": {"--to", "--model-config", "--out"},
+        "export": {"--to", "--model-config", "--push-to-hub", "--out"},
         "eval": {"--suite", "--data"},
     }
     assert flags == common | short[stage]

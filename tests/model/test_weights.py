@@ -287,3 +287,33 @@ def test_looking_for_a_name_reads_no_tensor(clip, tmp_path):
     assert Counting.reads == 0
     load_clip_weights(meta_clip(), state)
     assert Counting.reads == len(state)
+
+
+# ------------------------------------------------------------------------------------------------ other refusals
+
+
+def test_whole_numbers_are_no_weights(clip):
+    state = clip.state_dict()
+    state["visual.trunk.head.weight"] = state["visual.trunk.head.weight"].to(torch.int8)
+    with pytest.raises(CheckpointError, match=r"head\.weight holds int8, not floating point"):
+        load_clip_weights(clip, state)
+
+
+def test_eva_l_reads_its_released_names():
+    config = ModelConfig.from_json(
+        {"vision_cfg": {"image_size": 28, "patch_size": 7, "layers": 2, "width": 32, "head_width": 16},
+         "predict_dim": 24, "decoder": {"width": 16, "layers": 1, "heads": 2}}
+    )  # fmt: skip
+    torch.manual_seed(6)
+    source, model = build_mim(config, predict_dim=24), build_mim(config, predict_dim=24)
+    released = {"pos_embed": torch.zeros(1), "decoder_pos_embed": torch.zeros(1)}
+    for name, tensor in source.state_dict().items():
+        released[name.removeprefix("visual.").replace("lm_head.", "decoder_pred.")] = tensor
+    load_mim_weights(model, released)
+    assert_same(model, source.state_dict())
+    image, mask = torch.randn(2, 3, 28, 28), torch.zeros(2, 16, dtype=torch.bool)
+    mask[:, ::3] = True
+    assert torch.equal(model(image, mask), source(image, mask))
+    mask[0, 1] = True
+    with pytest.raises(ValueError, match="equally many"):
+        model(image, mask)
