@@ -30,7 +30,6 @@ from evatool.stages.run_dir import RunOptions
 
 FACTS = CardFacts(name="test", source="test", architecture=[], parameters={"image": 1})
 DEBUG = resolve_preset("EVA02-CLIP-debug")
-has_onnx = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +121,7 @@ def test_one_tower(weights, form, tower, tmp_path):
     assert {name.split(".")[0] for name in names} == {"visual" if tower == "image" else "text"}
 
 
-needs_onnx = pytest.mark.skipif(not has_onnx, reason="needs the extra onnx")
-
-
-@pytest.mark.parametrize("form", ["torch-export", pytest.param("onnx", marks=needs_onnx)])
+@pytest.mark.parametrize("form", ["torch-export", "onnx"])
 def test_graphs_of_both_towers(weights, form, tmp_path):
     _, done = export(weights, tmp_path / "out", format=form)
     assert done.difference <= 1e-5
