@@ -11,6 +11,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag, field_validator, model_validator
 
+from evatool.recipe.eval_sections import EvalRecipe as EvalRecipe
+from evatool.recipe.eval_sections import EvalSection as EvalSection
+from evatool.recipe.eval_sections import FewShotSection as FewShotSection
+from evatool.recipe.eval_sections import LinearProbeSection as LinearProbeSection
 from evatool.recipe.export_sections import ExportRecipe as ExportRecipe
 from evatool.recipe.export_sections import ExportSection as ExportSection
 from evatool.recipe.model_sections import ClipInit as ClipInit
@@ -281,36 +285,6 @@ class DistillRecipe(TrainingRecipe):
         if self.optim.text is None:
             raise ValueError("optim.text is missing: a CLIP model has a text tower, give it at least `lr`")
         return self
-
-
-class EvalSection(Section):
-    """What to evaluate, on what."""
-
-    models: Annotated[dict[str, str], Field(min_length=1)]
-    """Name in the report -> model, as `evatool.load_clip` reads it."""
-    suite: str = "drawings"
-    """Name of a suite of evaluation sets (docs/eval.md)."""
-    data: Path
-    """Folder with the evaluation sets, one folder a set in clip-benchmark's `wds/` layout."""
-    sets: list[str] | None = None
-    """Only these sets of the suite."""
-    batch_size: Positive = 256
-    """Pictures a forward pass."""
-    num_bootstrap: Positive = 1000
-    """Resamples behind each 95 % interval."""
-    seed: int = 0
-    """Seed of the resamples, and of the random weights where a model is a preset."""
-
-
-class EvalRecipe(Section):
-    """Zero-shot classification and retrieval with intervals, and a report."""
-
-    stage: Literal["eval"] = "eval"
-    source: str | None = None
-    """Where the figures of this recipe come from."""
-    run_dir: Path | None = None
-    """Output folder; `runs/<recipe name>` when absent."""
-    eval: EvalSection
 
 
 Recipe = DataPrepareRecipe | PretrainMimRecipe | TrainClipRecipe | DistillRecipe | ExportRecipe | EvalRecipe

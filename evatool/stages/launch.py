@@ -16,7 +16,7 @@ from typing import Any
 
 from evatool import errors
 from evatool.errors import EvatoolError, ExitCode, RecipeError
-from evatool.recipe.schema import Recipe, TrainingRecipe
+from evatool.recipe.schema import EvalRecipe, Recipe, TrainingRecipe
 from evatool.stages.run_dir import (
     RunOptions,
     check_run_dir,
@@ -36,11 +36,12 @@ _SAVE_TIMEOUT_SEC = "600"
 
 
 def num_processes(recipe: Recipe) -> int:
-    """Processes that this command has to start: 1 outside the training stages, under torchrun, and on one device."""
-    if not isinstance(recipe, TrainingRecipe) or "RANK" in os.environ:
+    """Processes to start: 1 outside the stages that use several ranks, under torchrun, and on one device."""
+    if not isinstance(recipe, TrainingRecipe | EvalRecipe) or "RANK" in os.environ:
         return 1
-    if recipe.engine.processes is not None:
-        return recipe.engine.processes
+    asked = recipe.eval.processes if isinstance(recipe, EvalRecipe) else recipe.engine.processes
+    if asked is not None:
+        return asked
     import torch
 
     return max(1, torch.cuda.device_count())
@@ -55,7 +56,7 @@ def launch_if_needed(recipe: Recipe, options: RunOptions, argv: Sequence[str]) -
         argv: the command line after `evatool`.
     Raises: EvatoolError with the failed run's words and exit code.
     """
-    if not isinstance(recipe, TrainingRecipe) or "RANK" in os.environ:
+    if not isinstance(recipe, TrainingRecipe | EvalRecipe) or "RANK" in os.environ:
         return None
     check_run_dir(recipe, options)  # before torch is imported and processes start
     count = num_processes(recipe)

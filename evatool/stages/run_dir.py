@@ -32,7 +32,10 @@ from evatool.types import Result
 log = logging.getLogger(__name__)
 
 # Keys that do not change what is computed: a resumed run may differ in them.
-RESUMABLE_KEYS = ("run_dir", "source", "train.log_every", "data.num_workers")
+RESUMABLE_KEYS = (
+    *("run_dir", "source", "train.log_every", "data.num_workers"),
+    *(f"eval.{key}" for key in ("num_threads", "processes", "shard_model", "use_cache", "cache_dir", "fetch")),
+)
 RESUMABLE_TABLES = ("engine.", "checkpoint.")
 
 # What a run leaves behind before it has made anything.
