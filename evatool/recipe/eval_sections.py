@@ -13,7 +13,7 @@ from evatool.recipe.section import NonNegative, Positive, PositiveFloat, Section
 class LinearProbeSection(Section):
     """Logistic regression on frozen features of a labelled training set, for sets that have one."""
 
-    weight_decays: Annotated[list[PositiveFloat], Field(min_length=1)] = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2]
+    weight_decays: list[PositiveFloat] = Field(default=[1e-6, 1e-5, 1e-4, 1e-3, 1e-2], min_length=1)
     """Strengths tried on the held-out share; the best one is used on all training features."""
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the training samples of each class that chooses the weight decay."""
@@ -24,7 +24,7 @@ class LinearProbeSection(Section):
 class FewShotSection(Section):
     """Logistic regression on a few training samples a class."""
 
-    shots: Annotated[list[Positive], Field(min_length=1)] = [1, 2, 4, 8]
+    shots: list[Positive] = Field(default=[1, 2, 4, 8], min_length=1)
     """Training samples a class; sizes that a class cannot give are refused by name."""
     draws: Positive = 3
     """Seeded draws of the training samples; the metric is their mean."""
@@ -39,7 +39,7 @@ class EvalSection(Section):
 
     models: Annotated[dict[str, str], Field(min_length=1)]
     """Name in the report -> model, as `evatool.load_clip` reads it, or `open_clip:NAME[/PRETRAINED]`."""
-    model_configs: dict[str, str] = {}
+    model_configs: dict[str, str] = Field(default={})
     """Name in the report -> preset or JSON file, for a weight file that does not say which model it is."""
     suite: str = "drawings"
     """Name of a suite of evaluation sets, or a suite file of your own (docs/eval.md)."""
@@ -50,7 +50,7 @@ class EvalSection(Section):
     fetch: bool = False
     """Download sets that are missing from the Hugging Face hub into `data`."""
     allow_partial: bool = False
-    """Evaluate sets with another sample count than the benchmark's: named a part, without average or published value."""
+    """Evaluate sets with another sample count than the benchmark's: named a part, in no average, beside no other's number."""
     batch_size: Positive = 256
     """Pictures a forward pass."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
