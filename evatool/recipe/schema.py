@@ -9,8 +9,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, Tag, field_validator, model_validator
+from pydantic import Field, Tag, model_validator
 
+from evatool.recipe.data_sections import AugmentSection as AugmentSection
+from evatool.recipe.data_sections import CaptionChoice as CaptionChoice
+from evatool.recipe.data_sections import DataPhase as DataPhase
+from evatool.recipe.data_sections import DataPrepareRecipe as DataPrepareRecipe
+from evatool.recipe.data_sections import DataSource as DataSource
+from evatool.recipe.data_sections import DrawingsSource as DrawingsSource
+from evatool.recipe.data_sections import ExtraMember as ExtraMember
+from evatool.recipe.data_sections import FolderSource as FolderSource
+from evatool.recipe.data_sections import RemoteSection as RemoteSection
+from evatool.recipe.data_sections import ShardSection as ShardSection
+from evatool.recipe.data_sections import TrainDataSection as TrainDataSection
 from evatool.recipe.eval_sections import EvalRecipe as EvalRecipe
 from evatool.recipe.eval_sections import EvalSection as EvalSection
 from evatool.recipe.eval_sections import FewShotSection as FewShotSection
@@ -39,117 +50,9 @@ from evatool.recipe.optim_sections import GroupSection as GroupSection
 from evatool.recipe.optim_sections import LambSection as LambSection
 from evatool.recipe.optim_sections import OptimSection as OptimSection
 from evatool.recipe.optim_sections import ScheduleSection as ScheduleSection
-from evatool.recipe.section import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, by_kind
-
-# ---------------------------------------------------------------------------------------------------- data-prepare
-
-
-class DrawingsSource(Section):
-    """The 6,816 captioned drawings that ship with the package (docs/data.md)."""
-
-    kind: Literal["drawings"] = "drawings"
-    num_unseen: NonNegative = 120
-    """Concepts removed from training in every set, for the never-seen evaluation."""
-    split_seed: int = 0
-    """Seed of the never-seen split."""
-    max_concepts: Positive | None = None
-    """Use only this many concepts, spread evenly over the groups (debug recipes)."""
-
-
-class FolderSource(Section):
-    """A folder of pictures and a caption file."""
-
-    kind: Literal["folder"] = "folder"
-    images: Path
-    """Folder of pictures, searched recursively."""
-    captions: Path
-    """CSV, TSV or JSONL, told apart by its suffix; one picture a row."""
-    image_column: str = "image"
-    """Column (or JSON key) with the picture's path relative to `images`."""
-    caption_column: str = "caption"
-    """Column (or JSON key) with the caption."""
-    encoding: str = "utf-8"
-    """Text encoding of the caption file."""
-    license: str | None = None
-    """Licence of the pictures, for the manifest."""
-
-    @field_validator("encoding")
-    @classmethod
-    def _encoding_is_known(cls, encoding: str) -> str:
-        try:
-            "".encode(encoding)  # refuses codecs that are not of text, such as base64, too
-        except LookupError as error:
-            raise ValueError(f"unknown text encoding {encoding!r}; for instance utf-8, utf-16 or cp1252") from error
-        return encoding
-
-
-class ShardSection(Section):
-    """WebDataset shards to write."""
-
-    samples_per_shard: Positive = 1000
-    """Samples a tar file."""
-    shuffle_seed: int = 0
-    """Seed of the order in which samples are written."""
-    max_bad_fraction: Fraction = 0.01
-    """Pictures and rows that cannot be used, as a share of all: skipped and named up to here, refused beyond."""
-    max_pixels: Positive = 89_478_485
-    """Largest picture accepted, in pixels, judged by its header (Pillow's warning limit)."""
-    contact_sheet_images: Positive = 60
-    """Pictures on the contact sheet."""
-
-
-class DataPrepareRecipe(Section):
-    """Pictures and captions to WebDataset shards, evaluation sets, a manifest and a contact sheet."""
-
-    stage: Literal["data-prepare"] = "data-prepare"
-    source: str | None = None
-    """Where the figures of this recipe come from."""
-    run_dir: Path | None = None
-    """Output folder; `runs/<recipe name>` when absent."""
-    data: Annotated[DrawingsSource | FolderSource, Field(discriminator="kind")]
-    shards: ShardSection = ShardSection()
-
+from evatool.recipe.section import Positive, Section, by_kind
 
 # ---------------------------------------------------------------------------------------------------- shared pieces
-
-
-class AugmentSection(Section):
-    """Random transforms of a training picture. The defaults are EVA-CLIP's: a crop and nothing else (eva.md 3.4)."""
-
-    crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.9, 1.0)
-    """Area of the random crop as a share of the picture (low, high)."""
-    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.3333333333333333)
-    """Aspect ratio of the random crop (low, high)."""
-    horizontal_flip: Fraction = 0.0
-    """Probability of mirroring left and right."""
-    rotate_degrees: NonNegativeFloat = 0.0
-    """Largest rotation either way, corners filled with white."""
-    color_jitter: NonNegativeFloat = 0.0
-    """Strength of random brightness, contrast, saturation and hue changes; 0 is off."""
-    grayscale: Fraction = 0.0
-    """Probability of dropping the colour."""
-
-    @model_validator(mode="after")
-    def _ranges_are_ordered(self) -> AugmentSection:
-        for name in ("crop_scale", "crop_ratio"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise ValueError(f"{name} = [{low}, {high}] is empty: the first number must not exceed the second")
-        return self
-
-
-class TrainDataSection(Section):
-    """Shards to train on."""
-
-    train: Path
-    """Folder with shards and their `manifest.json`, as `evatool data-prepare` writes it."""
-    caption: Literal["txt", "json-captions"] = "txt"
-    """`txt`: the sample's txt member. `json-captions`: one of the `captions` in its json member, drawn each time."""
-    augment: AugmentSection = AugmentSection()
-    num_workers: NonNegative = 0
-    """Loader processes per rank; 0 reads in the training process."""
-    max_bad_fraction: Fraction = 0.01
-    """Samples that cannot be read, as a share of those tried: replaced and counted up to here, refused beyond."""
 
 
 class TrainSection(Section):

@@ -44,8 +44,8 @@ def use_data(name: str, run_dir: Path) -> str:
 
 def use_clip(recipe: TrainingRecipe, run_dir: Path) -> str:
     """What to do with a trained CLIP: evaluate it where evaluation sets lie beside the data, else export it."""
-    sets = recipe.data.train.parent / "eval"
-    if sets.is_dir():
+    sets = None if recipe.data.train is None else recipe.data.train.parent / "eval"
+    if sets is not None and sets.is_dir():
         return f"evatool eval {_quoted(run_dir)} --suite drawings --data {_quoted(sets)}"
     return f"evatool export {_quoted(run_dir)} --to open_clip --out {_quoted(run_dir / 'open_clip')}"
 
@@ -56,7 +56,7 @@ def use_image_tower(recipe: TrainingRecipe, preset: str, run_dir: Path) -> str:
         "model.preset": preset,
         "model.init.kind": "image-tower",
         "model.init.path": str(run_dir),
-        "data.train": str(recipe.data.train),
+        **({} if recipe.data.train is None else {"data.train": str(recipe.data.train)}),
     }
     sets = " ".join(f"--set {_quoted_setting(key, value)}" for key, value in settings.items())
     return f"evatool train-clip {_START} {sets} --run-dir {_quoted(run_dir.with_name(run_dir.name + '-clip'))}"
