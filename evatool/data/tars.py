@@ -38,11 +38,10 @@ CAUSES = {
 _MAX_EXTENSION_BYTES = 2**20  # of a long name or pax records; real ones have some hundred
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
 _ZERO_BLOCK = bytes(BLOCK)
-_SPACES = b" " * 8
 _REGULAR = b"0\x007"  # "7" is a contiguous file, which nobody stores in another way
 _LINKS, _DEVICES, _SPARSE, _DIRECTORY = b"12", b"346", b"S", b"5"
 _WITHOUT_DATA = _LINKS + _DEVICES + _DIRECTORY  # whatever size their header gives
-_LONG_NAME, _LONG_LINK, _PAX_GLOBAL = b"L", b"K", b"g"
+_LONG_NAME, _LONG_LINK, _PAX_GLOBAL, _PAX = b"L", b"K", b"g", ord("x")
 _HEADERS_OF_OTHERS = _LONG_NAME + _LONG_LINK + _PAX_GLOBAL + b"xX"
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap
@@ -118,28 +117,38 @@ class _Walk:
     """One pass over the headers. `position` is the offset of the header looked at."""
 
     def __init__(self, buffer: Buffer, scan: TarScan) -> None:
-        self.buffer, self.end, self.scan = buffer, len(buffer), scan
+        self.buffer = buffer if isinstance(buffer, bytes | mmap.mmap) else _Sliced(buffer)
+        self.end, self.scan = len(buffer), scan
         self.position = 0
+        self.sums: dict[bytes, int] = {}  # checksum field -> low half of Adler-32 of a header that has it rightly
         self.extension, self.defaults = _Extension(), _Extension()
         self.is_extended = False
 
     def run(self) -> None:
         """Fill the scan. Raises: _DamagedHeader or ValueError for the header at `position`."""
-        # The loop handles a plain file itself, with few calls: it runs a hundred thousand times a second.
-        buffer, end, append = self.buffer, self.end, self.scan.members.append
+        # A plain file, and the time stamps that webdataset puts before each, are handled here without a call: this
+        # loop runs some hundred thousand times a second.
+        buffer, end, append, sums = self.buffer, self.end, self.scan.members.append, self.sums
+        adler32 = zlib.adler32
         position = 0
         while position + BLOCK <= end:
             self.position = position
-            header = bytes(buffer[position : position + BLOCK])
-            if header == _ZERO_BLOCK:
-                if not _is_zero(buffer, position):
-                    self._report("data-after-end", b"")
-                return
-            _check_sum(header)
-            size = _number(header[124:136])
-            data = position + BLOCK
+            header = buffer[position : position + BLOCK]
+            if adler32(header) & 0xFFFF != sums.get(header[148:156]):
+                if header == _ZERO_BLOCK:
+                    if not _is_zero(buffer, position):
+                        self._report("data-after-end", b"")
+                    return
+                self._check_sum(header)
+            kind, data = header[156], position + BLOCK
+            size = int(header[124:135], 8) if header[135] in b"\0 " and header[124] < 0x80 else _number(header[124:136])
+            if kind == _PAX and size <= BLOCK and not self.is_extended:
+                payload = buffer[data : data + size]
+                if not (b"path=" in payload or b"size=" in payload or b"GNU.sparse" in payload) and data + size <= end:
+                    position = data + BLOCK if size else data
+                    continue
             name = header[:100].partition(b"\0")[0]
-            if self.is_extended or header[156] not in b"0\0" or header[345] or _needs_care(name):
+            if kind not in b"0\0" or self.is_extended or header[345] or size < 0 or _needs_care(name):
                 position = self._step(header, name, data, size)
                 if position < 0:
                     return
@@ -152,8 +161,23 @@ class _Walk:
         self.position = min(position, end)
         self._report("no-end-mark" if _is_zero(buffer, self.position) else "truncated", b"")
 
+    def _check_sum(self, header: bytes) -> None:
+        """Raises: _DamagedHeader, ValueError unless the checksum is that of the header with its field as spaces."""
+        field = header[148:156]
+        stored = _number(field)
+        # Adler-32's low half is 1 + the sum of the bytes modulo 65521: C speed, for a sum that takes 17 bits at most.
+        expected = (stored + sum(field) - 8 * ord(" ") + 1) % 65521
+        if zlib.adler32(header) & 0xFFFF == expected:
+            self.sums[field] = expected
+            return
+        plain = header[:148] + header[156:]  # some old writers summed signed bytes
+        if stored != sum(plain) + 8 * ord(" ") - 256 * sum(byte > 127 for byte in plain):
+            raise _DamagedHeader
+
     def _step(self, header: bytes, name: bytes, data: int, size: int) -> int:
         """Handle a header of any kind; returns the offset of the next one, -1 where the tar ends inside this one."""
+        if size < 0:
+            raise _DamagedHeader
         kind = header[156]
         if kind in _REGULAR and name.endswith(b"/"):
             kind = _DIRECTORY[0]  # as tars older than ustar write them
@@ -169,7 +193,7 @@ class _Walk:
             self._report("truncated", self._full_name(header, name))
             return -1
         if kind in _HEADERS_OF_OTHERS:
-            payload = bytes(self.buffer[data : data + min(size, _MAX_EXTENSION_BYTES + 1)])
+            payload = self.buffer[data : data + min(size, _MAX_EXTENSION_BYTES + 1)]
             self._read_extension(kind, payload)
             return following
         full_name = self._full_name(header, name)
@@ -206,7 +230,7 @@ class _Walk:
         """Bytes of the blocks that go on with an old GNU sparse map, between header and data."""
         start, is_continued = data, header[482]
         while is_continued:
-            block = bytes(self.buffer[data : data + BLOCK])
+            block = self.buffer[data : data + BLOCK]
             if len(block) < BLOCK:
                 break
             is_continued, data = block[504], data + BLOCK
@@ -217,8 +241,21 @@ class _Walk:
         self.scan.problems.append(TarProblem(cause, shown, self.position))
 
 
+class _Sliced:
+    """A buffer whose slices are `bytes`, as those of `bytes` and `mmap` are."""
+
+    def __init__(self, buffer: bytearray | memoryview) -> None:
+        self.view = memoryview(buffer).cast("B")
+
+    def __len__(self) -> int:
+        return len(self.view)
+
+    def __getitem__(self, place: slice) -> bytes:
+        return self.view[place].tobytes()
+
+
 def _needs_care(name: bytes) -> bool:
-    return b".." in name or not name or name[0] in b"/" or name[-1] in b"/"
+    return b".." in name or name[:1] in b"/" or name[-1:] == b"/"  # no bytes at all are in b"/", too
 
 
 def _cause(kind: int, name: bytes, is_sparse: bool, is_too_long: bool) -> str | None:
@@ -239,19 +276,6 @@ def _cause(kind: int, name: bytes, is_sparse: bool, is_too_long: bool) -> str | 
     if name.startswith(b"/") or b".." in name.replace(b"\\", b"/").split(b"/"):
         return "unsafe-name"
     return None
-
-
-def _check_sum(header: bytes) -> None:
-    """Raises: _DamagedHeader unless the checksum is that of the header with its own field as spaces."""
-    stored = _number(header[148:156])
-    # Adler-32's low half is 1 + the sum of the bytes modulo 65521: C speed, for a sum that takes 17 bits at most.
-    low = zlib.adler32(header[156:], zlib.adler32(_SPACES, zlib.adler32(header[:148]))) & 0xFFFF
-    if low == (stored + 1) % 65521:
-        return
-    # Some old writers summed signed bytes.
-    plain = header[:148] + _SPACES + header[156:]
-    if stored != sum(plain) - 256 * sum(byte > 127 for byte in plain):
-        raise _DamagedHeader
 
 
 def _number(field: bytes) -> int:
@@ -293,6 +317,6 @@ def _read_pax(payload: bytes, target: _Extension) -> None:
         start = end
 
 
-def _is_zero(buffer: Buffer, start: int) -> bool:
+def _is_zero(buffer: bytes | mmap.mmap | _Sliced, start: int) -> bool:
     step = 2**20
-    return not any(bytes(buffer[i : i + step]).strip(b"\0") for i in range(start, len(buffer), step))
+    return not any(buffer[i : i + step].strip(b"\0") for i in range(start, len(buffer), step))
