@@ -11,7 +11,7 @@ import open_clip
 
 from evatool.model.clip import open_clip_model_config
 from evatool.model.presets import PRESETS
-from evatool.model.vision import timm_name
+from evatool.model.vision import register_rms_norm_base, timm_name
 
 
 @cache
@@ -29,4 +29,5 @@ def register() -> tuple[str, ...]:
     for config in PRESETS.values():
         if config.task == "mim" and config.decoder is None:
             timm_name(config)
+    register_rms_norm_base()
     return tuple(config.name for config in clips)

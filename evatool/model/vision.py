@@ -14,7 +14,6 @@ from timm.layers import RmsNormFp32
 from timm.models import build_model_with_cfg, is_model, register_model
 from timm.models.eva import Eva, EvaAttention, checkpoint_filter_fn
 
-from evatool.errors import CheckpointError
 from evatool.model.config import NOT_ARCHITECTURE, ModelConfig
 from evatool.model.presets import PRESETS
 from evatool.pixels import CLIP_MEAN, CLIP_STD
@@ -32,8 +31,9 @@ TIMM_NAMES = {
     "EVA-CLIP-18B-336": "eva_18b_patch14_clip_336",
 }
 
-# Entry point of timm whose every argument `timm_config` overrides.
+# Entry points whose every argument `timm_config` overrides: timm's own, and the one with RMSNorm that we add.
 _TIMM_BASE = "eva02_base_patch16_clip_224"
+_RMS_NORM_BASE = "eva_rms_norm"
 # Those of TIMM_NAMES that timm itself knows.
 STOCK_NAMES = frozenset(name for name in TIMM_NAMES.values() if is_model(name))
 
@@ -92,6 +92,13 @@ def timm_name(config: ModelConfig) -> str:
     return name
 
 
+def register_rms_norm_base() -> str:
+    """Add the entry point with RMSNorm that other arguments turn into a tower of any size; returns its name."""
+    if not is_model(_RMS_NORM_BASE):
+        _register(_RMS_NORM_BASE, PRESETS["EVA-CLIP-8B"])
+    return _RMS_NORM_BASE
+
+
 def _register(name: str, config: ModelConfig) -> None:
     arguments = eva_arguments(config) | {"head_init_scale": config.vision["head_init_scale"]}
     side = config.image_size
@@ -121,18 +128,17 @@ def _register(name: str, config: ModelConfig) -> None:
 def timm_config(config: ModelConfig, num_classes: int = 0) -> dict[str, Any]:
     """A timm `config.json` that makes timm build this tower.
 
-    Stock timm does, from the arguments alone; only RMSNorm cannot be written in JSON, so that a tower with it goes by
-    the name that `evatool.register()` adds. Raises: CheckpointError for such a tower of no preset's size.
+    Stock timm does, from the arguments alone. Only RMSNorm cannot be written in JSON: such a tower needs
+    `evatool.register()`, and goes by a preset's name or by its arguments to an entry point of ours.
     """
     side = config.image_size
-    is_json = not config.vision["use_rms_norm"]
-    name = _TIMM_BASE if is_json else timm_name(config)
-    if not is_json and name not in TIMM_NAMES.values():
-        raise CheckpointError(
-            f"{config.name} has RMSNorm in a tower of no preset's size: neither timm nor evatool.register() has a name "
-            "for it",
-            fix="train one of the presets, or load the run with evatool.load_clip",
-        )
+    name, arguments = _TIMM_BASE, eva_arguments(config)
+    if arguments.pop("norm_layer", None) is not None:
+        name = timm_name(config)
+        if name in TIMM_NAMES.values():
+            arguments = {}
+        else:
+            name = register_rms_norm_base()
     return {
         "architecture": name,
         "num_classes": num_classes,
@@ -148,7 +154,7 @@ def timm_config(config: ModelConfig, num_classes: int = 0) -> dict[str, Any]:
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
-        "model_args": eva_arguments(config) if is_json else {},
+        "model_args": arguments,
     }
 
 

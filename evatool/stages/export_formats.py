@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,19 +106,22 @@ def round_weights(clip: LoadedClip, dtype: torch.dtype) -> None:
 
 
 def open_clip_description(model: ModelConfig) -> OpenClipDescription:
-    """How open_clip is told to build `model`. Raises: CheckpointError where it cannot be told."""
+    """How open_clip is told to build `model`."""
     model_cfg = open_clip_model_config(model)
     name = model_cfg["vision_cfg"].get("timm_model_name")  # None: open_clip's own ViT
     is_stock = name is None or name in STOCK_NAMES
     config = None if is_stock else timm_config(model)
-    is_told_by_args = config is not None and bool(config["model_args"])
     return OpenClipDescription(
         model_cfg=model_cfg,
-        timm_config=config if is_told_by_args else None,
-        needs_evatool=config is not None and not is_told_by_args,
+        timm_config=config if config is not None and config["model_args"] else None,
+        needs_evatool=config is not None and _needs_evatool(config),
         preprocess_cfg={"mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic", "resize_mode": "shortest"},
         evatool={"version": evatool.__version__, "model": model.to_json()},
     )
+
+
+def _needs_evatool(timm_config: Mapping[str, Any]) -> bool:
+    return timm_config["architecture"] not in STOCK_NAMES
 
 
 def _export_timm(clip: LoadedClip, facts: CardFacts, target: Target) -> Exported:
@@ -131,4 +135,4 @@ def _export_timm(clip: LoadedClip, facts: CardFacts, target: Target) -> Exported
     config = timm_config(clip.config, outputs)
     tower = {name: t for name, t in clip.model.state_dict().items() if name.startswith(TOWER)}
     tensors = CastMap({name.removeprefix(TOWER): t for name, t in tower.items()}, clip.stored_dtype)
-    return export_timm(clip, config, tensors, facts, target, needs_evatool=not config["model_args"])
+    return export_timm(clip, config, tensors, facts, target, needs_evatool=_needs_evatool(config))
