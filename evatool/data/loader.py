@@ -166,6 +166,7 @@ class StepDataset(Dataset[_Made]):
         self.global_batch_size = global_batch_size
         self.tokens = None if tokenizer is None else CaptionMemory(tokenizer)
         self.caption, self.masks = caption, masks
+        self.order = order.SourceOrder(seed, np.array([len(index)]), window=1)
         self._kept: dict[int, Record] | None = {} if keep_decoded else None
         self._bad: dict[int, BadSample] = {}
 
@@ -189,7 +190,7 @@ class StepDataset(Dataset[_Made]):
     def _readable(self, epoch: int, place: int) -> tuple[int, int, Record] | None:
         """(epoch, sample, record) of this slot; the spare of a bad sample is the same slot of the epoch after."""
         for spare_epoch in range(epoch, epoch + _MAX_SPARES):
-            sample = int(order.epoch_order(self.seed, spare_epoch, len(self.index))[place])
+            sample = int(self.order(np.array([spare_epoch * len(self.index) + place]))[0])
             record = self._record(sample)
             if record is not None:
                 return spare_epoch, sample, record

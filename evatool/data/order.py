@@ -1,40 +1,211 @@
 """Which sample is where in a run, and its random numbers: pure functions of seed and position, no state.
 
-Position i of a run is slot i % n of epoch i // n. Random numbers are drawn from a counter-based generator keyed by
-(seed, epoch, sample), so that they depend neither on the process that draws them nor on what was drawn before.
+Position k of a source is slot k % n of epoch k // n. An epoch's order permutes the shards, takes them `window` at a
+time, and permutes the samples of each window. Permutations are computed point by point and never written out, so
+any position costs the same. Random numbers are drawn from a counter-based generator keyed by (seed, epoch, sample),
+so that they depend neither on the process that draws them nor on what was drawn before.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections import OrderedDict
 
 import numpy as np
 
-# Streams of random numbers of one sample: each use has its own, so that turning one off leaves the others alone.
-STREAM_CROP, STREAM_FLIP, STREAM_ROTATE, STREAM_COLOR, STREAM_GRAY, STREAM_CAPTION, STREAM_MASK = range(7)
+ORDER_VERSION = 2
+"""Changes whenever a seed would give another order; a run cannot go on in an order it did not begin with."""
 
+# Streams of random numbers of one sample: each use has its own, so that turning one off leaves the others alone.
+STREAM_CROP, STREAM_FLIP, STREAM_ROTATE, STREAM_COLOR, STREAM_GRAY, STREAM_CAPTION, STREAM_MASK, STREAM_DRAW = range(8)
+
+_MASK64 = (1 << 64) - 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _STREAM_LENGTH = 1024
+_ROUNDS = 8
+_EPOCHS_KEPT = 4
+_SHARDS, _WINDOWS, _BLOCKS = 1, 2, 3  # what a permutation is of, in its key
 
 
-@lru_cache(maxsize=6)
-def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
-    """Permutation of `num_samples` for this epoch, int64, read-only.
+def permute(places: np.ndarray, size: int, *key: int) -> np.ndarray:
+    """Images of `places` under the permutation of range(size) that `key` names; int64, in no more than O(places).
 
-    Sorted by Philox's raw output, which numpy guarantees across versions (`Generator.permutation` it does not).
+    A Feistel network over the next power of two, walked along its cycle until it lands inside (Black and Rogaway
+    2002): each output bit depends on all of the key, and no table is needed.
     """
-    bits = np.random.Philox(key=np.array([seed & _MASK64, epoch], dtype=np.uint64)).random_raw(num_samples)
-    order = np.argsort(bits, kind="stable")
-    order.flags.writeable = False
-    return order
+    bits = max(1, (size - 1).bit_length())
+    low = bits // 2
+    high_mask, low_mask, shift = np.uint64((1 << (bits - low)) - 1), np.uint64((1 << low) - 1), np.uint64(low)
+    round_keys = [_key_of(*key, number) for number in range(_ROUNDS)]
+    out = np.array(places, dtype=np.uint64)
+    if size == 1:
+        return np.zeros(out.shape, dtype=np.int64)
+    outside = np.arange(out.size)
+    while outside.size:
+        value = out[outside]
+        high, rest = value >> shift, value & low_mask
+        for number, round_key in enumerate(round_keys):
+            with np.errstate(over="ignore"):
+                if number % 2:
+                    rest ^= mix(high + round_key) & low_mask
+                else:
+                    high ^= mix(rest + round_key) & high_mask
+        value = (high << shift) | rest
+        out[outside] = value
+        outside = outside[value >= np.uint64(size)]
+    return out.astype(np.int64)
 
 
-def sample_keys(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """uint64 key of each (epoch, sample) pair under `seed`; epochs and samples int64 (B,)."""
+class SourceOrder:
+    """The order in which one source's samples come, epoch after epoch or drawn with replacement.
+
+    Args:
+        seed: of the order.
+        counts: samples of each shard.
+        window: shards shuffled together; all of them where it is at least their number.
+        streams: places of an epoch that are read side by side: slot i belongs to stream i % streams, and each stream
+            reads its own stretch of the epoch's order.
+        with_replacement: each slot draws a sample independently of the others, from the shards of its window, which
+            are drawn in proportion to their samples; every sample has the same chance at every slot.
+    """
+
+    def __init__(
+        self, seed: int, counts: np.ndarray, *, window: int, streams: int = 1, with_replacement: bool = False
+    ) -> None:
+        self.seed, self.counts, self.streams = seed, np.asarray(counts, dtype=np.int64), streams
+        self.first = np.concatenate([[0], np.cumsum(self.counts)])
+        self.num_samples = int(self.first[-1])
+        self.window = min(window, len(self.counts))
+        self.with_replacement = with_replacement
+        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """Sample numbers at positions (counted from the start of the run within this source); int64 (B,)."""
+        if self.with_replacement:
+            return self._drawn(positions, 0)
+        epochs, slots = np.divmod(positions, self.num_samples)
+        places = self._places(slots)
+        out = np.empty(len(positions), dtype=np.int64)
+        for epoch in np.unique(epochs).tolist():
+            chosen = epochs == epoch
+            out[chosen] = self._epoch(epoch).samples(places[chosen])
+        return out
+
+    def draws(self, positions: np.ndarray) -> np.ndarray:
+        """What tells two readings of one sample apart: the epoch, or the position itself with replacement."""
+        return positions if self.with_replacement else positions // self.num_samples
+
+    def spare(self, position: int, attempt: int) -> tuple[int, int]:
+        """(draw, sample) to read in place of an unreadable one; attempts count from 1.
+
+        It comes from the first window of the `attempt`-th epoch after, so that spares of remote shards do not scatter
+        over the whole set; with replacement, from the same window.
+        """
+        if self.with_replacement:
+            return position, int(self._drawn(np.array([position]), attempt)[0])
+        epoch, slot = divmod(position, self.num_samples)
+        later = self._epoch(epoch + attempt)
+        place = int(self._places(np.array([slot]))[0]) % later.first_window_size
+        return epoch + attempt, int(later.samples(np.array([place]))[0])
+
+    def shards_of_window(self, position: int, ahead: int = 0) -> list[int]:
+        """Shards of the window that this position reads from, or of the `ahead`-th window after it."""
+        if self.with_replacement:
+            window = int(self._drawn_windows(np.array([position]))[0]) + ahead * self.streams
+            return sorted(set(self._drawn_shards(window).tolist()))
+        epoch, slot = divmod(position, self.num_samples)
+        epoch_order = self._epoch(epoch)
+        window = epoch_order.window_of(int(self._places(np.array([slot]))[0])) + ahead
+        while window >= epoch_order.num_windows:
+            window, epoch = window - epoch_order.num_windows, epoch + 1
+            epoch_order = self._epoch(epoch)
+        return epoch_order.shards_of(window)
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """(shard, number within the shard) of a sample."""
+        shard = int(np.searchsorted(self.first, sample, side="right")) - 1
+        return shard, sample - int(self.first[shard])
+
+    def _places(self, slots: np.ndarray) -> np.ndarray:
+        if self.streams == 1:
+            return slots
+        stream, step = slots % self.streams, slots // self.streams
+        whole, rest = divmod(self.num_samples, self.streams)
+        return stream * whole + np.minimum(stream, rest) + step
+
+    def _epoch(self, epoch: int) -> _Epoch:
+        if epoch in self._epochs:
+            self._epochs.move_to_end(epoch)
+        else:
+            self._epochs[epoch] = _Epoch(self.seed, epoch, self.counts, self.first, self.window)
+            if len(self._epochs) > _EPOCHS_KEPT:
+                self._epochs.popitem(last=False)
+        return self._epochs[epoch]
+
+    def _drawn_windows(self, positions: np.ndarray) -> np.ndarray:
+        size = max(1, self.num_samples * self.window // len(self.counts))
+        return positions // self.streams // size * self.streams + positions % self.streams
+
+    def _drawn(self, positions: np.ndarray, attempt: int) -> np.ndarray:
+        draws = np.full(positions.shape, attempt, dtype=np.int64)
+        bits = uniforms(sample_keys(self.seed, positions, draws), STREAM_DRAW, 2)
+        if self.window == len(self.counts):
+            return np.minimum((bits[:, 0] * self.num_samples).astype(np.int64), self.num_samples - 1)
+        out = np.empty(len(positions), dtype=np.int64)
+        windows = self._drawn_windows(positions)
+        for number in np.unique(windows).tolist():
+            chosen = windows == number
+            shards = self._drawn_shards(number)[(bits[chosen, 0] * self.window).astype(np.int64)]
+            inside = (bits[chosen, 1] * self.counts[shards]).astype(np.int64)
+            out[chosen] = self.first[shards] + np.minimum(inside, self.counts[shards] - 1)
+        return out
+
+    def _drawn_shards(self, window: int) -> np.ndarray:
+        key = sample_keys(self.seed ^ _WINDOWS, np.array([window]), np.array([0]))
+        numbers = np.concatenate([uniforms(key, stream, _STREAM_LENGTH)[0] for stream in _streams_for(self.window)])
+        samples = (numbers[: self.window] * self.num_samples).astype(np.int64)
+        return np.searchsorted(self.first, samples, side="right") - 1
+
+
+class _Epoch:
+    """One epoch's order: two arrays as long as the list of shards."""
+
+    def __init__(self, seed: int, epoch: int, counts: np.ndarray, first: np.ndarray, window: int) -> None:
+        self.seed, self.epoch, self.first, self.window = seed, epoch, first, window
+        num_shards = len(counts)
+        self.shards = permute(np.arange(num_shards), num_shards, seed, epoch, _SHARDS)
+        self.starts = np.concatenate([[0], np.cumsum(counts[self.shards])])
+        self.window_starts = np.append(self.starts[:-1:window], self.starts[-1])
+        self.num_windows = len(self.window_starts) - 1
+        self.first_window_size = max(1, int(self.window_starts[1]))
+
+    def samples(self, places: np.ndarray) -> np.ndarray:
+        windows = np.searchsorted(self.window_starts, places, side="right") - 1
+        at = np.empty(len(places), dtype=np.int64)
+        for window in np.unique(windows).tolist():
+            chosen = windows == window
+            start, end = int(self.window_starts[window]), int(self.window_starts[window + 1])
+            at[chosen] = start + permute(places[chosen] - start, end - start, self.seed, self.epoch, window, _WINDOWS)
+        ranks = np.searchsorted(self.starts, at, side="right") - 1
+        return self.first[self.shards[ranks]] + at - self.starts[ranks]
+
+    def window_of(self, place: int) -> int:
+        return int(np.searchsorted(self.window_starts, place, side="right")) - 1
+
+    def shards_of(self, window: int) -> list[int]:
+        return self.shards[window * self.window : (window + 1) * self.window].tolist()
+
+
+def shuffled(size: int, *key: int) -> np.ndarray:
+    """A whole permutation of range(size), int64."""
+    return permute(np.arange(size), size, *key, _BLOCKS)
+
+
+def sample_keys(seed: int, draws: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """uint64 key of each (draw, sample) pair under `seed`; a draw is an epoch. int64 (B,)."""
     with np.errstate(over="ignore"):
-        key = _mix(np.full(epochs.shape, seed & _MASK64, dtype=np.uint64) + _GOLDEN)
-        key = _mix(key + epochs.astype(np.uint64) * _GOLDEN + np.uint64(1))
-        return _mix(key + samples.astype(np.uint64) * _GOLDEN + np.uint64(2))
+        key = mix(np.full(draws.shape, seed & _MASK64, dtype=np.uint64) + _GOLDEN)
+        key = mix(key + draws.astype(np.uint64) * _GOLDEN + np.uint64(1))
+        return mix(key + samples.astype(np.uint64) * _GOLDEN + np.uint64(2))
 
 
 def uniforms(keys: np.ndarray, stream: int, count: int) -> np.ndarray:
@@ -48,14 +219,24 @@ def random_bits(keys: np.ndarray, stream: int, count: int) -> np.ndarray:
         raise ValueError(f"{count} numbers asked of a stream of {_STREAM_LENGTH}")
     counters = np.arange(1, count + 1, dtype=np.uint64) + np.uint64(stream * _STREAM_LENGTH)
     with np.errstate(over="ignore"):
-        return _mix(keys[:, None] + counters * _GOLDEN)
+        return mix(keys[:, None] + counters * _GOLDEN)
 
 
-_MASK64 = (1 << 64) - 1
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    with np.errstate(over="ignore"):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def _key_of(*parts: int) -> np.uint64:
+    key = np.zeros(1, dtype=np.uint64)
+    for part in parts:
+        with np.errstate(over="ignore"):
+            key = mix(key + _GOLDEN) ^ np.uint64(part & _MASK64)
+    return mix(key + _GOLDEN)[0]
+
+
+def _streams_for(count: int) -> range:
+    return range(-(-count // _STREAM_LENGTH))

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from evatool.data.order import epoch_order
+from evatool.data.order import shuffled
 from evatool.data.prepare.contact_sheet import Entry, thumbnail
 from evatool.data.prepare.drawings import SETS, TEMPLATES, TRAIN_SETS, Drawings, Tile
 from evatool.data.prepare.eval_layout import write_eval_set
@@ -56,7 +56,7 @@ def pack_drawings(section: DrawingsSource, shards: ShardSection, folder: Path, p
     tiles = drawings.tiles(drawings.seen, TRAIN_SETS)
     dropped = [tile.key for tile in tiles if _pixel_digest(drawings, tile) in eval_pixels]
     tiles = [tile for tile in tiles if tile.key not in set(dropped)]
-    tiles = [tiles[i] for i in epoch_order(shards.shuffle_seed, 0, len(tiles))]
+    tiles = [tiles[i] for i in shuffled(len(tiles), shards.shuffle_seed).tolist()]
     total = len(tiles) + sum(len(plan.tiles) for plan in drawings.eval_plans)
     with progress("drawings", total) as bar:
         with ShardWriter(folder / "train", samples_per_shard=shards.samples_per_shard) as writer:
@@ -100,7 +100,7 @@ def pack_folder(section: FolderSource, shards: ShardSection, folder: Path, progr
     Raises: DataError, BadDataLimitError.
     """
     source = PictureFolder(section, shards)
-    order = epoch_order(shards.shuffle_seed, 0, len(source.pictures))
+    order = shuffled(len(source.pictures), shards.shuffle_seed).tolist()
     contact: list[Entry] = []
     with (
         progress(section.images.name, len(order)) as bar,
