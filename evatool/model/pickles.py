@@ -134,6 +134,24 @@ class ArchiveMap(TensorMap):
         return self._tensors[name].dtype
 
 
+# What zipfile, pickle and torch's own reader raise on flipped or missing bytes.
+_DAMAGE = (
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+    struct.error,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+    RuntimeError,
+    OSError,  # a seek to a nonsensical place
+)
+
+
 def open_torch_archive(path: Path) -> Mapping[str, Tensor]:
     """The state dict in a torch file. Raises CheckpointError for damage, for unknown classes (by name) and for
     files without tensors."""
@@ -143,15 +161,15 @@ def open_torch_archive(path: Path) -> Mapping[str, Tensor]:
 
 def read_archive(path: Path) -> tuple[Any, Archive | None]:
     """The object tree of a torch file, tensors as `StoredTensor` (None as reader: plain tensors, older format)."""
-    if not zipfile.is_zipfile(path):
-        return _read_legacy(path), None
     try:
-        archive = Archive(path)
-        return archive.root(), archive
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError, struct.error, IndexError) as error:
+        if zipfile.is_zipfile(path):
+            archive = Archive(path)
+            return archive.root(), archive
+    except _DAMAGE as error:
         raise CheckpointError(
             f"the archive is damaged: {error}", where=str(path), fix="copy or download the file again"
         ) from error
+    return _read_legacy(path), None
 
 
 def state_from(root: Any, reader: Archive | None, path: Path) -> Mapping[str, Tensor]:
@@ -319,7 +337,7 @@ def _read_legacy(path: Path) -> Any:
     """A file of torch before 1.6, through torch's own restricted loader."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except _DAMAGE as error:
         refused = re.search(r"(?i:unsupported) (?:global|class|GLOBAL)[^\w]*(?:GLOBAL )?([\w.]+)", str(error))
         if refused:
             raise _refusal(refused.group(1), path) from error

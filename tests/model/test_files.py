@@ -4,6 +4,7 @@ import argparse
 import collections
 import os
 import pickle
+import random
 import struct
 import sys
 
@@ -149,6 +150,30 @@ def test_truncated_archive(tmp_path):
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(CheckpointError):
         open_weights(path)
+
+
+@pytest.mark.parametrize("is_new", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("way", ["cut", "flipped"])
+def test_any_damage_is_an_error_or_harmless(way, is_new, tmp_path):
+    path = tmp_path / "f.pt"
+    torch.save(TENSORS, path, _use_new_zipfile_serialization=is_new)
+    whole = path.read_bytes()
+    draw = random.Random(0)
+    refused = 0
+    for _ in range(60):
+        data = bytearray(whole)
+        if way == "cut":
+            del data[draw.randrange(1, len(data)) :]
+        else:
+            for _ in range(5):
+                data[draw.randrange(min(len(data), 3000))] = draw.randrange(256)
+        path.write_bytes(data)
+        try:
+            for tensor in open_weights(path).values():
+                assert isinstance(tensor, torch.Tensor)
+        except CheckpointError:
+            refused += 1
+    assert refused > 10
 
 
 def test_flipped_bytes_are_noticed(tmp_path):
