@@ -17,19 +17,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from evatool.distributed.engine import Bounds, Engine, autocast, poisoned_if_not_finite
+from evatool.distributed.face import Bounds, Engine
+from evatool.distributed.held import HeldState, check_names, read_piece
 from evatool.distributed.optimizer import (
-    MOMENTS,
-    NUM_UPDATES,
     LayerwiseOptimizer,
     Piece,
-    checked_shape,
+    Pieces,
+    create_moments,
+    held_moments,
     load_moments,
-    moments_of,
+    whole_pieces,
 )
-from evatool.distributed.replicated import check_names
+from evatool.distributed.precision import LossScale, autocast, poisoned_if_not_finite
 from evatool.distributed.world import World
-from evatool.errors import CheckpointError, DependencyError
+from evatool.errors import DependencyError
 from evatool.types import Batch, LossDict, ParamGroup
 
 
@@ -40,9 +41,9 @@ class _Autocasting(nn.Module):
         super().__init__()
         self.objective, self._precision, self._device = objective, precision, device
 
-    def forward(self, batch: Batch) -> LossDict:
+    def forward(self, batch: Batch, **options: Any) -> LossDict:
         with autocast(self._precision, self._device):
-            return self.objective(batch)
+            return self.objective(batch, **options)
 
 
 class ZeroEngine(Engine):
@@ -62,9 +63,12 @@ class ZeroEngine(Engine):
     ) -> None:
         self.device = world.device
         self.module = objective.to(world.device)
-        self._groups, self._stage, self._grad_clip_norm = groups, zero_stage, grad_clip_norm
+        self._is_writer = world.is_main
+        self._stage, self._grad_clip_norm = zero_stage, grad_clip_norm
+        self._scale = LossScale(world.device) if precision == "fp16" else None
         self._named = dict(objective.named_parameters())
         self._shapes = {name: tensor.shape for name, tensor in objective.state_dict().items()}
+        self._trained = {name: self._shapes[name] for group in groups for name in group.param_names}
         self._bounds = bounds
         self._optimizer = optimizer
         with _deepspeed(world) as deepspeed:
@@ -75,22 +79,38 @@ class ZeroEngine(Engine):
                 dist_init_required=False,
             )
         self._zero: Any = zero if zero_stage > 0 else None
+        self._pieces: Pieces = whole_pieces(groups) if self._zero is None else self._flat_pieces(groups)
         if self._zero is not None:
-            self._create_moments()
+            create_moments(optimizer, self._pieces)
             if isinstance(optimizer, LayerwiseOptimizer):
-                optimizer.place(self._pieces(), is_shared=True)
+                optimizer.place(self._pieces, is_shared=True, is_one_by_one=zero_stage == 3)
 
-    def forward(self, batch: Batch) -> LossDict:
-        return self._engine(batch.to(self.device))
+    def forward(self, batch: Batch, **options: Any) -> LossDict:
+        return self._engine(batch.to(self.device), **options)
 
     def backward(self, loss: Tensor) -> None:
-        self._engine.backward(poisoned_if_not_finite(loss))
+        loss = poisoned_if_not_finite(loss)
+        if self._scale is not None and self._zero is not None:
+            self._zero.loss_scale = self._scale.value.item()  # multiplied here and divided out in its step
+        elif self._scale is not None:
+            loss = loss * self._scale.value.squeeze(0)
+        self._engine.backward(loss)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        self._engine.set_gradient_accumulation_boundary(False)
+        try:
+            yield
+        finally:
+            self._engine.set_gradient_accumulation_boundary(True)
 
     def step(self) -> Tensor:
-        norm = self._clip_whole_gradients() if self._stage == 0 else None
+        norm = self._clip_whole_gradients() if self._zero is None else None
         self._engine.step()
         if norm is None:  # infinite if ZeRO found it not finite and skipped the step, on every rank
-            norm = torch.as_tensor(self._zero._global_grad_norm, dtype=torch.float32)
+            norm = torch.as_tensor(self._zero._global_grad_norm, dtype=torch.float32, device=self.device)
+        if self._scale is not None:
+            self._scale.update(~torch.isfinite(norm))
         with torch.no_grad():
             for name, (low, high) in self._bounds.items():
                 for tensor in self._copies(self._named[name]):
@@ -101,62 +121,73 @@ class ZeroEngine(Engine):
         for group, lr in zip(self._optimizer.param_groups, lrs, strict=True):
             group["lr"] = lr
 
-    def model_state(self) -> dict[str, Tensor]:
-        if self._stage < 3:  # ZeRO has already given every rank the new weights
-            return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
-        state: dict[str, Tensor] = {}
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        # Whole layers fetch their weights themselves; what stands beside them (class token, positions, temperature)
+        # is gathered here.
+        beside = {id(p): p for m in self.module.modules() if any(m.children()) for p in m.parameters(recurse=False)}
+        with self._gathered(list(beside.values())):
+            yield
+
+    def held_model(self) -> HeldState:
+        held = HeldState()
         for name, tensor in self.module.state_dict(keep_vars=True).items():
-            with self._gathered([tensor]):  # one at a time: a rank never holds the whole model on its device
-                state[name] = tensor.detach().cpu().clone()
-        return state
+            held.declare(name, self._shapes[name], torch.float32 if name in self._trained else tensor.dtype)
+            if self._zero is not None and name in self._trained:
+                continue  # from the masters below
+            if self._is_divided(tensor):
+                start, numel = self._own_range(tensor)
+                held.add(name, start, tensor.ds_tensor.view(-1)[:numel])
+            elif self._is_writer:
+                held.add(name, 0, tensor)
+        if self._zero is not None:
+            for flat, listed in self._pieces.items():
+                for piece in listed:
+                    held.add(piece.name, piece.start, flat.view(-1).narrow(0, piece.offset, piece.numel))
+        return held
 
     def load_model_state(self, state: Mapping[str, Tensor]) -> None:
         check_names(self._shapes, state)
         with torch.no_grad():
             for name, tensor in self.module.state_dict(keep_vars=True).items():
-                value = checked_shape(name, state[name], self._shapes[name]).to(self.device)
-                with self._gathered([tensor], is_modified=True):
-                    tensor.copy_(value)
-                if self._zero is not None and tensor.requires_grad:
-                    self._set_piece(tensor, value, None)
+                shape = self._shapes[name]
+                if self._is_divided(tensor):
+                    start, numel = self._own_range(tensor)
+                    if numel > 0:
+                        tensor.ds_tensor.view(-1)[:numel].copy_(read_piece(state, name, start, numel, shape))
+                if tensor.numel() == shape.numel():  # small weights stay whole under ZeRO-3
+                    tensor.view(-1).copy_(read_piece(state, name, 0, shape.numel(), shape))
+            if self._zero is not None:
+                for flat, listed in self._pieces.items():
+                    for piece in listed:
+                        values = read_piece(state, piece.name, piece.start, piece.numel, self._shapes[piece.name])
+                        flat.view(-1).narrow(0, piece.offset, piece.numel).copy_(values)
 
-    def optimizer_state(self) -> dict[str, Tensor]:
+    def held_optimizer(self) -> HeldState:
+        stepped = {flat: listed for flat, listed in self._pieces.items() if self._optimizer.state.get(flat)}
         if self._zero is None:
-            return {name: tensor.cpu() for name, tensor in moments_of(self._optimizer, self._groups).items()}
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        tensors = {NUM_UPDATES: torch.tensor([int(self._optimizer.state[self._flat_params()[0]]["step"])])}
-        for group in self._groups:
-            for name, param in zip(group.param_names, group.params, strict=True):
-                for moment in MOMENTS:
-                    tensors[f"{moment}.{name}"] = safe_get_full_optimizer_state(param, moment).cpu()
-        return tensors
+            shapes = {piece.name: self._trained[piece.name] for listed in stepped.values() for piece in listed}
+            held = held_moments(self._optimizer, stepped, shapes, is_writer=self._is_writer)
+        else:
+            held = held_moments(self._optimizer, stepped, self._trained, is_writer=True)
+        if self._scale is None:
+            return held
+        return held.merged(HeldState.whole(self._scale.state(), is_writer=self._is_writer))
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
-        if self._zero is None:
-            load_moments(self._optimizer, self._groups, state)
-            return
-        expected = {f"{moment}.{name}" for group in self._groups for name in group.param_names for moment in MOMENTS}
-        if expected | {NUM_UPDATES} != set(state):
-            differing = sorted(expected ^ (set(state) - {NUM_UPDATES}))
-            raise CheckpointError(
-                f"{len(differing)} optimiser states are missing or unknown: {', '.join(differing[:5])}",
-                expected="the same model as the one that was saved",
-            )
-        for group in self._groups:
-            for name, param in zip(group.param_names, group.params, strict=True):
-                for moment in MOMENTS:
-                    key = f"{moment}.{name}"
-                    self._set_piece(param, checked_shape(key, state[key], self._shapes[name]).to(self.device), moment)
-        for flat in self._flat_params():
-            self._optimizer.state[flat]["step"].fill_(float(state[NUM_UPDATES]))
+        load_moments(self._optimizer, self._pieces, self._trained, state)
+        if self._scale is not None:
+            self._scale.load(state)
 
     def _clip_whole_gradients(self) -> Tensor:
         """Without ZeRO gradients are whole: clip and guard them as the replicated engine does."""
-        norm = get_total_norm([p.grad for group in self._groups for p in group.params if p.grad is not None])
+        norm = get_total_norm([tensor.grad for tensor in self._pieces if tensor.grad is not None])
         optimizer: Any = self._optimizer
+        divisor = torch.ones((), device=self.device) if self._scale is None else self._scale.value.squeeze(0)
+        norm = norm / divisor
         if self._grad_clip_norm is not None:
-            optimizer.grad_scale = torch.clamp(norm / self._grad_clip_norm, min=1.0).float()
+            divisor = divisor * torch.clamp(norm / self._grad_clip_norm, min=1.0).float()
+        optimizer.grad_scale = divisor.float()
         optimizer.found_inf = (~torch.isfinite(norm)).float()
         return norm
 
@@ -165,16 +196,15 @@ class ZeroEngine(Engine):
         zero = self._zero
         return zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
 
-    def _pieces(self) -> dict[Tensor, list[Piece]]:
+    def _flat_pieces(self, groups: Sequence[ParamGroup]) -> dict[Tensor, list[Piece]]:
         """Which numbers of which parameters this rank's flat pieces are made of."""
         flats = self._flat_params()
         pieces: dict[Tensor, list[Piece]] = {flat: [] for flat in flats}
-        for number, group in enumerate(self._groups):
+        for number, group in enumerate(groups):
             for name, param in zip(group.param_names, group.params, strict=True):
                 if self._stage == 3:
-                    index, offset, size = self._zero.grad_position[self._zero.get_param_id(param)]
-                    start = size * dist.get_rank()
-                    numel = min(size, self._shapes[name].numel() - start)  # the last ranks' may hold padding
+                    index, offset, _ = self._zero.grad_position[self._zero.get_param_id(param)]
+                    start, numel = self._own_range(param)
                     if numel > 0:
                         pieces[flats[index]].append(Piece(name, start, offset, numel))
                 elif param._hp_mapping is not None:  # type: ignore[attr-defined]
@@ -182,37 +212,15 @@ class ZeroEngine(Engine):
                     pieces[flats[number]].append(Piece(name, own.start, flat.start, own.numel))
         return pieces
 
-    def _create_moments(self) -> None:
-        """Moments from the start rather than from the first step, so that a resumed run can be put into them."""
-        for flat in self._flat_params():
-            moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
-            self._optimizer.state[flat] = {"step": torch.zeros((), dtype=torch.float32, device=flat.device), **moments}
-        if self._stage < 3:
-            self._zero._lazy_init_hp_params_optimizer_state()
+    def _is_divided(self, tensor: Any) -> bool:
+        """True for a parameter that ZeRO-3 has divided over ranks."""
+        return self._stage == 3 and hasattr(tensor, "ds_id")
 
-    def _set_piece(self, param: Tensor, value: Tensor, moment: str | None) -> None:
-        """Put this rank's piece of a whole value into the master weights, or into a moment."""
-        from deepspeed.utils import (
-            safe_set_full_fp32_param,
-            safe_set_full_optimizer_state,
-            safe_set_local_fp32_param,
-            safe_set_local_optimizer_state,
-        )
-
-        if self._stage == 3:
-            # The function for whole values fails where the size does not divide by the ranks.
-            size: int = param.ds_tensor.numel()  # type: ignore[attr-defined]
-            padded = value.new_zeros(size * dist.get_world_size())
-            padded[: value.numel()] = value.flatten()
-            piece = padded[size * dist.get_rank() :][:size]
-            if moment is None:
-                safe_set_local_fp32_param(param, piece)
-            else:
-                safe_set_local_optimizer_state(param, piece, moment)
-        elif moment is None:
-            safe_set_full_fp32_param(param, value)
-        else:
-            safe_set_full_optimizer_state(param, value, moment)
+    def _own_range(self, param: Any) -> tuple[int, int]:
+        """Start and count of this rank's numbers of a divided parameter; the last ranks' may be padding."""
+        size: int = param.ds_tensor.ds_numel
+        start = size * dist.get_rank()
+        return start, max(0, min(size, param.ds_numel - start))
 
     def _copies(self, param: Any) -> list[Tensor]:
         """Everything on this rank that holds (a piece of) a parameter's value: weights in use and masters."""
@@ -226,14 +234,14 @@ class ZeroEngine(Engine):
         return [param.data, *([] if mapping is None else [mapping.get_hp_fragment()])]
 
     @contextmanager
-    def _gathered(self, tensors: list[Tensor], is_modified: bool = False) -> Iterator[None]:
-        """Whole weights within the block; what is written on rank 0 is kept where `is_modified`."""
-        if self._stage < 3 or not hasattr(tensors[0], "ds_id"):  # a buffer is whole anyway
+    def _gathered(self, tensors: list[Tensor]) -> Iterator[None]:
+        """Whole weights within the block, to read."""
+        if self._stage < 3:
             yield
             return
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(tensors, modifier_rank=0 if is_modified else None):
+        with deepspeed.zero.GatheredParameters(tensors):
             yield
 
 

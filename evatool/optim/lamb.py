@@ -5,7 +5,7 @@ Source: LAMB (arXiv 1904.00962); DeepSpeed FusedLamb as EVA ran it (eva.md 3.7);
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from evatool.distributed.collectives import all_reduce_sum
-from evatool.distributed.optimizer import MOMENTS, LayerwiseOptimizer, Piece
+from evatool.distributed.optimizer import MOMENTS, LayerwiseOptimizer, Piece, Pieces
 from evatool.errors import RecipeError
 from evatool.types import ParamGroup
 
@@ -75,16 +75,16 @@ class Lamb(LayerwiseOptimizer):
         named = (pair for group in groups for pair in zip(group.param_names, group.params, strict=True))
         self.place({param: [Piece(name, 0, 0, param.numel())] for name, param in named}, is_shared=False)
 
-    def place(self, pieces: Mapping[Tensor, Sequence[Piece]], *, is_shared: bool) -> None:
+    def place(self, pieces: Pieces, *, is_shared: bool, is_one_by_one: bool = False) -> None:
         self._is_shared = is_shared
         self._stretches = {
             tensor: [stretch for piece in listed for stretch in self._homes[piece.name](piece)]
             for tensor, listed in pieces.items()
         }
-        if is_shared and self._is_sliced:
+        if is_one_by_one and self._is_sliced:
             self._refuse_divided_slices(pieces)
 
-    def _refuse_divided_slices(self, pieces: Mapping[Tensor, Sequence[Piece]]) -> None:
+    def _refuse_divided_slices(self, pieces: Pieces) -> None:
         """ZeRO-3 steps a group above 1e9 numbers in parts, each by itself: a slice across two has no one ratio."""
         tensor_of: dict[tuple[int, int], Tensor] = {}
         for tensor, listed in pieces.items():

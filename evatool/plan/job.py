@@ -87,11 +87,12 @@ def job_of_recipe(recipe: Recipe, name: str, num_gpus: int) -> Job:
         )
     if recipe.engine.kind == "single" and num_gpus > 1:
         raise RecipeError(
-            f'engine.kind = "single" is one process, but --gpus is {num_gpus}', fix='--set engine.kind="ddp"'
+            f'engine.kind = "single" is one process, but --gpus is {num_gpus}', fix='--set engine.kind="fsdp2"'
         )
-    engine: Literal["single", "ddp", "zero"] = "single" if num_gpus == 1 else "ddp"
-    if recipe.engine.kind == "deepspeed":
-        engine = "zero"
+    # fsdp2 divides what ZeRO-3 divides; it needs less by the second copy of float32 weights that ZeRO keeps.
+    is_fsdp2 = recipe.engine.kind == "fsdp2" or (recipe.engine.kind == "auto" and num_gpus > 1)
+    is_zero = is_fsdp2 or recipe.engine.kind == "deepspeed"
+    engine: Literal["single", "ddp", "zero"] = "zero" if is_zero else "single" if num_gpus == 1 else "ddp"
     model = resolve_preset(recipe.model.preset).with_image_size(recipe.model.image_size)
     teacher = None
     if isinstance(recipe, PretrainMimRecipe | DistillRecipe):
@@ -105,9 +106,9 @@ def job_of_recipe(recipe: Recipe, name: str, num_gpus: int) -> Job:
         samples_seen=train.samples_seen,
         global_batch_size=train.global_batch_size,
         num_gpus=num_gpus,
-        numerics="autocast" if train.precision == "bf16" else "fp32",
+        numerics="fp32" if train.precision == "fp32" else "autocast",
         engine=engine,
-        zero_stage=recipe.engine.zero_stage,
+        zero_stage=3 if is_fsdp2 else recipe.engine.zero_stage,
         kept_checkpoints=recipe.checkpoint.keep,
         notes=tuple(notes),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, Tag, model_validator
+from pydantic import Tag, model_validator
 
 from evatool.recipe.data_sections import AugmentSection as AugmentSection
 from evatool.recipe.data_sections import CaptionChoice as CaptionChoice
@@ -22,6 +22,7 @@ from evatool.recipe.data_sections import FolderSource as FolderSource
 from evatool.recipe.data_sections import RemoteSection as RemoteSection
 from evatool.recipe.data_sections import ShardSection as ShardSection
 from evatool.recipe.data_sections import TrainDataSection as TrainDataSection
+from evatool.recipe.engine_sections import EngineSection as EngineSection
 from evatool.recipe.eval_sections import EvalRecipe as EvalRecipe
 from evatool.recipe.eval_sections import EvalSection as EvalSection
 from evatool.recipe.eval_sections import FewShotSection as FewShotSection
@@ -64,8 +65,8 @@ class TrainSection(Section):
     """Samples of one optimiser step over all ranks."""
     seed: int = 0
     """Seed of initialisation, order, augmentation and masks."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the forward pass; weights and optimiser stay float32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward pass; weights and optimiser stay float32. `fp16` scales the loss dynamically."""
     log_every: Positive = 10
     """Steps between two log lines."""
 
@@ -91,27 +92,6 @@ class CheckpointSection(Section):
     """Steps between two saves; only the end when absent."""
     keep: Positive = 2
     """Newest checkpoints kept."""
-
-
-class EngineSection(Section):
-    """How the training step is carried out."""
-
-    kind: Literal["auto", "single", "ddp", "deepspeed"] = "auto"
-    """`auto`: `single` in one process, `ddp` in several. `deepspeed`: ZeRO."""
-    processes: Positive | None = None
-    """Processes to start on this machine; one a GPU, or one without GPUs, when absent. Ignored under torchrun."""
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
-    """What DeepSpeed divides over ranks: 0 nothing, 1 moments, 2 gradients too, 3 weights too."""
-
-    @model_validator(mode="after")
-    def _settings_reach_the_engine(self) -> EngineSection:
-        if self.zero_stage > 0 and self.kind != "deepspeed":
-            raise ValueError(
-                f'zero_stage = {self.zero_stage} has no effect with kind = "{self.kind}": set kind = "deepspeed"'
-            )
-        if self.kind == "single" and (self.processes or 1) > 1:
-            raise ValueError(f'kind = "single" is one process, but processes = {self.processes}: use kind = "ddp"')
-        return self
 
 
 class TrainingRecipe(Section):

@@ -22,7 +22,7 @@ def run_on_ranks() -> Callable[..., list[Any]]:
     run a backward pass.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "evatool.distributed.replicated", "evatool.optim.param_groups"])
+    context.set_forkserver_preload(["torch._dynamo", "evatool.distributed.engine", "evatool.optim.param_groups"])
 
     def run(fn: Callable[..., Any], world_size: int, *args: Any, timeout_sec: float = 120.0) -> list[Any]:
         # The ranks are clients of a store held here, so no port can be taken by someone else in between.

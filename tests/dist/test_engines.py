@@ -24,7 +24,7 @@ from evatool.train.state import describe_groups, resume_from
 
 pytestmark = pytest.mark.dist
 
-CELLS = [("ddp", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
+CELLS = [("ddp", 0), ("fsdp2", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
 NUM_STEPS = 6
 BAD_STEP = 3  # one rank's pictures make its loss NaN here
 Outcome = tuple[list[float], list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]

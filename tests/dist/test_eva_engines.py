@@ -21,8 +21,8 @@ from evatool.types import Batch
 pytestmark = pytest.mark.dist
 
 B, NUM_STEPS = 8, 4
-COVERING = {"fp32": [("ddp", 0), ("deepspeed", 2)], "bf16": [("ddp", 0), ("deepspeed", 3)]}
-ALL = [("ddp", 0), *(("deepspeed", stage) for stage in range(4))]
+COVERING = {"fp32": [("ddp", 0), ("fsdp2", 0), ("deepspeed", 2)], "bf16": [("ddp", 0), ("fsdp2", 0), ("deepspeed", 3)]}
+ALL = [("ddp", 0), ("fsdp2", 0), *(("deepspeed", stage) for stage in range(4))]
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 """Measured worst case 3e-7 and 5e-3, the latter under ZeRO-3, whose linear layers round bf16 elsewhere."""
 

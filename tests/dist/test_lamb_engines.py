@@ -7,7 +7,7 @@ from lamb_reference import reference, step_all, worst
 
 pytestmark = pytest.mark.dist
 
-CELLS = [("ddp", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
+CELLS = [("ddp", 0), ("fsdp2", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
 SLICED = {"granularity": "flat-shard", "virtual_world_size": 3}
 
 

@@ -82,10 +82,11 @@ def test_a_parameter_without_gradient_is_left_alone():
     ("kind", "world_size", "expected"),
     [
         ("auto", 1, "single"),
-        ("auto", 2, "ddp"),
+        ("auto", 2, "fsdp2"),
         ("single", 1, "single"),
         ("ddp", 2, "ddp"),
         ("ddp", 1, "ddp"),
+        ("fsdp2", 1, "fsdp2"),
         ("deepspeed", 4, "deepspeed"),
     ],
 )
@@ -96,7 +97,7 @@ def test_choice_of_engine(kind, world_size, expected):
 def test_single_in_several_processes():
     with pytest.raises(RecipeError, match='"single" runs in one process, but this job has 2') as error:
         engine_kind(EngineSection(kind="single"), 2)
-    assert "ddp" in (error.value.fix or "")
+    assert "fsdp2" in (error.value.fix or "")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_single_in_several_processes():
     [
         ({"kind": "ddp", "zero_stage": 1}, 'has no effect with kind = "ddp": set kind = "deepspeed"'),
         ({"zero_stage": 2}, 'has no effect with kind = "auto"'),
-        ({"kind": "single", "processes": 2}, 'processes = 2: use kind = "ddp"'),
+        ({"kind": "single", "processes": 2}, 'processes = 2: use kind = "fsdp2"'),
         ({"kind": "deepspeed", "zero_stage": 4}, "less than or equal to 3"),
     ],
     ids=["zero without deepspeed", "zero with auto", "single in two", "no such stage"],
