@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from torch import Tensor
@@ -22,23 +23,42 @@ class Batch:
 
     image: Tensor  # (B, 3, S, S) uint8 RGB; normalised on the device
     keys: list[str]  # sample keys, for error messages
-    tokens: Tensor | None = None  # (B, L) int64, zero-padded after the end-of-text token
+    tokens: Tensor | None = None  # (B, L) int64, zero-padded after the end-of-text token, which is the largest id
     caption_id: Tensor | None = None  # (B,) int64; equal ids if and only if the captions are equal
     mask: Tensor | None = None  # (B, N) bool, True where the student does not see the patch
     teacher_image: Tensor | None = None  # (B, 3, T, T) uint8, the same crop at the teacher's size
     position: int = 0  # global samples consumed once this batch is used; the loader's whole state
+    text_lengths: Tensor | None = None  # (B,) int64, always on the CPU: tokens up to the end-of-text token
+
+    def __post_init__(self) -> None:
+        # Found out while the tokens are on the CPU: reading them from a GPU would make the CPU wait for it.
+        if self.tokens is not None and self.text_lengths is None:
+            self.text_lengths = self.tokens.argmax(dim=-1).cpu() + 1
 
     def to(self, device: Any) -> Batch:
         """The same batch with its tensors on `device`."""
         move = lambda t: None if t is None else t.to(device, non_blocking=True)  # noqa: E731
-        return Batch(
+        return replace(
+            self,
             image=self.image.to(device, non_blocking=True),
-            keys=self.keys,
             tokens=move(self.tokens),
             caption_id=move(self.caption_id),
             mask=move(self.mask),
             teacher_image=move(self.teacher_image),
-            position=self.position,
+        )
+
+    def rows(self, rows: slice) -> Batch:
+        """Some of the samples; the position stays the whole batch's."""
+        cut = lambda t: None if t is None else t[rows]  # noqa: E731
+        return replace(
+            self,
+            image=self.image[rows],
+            keys=self.keys[rows],
+            tokens=cut(self.tokens),
+            caption_id=cut(self.caption_id),
+            mask=cut(self.mask),
+            teacher_image=cut(self.teacher_image),
+            text_lengths=cut(self.text_lengths),
         )
 
 

@@ -12,10 +12,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from evatool.objective.cached import FeatureObjective, Features
 from evatool.objective.infonce import infonce_loss
 from evatool.objective.sigmoid import sigmoid_loss
+from evatool.objective.text import encode_text
 from evatool.pixels import normalize_images
 from evatool.recipe.schema import FixedTemperature, InfoNceObjective, SigmoidObjective
 from evatool.types import Batch, LossDict
@@ -24,7 +25,7 @@ PARAMETER_BOUNDS = {"model.logit_scale": (0.0, math.log(100))}
 """The logarithm of the temperature after every optimiser step (eva.md 3.8); the engine holds it there."""
 
 
-class ClipObjective(nn.Module):
+class ClipObjective(FeatureObjective):
     """Two towers and the contrastive loss between their features.
 
     Args:
@@ -47,22 +48,28 @@ class ClipObjective(nn.Module):
                 set_logit_scale(model, 1 / value).requires_grad_(False)
                 self.parameter_bounds = {}
 
-    def forward(self, batch: Batch) -> LossDict:
+    def encode(self, batch: Batch) -> Features:
+        image_features, text_features = encode_pair(self.model, batch)
+        features = {"image": image_features, "text": text_features, "scale": logit_scale(self.model)}
+        if isinstance(self.section, SigmoidObjective):
+            features["bias"] = self.logit_bias.squeeze()
+        return features
+
+    def losses(self, features: Features, batch: Batch) -> LossDict:
         """Losses of this rank's samples against the global batch; all ranks must call it together.
 
         Returns: `loss` with gradient; for the log `i2t_top1`, `t2i_top1` (accuracy within the batch), `logit_scale`
             (exponentiated) and, of a sigmoid loss, `logit_bias`. Batches must be of equal size on all ranks.
         """
-        image_features, text_features = encode_pair(self.model, batch)
-        scale = logit_scale(self.model)
+        image, text, scale = features["image"], features["text"], features["scale"]
         caption_id = positive_ids(batch, self.section.positives)
         match self.section:
             case InfoNceObjective():
-                loss, logs = infonce_loss(image_features, text_features, scale, caption_id)
+                loss, logs = infonce_loss(image, text, scale, caption_id)
             case SigmoidObjective():
-                bias = self.logit_bias.squeeze()
-                loss, logs = sigmoid_loss(image_features, text_features, scale, bias, caption_id)
-                logs["logit_bias"] = bias.detach().clone()  # read after the step, which changes it in place
+                loss, logs = sigmoid_loss(image, text, scale, features["bias"], caption_id)
+                # A copy: it is read after the step, which changes the parameter in place.
+                logs["logit_bias"] = features["bias"].detach().clone()
         return {"loss": loss, **logs, "logit_scale": scale.detach()}
 
 
@@ -78,43 +85,11 @@ def positive_ids(batch: Batch, kind: str) -> Tensor | None:
 
 
 def encode_pair(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Unit-length image and text features (B, E) of one batch, float32 or wider; the text is trimmed (exactly)."""
+    """Unit-length image and text features (B, E) of one batch, float32 or wider; no work goes into padding."""
     assert batch.tokens is not None, "a contrastive objective needs tokens in its batches"
     image_features = model.encode_image(normalize_images(batch.image, dtype=_input_dtype(model)))  # type: ignore[operator]
-    text_features = encode_text(model, batch.tokens)
+    text_features = encode_text(model, batch.tokens, batch.text_lengths)
     return unit(image_features), unit(text_features)
-
-
-def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Text features (B, E), not normalised, without work on padding.
-
-    A causal tower that pools at the end-of-text token never looks at what stands behind it, so dropping the columns
-    after the longest caption changes nothing. Other towers get all columns.
-
-    Args:
-        tokens: (B, L) int64, zero-padded after the end-of-text token, which is the largest id.
-    """
-    tower = model.text
-    if not is_trimmable(tower):
-        return model.encode_text(tokens)  # type: ignore[operator]
-    tokens = trim_tokens(tokens)
-    length = tokens.shape[1]
-    # open_clip slices the position table to the text but not the causal mask, so the mask is handed in sliced.
-    return functional_call(tower, {"attn_mask": tower.attn_mask[:length, :length]}, (tokens,))  # type: ignore[union-attr,index,arg-type]
-
-
-def is_trimmable(tower: nn.Module | Tensor) -> bool:
-    """Whether a text tower is causal and pools at the largest id, as open_clip's `TextTransformer` does by default."""
-    return (
-        getattr(tower, "attn_mask", None) is not None
-        and getattr(tower, "pool_type", None) == "argmax"
-        and getattr(tower, "cls_emb", None) is None
-    )
-
-
-def trim_tokens(tokens: Tensor) -> Tensor:
-    """The columns of (B, L) tokens up to the last end-of-text token of the batch (the largest id of each row)."""
-    return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1]
 
 
 def unit(features: Tensor) -> Tensor:

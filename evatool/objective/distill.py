@@ -16,16 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evatool.distributed.collectives import all_gather_with_grad
-from evatool.objective.contrastive import (
-    PARAMETER_BOUNDS,
-    encode_pair,
-    encode_text,
-    logit_scale,
-    positive_ids,
-    trim_tokens,
-    unit,
-)
+from evatool.objective.cached import FeatureObjective, Features
+from evatool.objective.contrastive import PARAMETER_BOUNDS, encode_pair, logit_scale, positive_ids, unit
 from evatool.objective.infonce import infonce_loss
+from evatool.objective.text import encode_text, fit_tokens
 from evatool.objective.tiles import exact
 from evatool.recipe import schema
 from evatool.types import Batch, LossDict
@@ -54,7 +48,7 @@ class ClipTeacher(Protocol):
         ...
 
 
-class DistillObjective(nn.Module):
+class DistillObjective(FeatureObjective):
     """A student CLIP that learns from pairs and from a teacher.
 
     Args:
@@ -94,21 +88,32 @@ class DistillObjective(nn.Module):
         """The frozen teacher."""
         return self._teacher[0]
 
-    def forward(self, batch: Batch) -> LossDict:
+    def encode(self, batch: Batch) -> Features:
+        image, text = encode_pair(self.model, self.student_view(batch))
+        features = {"image": image, "text": text, "scale": logit_scale(self.model)}
+        if self.section.feature_weight > 0:
+            features["projected_image"], features["projected_text"] = self.project(image, text)
+        return features
+
+    def targets(self, batch: Batch) -> Features:
+        image, text = teacher_features(self.teacher, batch)
+        return {"teacher_image": image, "teacher_text": text}
+
+    def losses(self, features: Features, batch: Batch) -> LossDict:
         """Losses of this rank's samples against the global batch; all ranks must call it together.
 
         Returns: `loss` (the weighted sum, with gradient); unweighted, for the log: `contrastive_loss`, `feature_loss`
             and `logit_loss` (those whose weight is not 0), `i2t_top1`, `t2i_top1`, `logit_scale` (exponentiated).
         """
-        section = self.section
-        student = encode_pair(self.model, self.student_view(batch))
-        scale = logit_scale(self.model)
+        section, scale = self.section, features["scale"]
+        student = features["image"], features["text"]
+        teacher = features["teacher_image"], features["teacher_text"]
         # Also at weight 0: every parameter then takes part in each step, which the multi-rank engines ask for.
         contrastive_loss, accuracies = infonce_loss(*student, scale, positive_ids(batch, section.positives))
         parts = {"contrastive_loss": contrastive_loss}
-        teacher = teacher_features(self.teacher, batch)
         if section.feature_weight > 0:
-            parts["feature_loss"] = feature_loss(self.project(*student), teacher)
+            projected = features["projected_image"], features["projected_text"]
+            parts["feature_loss"] = feature_loss(projected, teacher)
         if section.logit_weight > 0:
             parts["logit_loss"] = logit_loss(pair_logits(*student, scale), teacher_logits(self.teacher, teacher))
         weights = {
@@ -123,7 +128,9 @@ class DistillObjective(nn.Module):
     def student_view(self, batch: Batch) -> Batch:
         """The batch at the student's context length: captions are tokenized once, for the longer of both contexts."""
         assert batch.tokens is not None, "distillation needs tokens in its batches"
-        return replace(batch, tokens=fit_tokens(batch.tokens, self.context_length))
+        assert batch.text_lengths is not None
+        lengths = batch.text_lengths.clamp(max=self.context_length)
+        return replace(batch, tokens=fit_tokens(batch.tokens, self.context_length), text_lengths=lengths)
 
     def project(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
         """The student's features at the teacher's width, unit length."""
@@ -137,30 +144,17 @@ class DistillObjective(nn.Module):
 def teacher_features(teacher: ClipTeacher, batch: Batch) -> tuple[Tensor, Tensor]:
     """The teacher's unit-length image and text features (B, T) of the same samples, without gradient."""
     assert batch.tokens is not None, "distillation needs tokens in its batches"
+    assert batch.text_lengths is not None
     image = batch.image if batch.teacher_image is None else batch.teacher_image
     tokens = fit_tokens(batch.tokens, teacher.context_length)
-    return unit(teacher.encode_image(image)), unit(encode_text(teacher.model, tokens))
+    lengths = batch.text_lengths.clamp(max=teacher.context_length)
+    return unit(teacher.encode_image(image)), unit(encode_text(teacher.model, tokens, lengths))
 
 
 @torch.no_grad()
 def teacher_logits(teacher: ClipTeacher, features: tuple[Tensor, Tensor]) -> Logits:
     """The teacher's similarities of this rank's samples against the global batch, at the teacher's own temperature."""
     return pair_logits(*features, teacher.logit_scale)
-
-
-def fit_tokens(tokens: Tensor, context_length: int) -> Tensor:
-    """Tokens (B, L) at another context length, as the tokenizer would have made them.
-
-    Padding is added or dropped; a caption that is too long is cut and ends with its end-of-text token (the largest id).
-    """
-    tokens = trim_tokens(tokens)
-    missing = context_length - tokens.shape[1]
-    if missing >= 0:
-        return F.pad(tokens, (0, missing))
-    end, cut = tokens.amax(dim=-1), tokens[:, :context_length].clone()
-    is_cut = tokens.argmax(dim=-1) >= context_length
-    cut[:, -1] = torch.where(is_cut, end, cut[:, -1])
-    return cut
 
 
 # --------------------------------------------------------------------------------------------------------- losses

@@ -7,6 +7,7 @@ Source: EVA (arXiv 2211.07636), EVA-02 (arXiv 2303.11331); EVA-02/asuka/engine_f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -53,6 +54,11 @@ class MimObjective(nn.Module):
         """
         prediction, target, mask = self.predict(batch)
         return {"loss": masked_feature_loss(prediction, target[mask]), "mask_ratio": mask.float().mean()}
+
+    def shares(self, batches: Sequence[Batch]) -> list[float]:
+        """What each part of a batch counts in its loss: its share of the masked patches."""
+        counts = [int(batch.mask.sum()) for batch in batches if batch.mask is not None]
+        return [count / sum(counts) for count in counts]
 
     def predict(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The student's predictions (M, T), the teacher's features (B, N, T) without gradient, and the mask (B, N)."""

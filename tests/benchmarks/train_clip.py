@@ -1,0 +1,398 @@
+"""Samples a second of `evatool train-clip` against `open_clip_train`: same model, batch, data and first weights.
+
+`python tests/benchmarks/train_clip.py` makes data and the baseline's environment (kept in --folder), checks that both
+trainers compute the same losses, finds the baseline's best settings and then runs the two by turns. On a GPU:
+`--preset EVA02-CLIP-L-14 --synthetic --batch 256`. `--accumulate K` compares accumulation with cached negatives instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib import metadata
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+TINY = "EVA02-CLIP-bench"
+WARM_UP, LOG_EVERY = 20, 5
+OPTIM = {"lr": 5e-4, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "clip": 1.0}
+BASELINE = ["open_clip_torch[training]==3.3.0", "webdataset<=0.2.86", "numpy<2.4"]
+
+
+@dataclass
+class Bench:
+    """What both trainers are given."""
+
+    folder: Path
+    preset: str
+    batch: int
+    steps: int
+    synthetic: bool
+    device: str
+    accumulate: int = 1
+    settings: list[str] = field(default_factory=list)  # further --set of ours
+
+    @property
+    def micro_batch(self) -> int:
+        return self.batch // self.accumulate
+
+
+@dataclass
+class Run:
+    """What one run of a trainer came to."""
+
+    samples_per_sec: float
+    losses: list[tuple[int, float]]
+    peak_bytes: int
+    command: str
+
+
+def use_tiny_preset() -> None:
+    """A tiny EVA-02 CLIP: width 192, 4 blocks, 49 patches; a text tower of the same size and 77 tokens."""
+    from evatool.model import presets
+
+    toy = presets.PRESETS["EVA02-CLIP-toy"]
+    vision = toy.vision | {"image_size": 112, "patch_size": 16, "layers": 4, "width": 192, "head_width": 64}
+    text = {**(toy.text or {}), "context_length": 77, "width": 192, "heads": 3, "layers": 4}
+    presets._BY_SPELLING[presets._plain(TINY)] = TINY
+    presets.PRESETS[TINY] = type(toy)(**{**vars(toy), "name": TINY, "vision": vision, "text": text, "embed_dim": 192})
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+def make_pictures(folder: Path, count: int, side: int, suffix: str) -> Path:
+    """Photo-like noise (smooth plus fine) and captions of 15 tokens on average; returns the prepared run folder."""
+    import numpy as np
+    from PIL import Image
+
+    from evatool.data.tokenizer import build_tokenizer
+    from evatool.recipe.load import resolve_table
+    from evatool.stages import run_stage
+    from evatool.stages.run_dir import RunOptions
+
+    made = folder / f"data-{count}-{side}-{suffix}"
+    if (made / "manifest.json").exists():
+        return made
+    rng = np.random.default_rng(0)
+    pictures = folder / f"pictures-{count}-{side}-{suffix}"
+    pictures.mkdir(parents=True, exist_ok=True)
+    words = "a cat dog red blue car tree house on the in with near small large old man woman two three sky sea".split()
+    rows = ["image\tcaption"]
+    for number in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((side, side), Image.BICUBIC)
+        pixels = np.asarray(coarse, dtype=np.int16) + rng.integers(-12, 13, (side, side, 3))
+        name = f"{number:06d}.{suffix}"
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(pictures / name, quality=85)
+        # Lengths as of web captions: most short, a tail to the full context (performance.md: mean 15.4 of 77).
+        length = int(np.clip(rng.lognormal(np.log(7.8), 0.7), 2, 70))
+        rows.append(f"{name}\t{' '.join(rng.choice(words, length))} {number}")
+    (folder / "captions.tsv").write_text("\n".join(rows))
+    source = {"kind": "folder", "images": str(pictures), "captions": str(folder / "captions.tsv")}
+    table = {"data": source, "shards": {"samples_per_shard": max(64, count // 16)}}
+    run_stage(resolve_table(table, "data-prepare"), RunOptions(name="bench", run_dir=made))
+    tokens = build_tokenizer(77)([row.partition("\t")[2] for row in rows[1:2001]])
+    lengths = tokens.argmax(-1).float() + 1
+    print(f"{count} samples, {side} px {suffix}; tokens a caption: mean {lengths.mean():.1f}, max {lengths.max():.0f}")
+    return made
+
+
+def first_weights(bench: Bench) -> tuple[Path, Path]:
+    """The weights both start from (as a whole-model file), and what open_clip needs to know of the model."""
+    import torch
+    from safetensors.torch import save_file
+
+    from evatool.model.clip import build_clip, open_clip_model_config
+    from evatool.model.presets import resolve_preset
+    from evatool.model.vision import STOCK_NAMES, eva_arguments, timm_name
+
+    use_tiny_preset()
+    config = resolve_preset(bench.preset)
+    weights, spec = bench.folder / f"{bench.preset}.safetensors", bench.folder / f"{bench.preset}.json"
+    torch.manual_seed(0)
+    state = build_clip(config).state_dict()
+    state["logit_scale"] = state["logit_scale"].squeeze()
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights)
+    eva = None if timm_name(config) in STOCK_NAMES else eva_arguments(config)
+    spec.write_text(json.dumps({"name": bench.preset, "config": open_clip_model_config(config), "eva": eva}))
+    return weights, spec
+
+
+# -------------------------------------------------------------------------------------------------------- open_clip
+
+
+def make_environment(folder: Path) -> Path:
+    """The baseline's own environment, with this environment's torch and timm; returns its Python."""
+    python = folder / "open_clip_env" / "bin" / "python"
+    if not python.exists():
+        same = [f"{name}=={metadata.version(name).partition('+')[0]}" for name in ("torch", "torchvision", "timm")]
+        subprocess.run([sys.executable, "-m", "venv", python.parent.parent], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *same, *BASELINE], check=True)
+    return python
+
+
+def baseline(
+    bench: Bench, data: Path, *, precision: str, workers: int, compiled: bool, gate_steps: int | None = None
+) -> Run:
+    """One run of open_clip's trainer."""
+    weights, spec = first_weights(bench)
+    steps = gate_steps or bench.steps
+    name = f"{precision}-{workers}-{compiled}-{time.time_ns()}"
+    arguments = f"""
+        --model {bench.preset} --pretrained {weights} --name {name} --logs {bench.folder / "logs"} --report-to=
+        --batch-size {bench.micro_batch} --lr {OPTIM["lr"]} --beta1 {OPTIM["beta1"]} --beta2 {OPTIM["beta2"]}
+        --eps {OPTIM["eps"]} --wd 0 --warmup 10 --grad-clip-norm {OPTIM["clip"]} --precision {precision}
+        --workers {workers} --device {bench.device} --save-frequency 0 --seed 0
+    """.split()
+    if gate_steps:
+        arguments += ["--epochs", str(steps), "--train-num-samples", str(bench.batch), "--log-every-n-steps", "1"]
+        arguments += ["--aug-cfg", "scale=(1.0, 1.0)", "ratio=(1.0, 1.0)"]
+    else:
+        count = str(bench.batch * steps)
+        arguments += ["--epochs", "1", "--train-num-samples", count, "--log-every-n-steps", str(LOG_EVERY)]
+    if bench.synthetic and not gate_steps:
+        arguments += ["--dataset-type", "synthetic"]
+    else:
+        shards = sorted((data / "train").glob("*.tar"))
+        arguments += ["--dataset-type", "webdataset", "--train-data", "::".join(map(str, shards))]
+        arguments[-1] = f"{data / 'train'}/{{{shards[0].stem}..{shards[-1].stem}}}.tar"
+    if compiled:
+        arguments += ["--torchcompile"]
+    if bench.accumulate > 1:
+        arguments += ["--accum-freq", str(bench.accumulate), "--grad-checkpointing"]
+    python = make_environment(bench.folder)
+    command = [str(python), str(HERE / "open_clip_side.py"), str(spec), *arguments]
+    output, peak = _run(command)
+    lines = [line for line in output.splitlines() if "Train Epoch" in line]
+    if not lines:
+        raise SystemExit(f"open_clip's trainer printed no step:\n{output[-3000:]}")
+    times = [float(re.search(r"Batch \(t\): ([\d.]+)", line).group(1)) for line in lines]  # type: ignore[union-attr]
+    losses = [float(re.search(r"Loss: (\S+)", line).group(1)) for line in lines]  # type: ignore[union-attr]
+    if gate_steps:
+        return Run(0.0, list(enumerate(losses, start=1)), peak, shlex.join(command))
+    # A line tells the mean time since the line before; the first is of step 1 alone.
+    timed = times[1 + WARM_UP // LOG_EVERY :]
+    seen = [(1 + LOG_EVERY * i, loss) for i, loss in enumerate(losses)]
+    return Run(bench.batch / statistics.mean(timed), seen, peak, shlex.join(command))
+
+
+# ------------------------------------------------------------------------------------------------------------- ours
+
+
+def ours(bench: Bench, data: Path, *, precision: str, workers: int, gate_steps: int | None = None) -> Run:
+    """One run of evatool's trainer, in a process of its own."""
+    weights, _ = first_weights(bench)
+    steps = gate_steps or bench.steps
+    group = {"lr": OPTIM["lr"], "weight_decay": 0.0}
+    table: dict[str, Any] = {
+        "data": {"train": str(data / "train"), "num_workers": workers},
+        "model": {"preset": bench.preset, "init": {"kind": "clip", "path": str(weights)}},
+        "optim": {"visual": group, "text": group, "grad_clip_norm": OPTIM["clip"]},
+        "schedule": {"warmup_samples": 10 * bench.batch},
+        "train": {
+            "samples_seen": steps * bench.batch,
+            "global_batch_size": bench.batch,
+            "precision": precision,
+            "log_every": 1 if gate_steps else LOG_EVERY,
+        },
+    }
+    if gate_steps:
+        table["data"]["augment"] = {"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0]}
+    if bench.accumulate > 1:
+        table["train"]["micro_batch_size"] = bench.micro_batch
+    run_dir = bench.folder / "runs" / str(time.time_ns())
+    job = {"table": table, "run_dir": str(run_dir), "set": bench.settings}
+    job["synthetic"] = bench.synthetic and not gate_steps
+    path = bench.folder / "ours.json"
+    path.write_text(json.dumps(job))
+    command = [sys.executable, __file__, "--ours", str(path)]
+    output, peak = _run(command)
+    metrics = run_dir / "metrics.jsonl"
+    if not metrics.exists():
+        raise SystemExit(f"evatool's trainer wrote no metrics:\n{output[-3000:]}")
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    speeds = [r["throughput/samples_per_sec"] for r in records if r["step"] > WARM_UP]
+    losses = [(r["step"], r["train/loss"]) for r in records]
+    shown = f"evatool train-clip RECIPE  # {json.dumps(table)} {' '.join(bench.settings)}"
+    return Run(statistics.harmonic_mean(speeds) if speeds else 0.0, losses, peak, shown)
+
+
+def run_ours(path: Path) -> None:
+    """The child process of `ours`."""
+    from evatool.recipe.load import resolve_table
+    from evatool.stages import run_stage
+    from evatool.stages.run_dir import RunOptions
+
+    job = json.loads(path.read_text())
+    use_tiny_preset()
+    if job["synthetic"]:
+        _feed_synthetic(job["table"])
+    resolved = resolve_table(job["table"], "train-clip", overrides=job["set"])
+    run_stage(resolved, RunOptions(name="bench", run_dir=Path(job["run_dir"])))
+
+
+def _feed_synthetic(table: dict[str, Any]) -> None:
+    """The same random batch again and again in the loader's place: pictures, and captions of 15 tokens on average."""
+    import torch
+
+    from evatool.model.presets import resolve_preset
+    from evatool.stages import wiring
+    from evatool.types import Batch
+
+    config, size = resolve_preset(table["model"]["preset"]), table["train"]["global_batch_size"]
+    generator = torch.Generator().manual_seed(0)
+    lengths = (torch.randn(size, generator=generator) * 0.7 + 2.3).exp().int().clamp(2, 70) + 2
+    place = torch.arange(77)
+    tokens = torch.randint(1, 49000, (size, 77), generator=generator)
+    tokens = torch.where(place < lengths[:, None] - 1, tokens, 0)
+    tokens[torch.arange(size), lengths - 1] = 49407
+    shape = (size, 3, config.image_size, config.image_size)
+    image = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+    class Synthetic:
+        position, num_samples = 0, size
+
+        def __iter__(self) -> Any:
+            while True:
+                self.position += size
+                yield Batch(image, ["synthetic"] * size, tokens, torch.arange(size), position=self.position)
+
+    wiring.build_job_loader = lambda *_, **__: Synthetic()  # type: ignore[assignment]
+
+
+# ----------------------------------------------------------------------------------------------------------- report
+
+
+def _run(command: list[str]) -> tuple[str, int]:
+    """Output of a command, and the most memory it held."""
+    before = resource_peak()
+    env = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(["/usr/bin/env", *command], capture_output=True, text=True, env=env, check=False)
+    output = done.stdout + done.stderr
+    if done.returncode:
+        raise SystemExit(f"{shlex.join(command)} ended with {done.returncode}:\n{output[-3000:]}")
+    return output, max(resource_peak() - before, 0) or resource_peak()
+
+
+def resource_peak() -> int:
+    """Most memory of any child so far, in bytes."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+
+
+def gate(bench: Bench, steps: int) -> None:
+    """Both trainers on one batch that they see alike, step for step. Raises: SystemExit where the losses part."""
+    side = 112 if bench.preset == TINY else 224
+    data = make_pictures(bench.folder, bench.batch, side, "png")
+    from evatool.recipe.schema import TrainDataSection
+
+    decode = ["data.decode=exact"] if "decode" in TrainDataSection.model_fields else []
+    exact = Bench(**{**vars(bench), "accumulate": 1, "settings": [*bench.settings, *decode]})
+    theirs = baseline(exact, data, precision="fp32", workers=0, compiled=False, gate_steps=steps).losses
+    mine = ours(exact, data, precision="fp32", workers=0, gate_steps=steps).losses
+    apart = [abs(a - b) for (_, a), (_, b) in zip(mine, theirs, strict=True)]
+    print(f"losses of {steps} steps on the same batch, fp32: at most {max(apart):.2e} apart")
+    print("  step   evatool  open_clip")
+    for (step, a), (_, b) in list(zip(mine, theirs, strict=True))[:: max(1, steps // 10)]:
+        print(f"  {step:4d}  {a:8.5f}   {b:8.5f}")
+    if max(apart) > 0.02 * theirs[0][1]:
+        raise SystemExit("the two trainers do not compute the same thing: the speeds below would mean nothing")
+
+
+def main() -> None:
+    """Gate, search for the baseline's best settings, then the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ours", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, default=Path("runs/benchmarks/train_clip"))
+    parser.add_argument("--preset", default=TINY)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=70)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--search-steps", type=int, default=35, help="0: use --baseline as it is")
+    parser.add_argument("--gate-steps", type=int, default=60, help="0: no gate")
+    parser.add_argument("--baseline", default="fp32,1,eager", help="precision,workers,eager|compile where not searched")
+    parser.add_argument("--precision", default="best", help="of ours: fp32, bf16 or best (bf16 where the baseline is)")
+    parser.add_argument("--workers", type=int, default=1, help="of ours")
+    parser.add_argument("--synthetic", action="store_true")
+    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--set", action="append", default=[], dest="settings")
+    options = parser.parse_args()
+    if options.ours:
+        run_ours(options.ours)
+        return
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = options.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = (options.batch, options.steps, options.synthetic, device, options.accumulate, options.settings)
+    bench = Bench(folder, options.preset, *sizes)
+    describe(folder)
+    use_tiny_preset()
+    data = folder if bench.synthetic else make_pictures(folder, bench.batch * bench.steps, 192, "jpg")
+    if options.gate_steps:
+        gate(bench, options.gate_steps)
+    precision, workers, compiled = _best_baseline(bench, data, options)
+    mine = {"best": {"amp_bf16": "bf16"}.get(precision, "fp32")}.get(options.precision, options.precision)
+    theirs_runs, my_runs = [], []
+    for _ in range(options.rounds):
+        theirs_runs.append(baseline(bench, data, precision=precision, workers=workers, compiled=compiled))
+        my_runs.append(ours(bench, data, precision=mine, workers=options.workers))
+        print(f"open_clip {theirs_runs[-1].samples_per_sec:8.1f}/s   evatool {my_runs[-1].samples_per_sec:8.1f}/s")
+    summary("open_clip_train", theirs_runs)
+    summary("evatool", my_runs)
+    medians = [statistics.median(run.samples_per_sec for run in runs) for runs in (my_runs, theirs_runs)]
+    print(f"evatool / open_clip_train: {medians[0] / medians[1]:.2f}x")
+    print("  step   evatool  open_clip")
+    both = dict(theirs_runs[0].losses)
+    for step, loss in my_runs[0].losses:
+        if step - 1 in both or step in both:
+            print(f"  {step:4d}  {loss:8.4f}   {both.get(step, both.get(step - 1)):8.4f}")
+
+
+def _best_baseline(bench: Bench, data: Path, options: argparse.Namespace) -> tuple[str, int, bool]:
+    if not options.search_steps:
+        precision, workers, mode = options.baseline.split(",")
+        return precision, int(workers), mode == "compile"
+    found = {}
+    short = Bench(**{**vars(bench), "steps": options.search_steps})
+    for precision, workers, compiled in product(("fp32", "amp_bf16"), (0, 1, 2), (False, True)):
+        run = baseline(short, data, precision=precision, workers=workers, compiled=compiled)
+        found[precision, workers, compiled] = run.samples_per_sec
+        mode = "compile" if compiled else "eager"
+        print(f"open_clip_train {precision:8s} {workers} workers {mode:7s} {run.samples_per_sec:8.1f}/s", flush=True)
+    return max(found, key=found.__getitem__)
+
+
+def summary(name: str, runs: list[Run]) -> None:
+    """Median, spread and command of one trainer's runs."""
+    speeds = sorted(run.samples_per_sec for run in runs)
+    peak = max(run.peak_bytes for run in runs) / 2**20
+    print(f"{name}: median {statistics.median(speeds):.1f}/s, {speeds[0]:.1f} to {speeds[-1]:.1f}, {peak:.0f} MiB")
+    print(f"  {runs[0].command}")
+
+
+def describe(folder: Path) -> None:
+    """Machine and versions of both environments."""
+    python = make_environment(folder)
+    names = ("torch", "timm", "open_clip_torch", "webdataset", "numpy", "pillow")
+    code = f"from importlib.metadata import version as v; print(*(f'{{n}} {{v(n)}}' for n in {names}), sep=', ')"
+    print(f"machine: {platform.machine()}, {os.cpu_count()} cores")
+    print("baseline:", subprocess.check_output([python, "-c", code], text=True).strip())
+    print("evatool:", ", ".join(f"{name} {metadata.version(name)}" for name in names))
+
+
+if __name__ == "__main__":
+    main()
