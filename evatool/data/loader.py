@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from evatool.data import order
+from evatool.data.decode import Mode, decode_picture, fast_jpeg_decoder
 from evatool.data.masking import BlockMaskGenerator, MaskSpec
-from evatool.data.pictures import BadPicture, decode_rgb
+from evatool.data.pictures import BadPicture
 from evatool.data.shards import PICTURE_MEMBERS, ShardIndex
 from evatool.data.tokenizer import CaptionMemory, Tokenizer, build_tokenizer
 from evatool.data.transforms import TrainTransform
@@ -69,6 +70,10 @@ class _Made:
     batch: Batch | None
     bad: list[BadSample] = field(default_factory=list)
 
+    def pin_memory(self) -> _Made:
+        """Called by the DataLoader."""
+        return _Made(None if self.batch is None else self.batch.pin_memory(), self.bad)
+
 
 class TrainLoader:
     """Batches of one rank without end, from `position` on.
@@ -103,6 +108,7 @@ class TrainLoader:
             num_workers=self.num_workers,
             worker_init_fn=_ignore_interrupts,
             generator=torch.Generator(),  # its draws must not come out of the training process's generator
+            pin_memory=torch.cuda.is_available(),  # so that `Batch.to` does not wait for the copy
         )
         for made in loader:
             self._account(made)
@@ -202,7 +208,13 @@ class StepDataset(Dataset[_Made]):
         if self._kept is not None and sample in self._kept:
             return self._kept[sample]
         try:
-            record = read_record(self.index, sample, None if self.tokens is None else self.caption)
+            record = read_record(
+                self.index,
+                sample,
+                None if self.tokens is None else self.caption,
+                self.transform.decode,
+                self.transform.min_side,
+            )
         except BadPicture as err:
             shard, key = self.index.shard_name(sample), self.index.keys[sample]
             self._bad[sample] = BadSample(sample, shard, key, err.cause, err.detail)
@@ -225,8 +237,14 @@ class StepDataset(Dataset[_Made]):
         return batch
 
 
-def read_record(index: ShardIndex, sample: int, caption: str | None) -> Record:
-    """Read and decode one sample. `caption` is the recipe's `data.caption`; None leaves captions out.
+def read_record(
+    index: ShardIndex, sample: int, caption: str | None, decode: Mode = "fast", min_side: int | None = None
+) -> Record:
+    """Read and decode one sample.
+
+    Args:
+        caption: the recipe's `data.caption`; None leaves captions out.
+        decode, min_side: as for `decode_picture`.
 
     Raises: BadPicture naming the cause: of `pictures.CAUSES`, or "unreadable", "no-picture", "bad-json", "no-caption".
     """
@@ -238,7 +256,7 @@ def read_record(index: ShardIndex, sample: int, caption: str | None) -> Record:
     if picture is None:
         raise BadPicture("no-picture", f"members: {', '.join(sorted(members))}")
     # Channels last in memory, as decoded: the resize is fastest on that.
-    pixels = torch.from_numpy(decode_rgb(picture, index.max_pixels)).permute(2, 0, 1)
+    pixels = torch.from_numpy(decode_picture(picture, index.max_pixels, decode, min_side=min_side)).permute(2, 0, 1)
     if caption is None:
         return Record(pixels, (), None)
     captions, concept = _read_captions(members, caption)
@@ -289,12 +307,14 @@ def build_train_loader(
             expected=f"a multiple of {world_size}: {', '.join(str(n) for n in (near, near + world_size) if n)}",
         )
     index = ShardIndex(section.train)
+    if section.decode != "exact":
+        fast_jpeg_decoder()  # here, so that a missing one is said once and not by every worker
     sizes = [image_size] if teacher_image_size is None else [image_size, teacher_image_size]
     if with_text and tokenizer is None:
         tokenizer = build_tokenizer(context_length)
     dataset = StepDataset(
         index,
-        TrainTransform(section.augment, sizes),
+        TrainTransform(section.augment, sizes, section.decode),
         seed=seed,
         global_batch_size=global_batch_size,
         rank=rank,

@@ -1,8 +1,9 @@
-"""Encoded pictures: judged by their header before a byte of pixels is decoded, then decoded to RGB.
+"""Encoded pictures that go into shards: judged by their header before a byte of pixels is decoded.
 
-Accepted are JPEG, PNG and WebP with one frame and 8 bits a channel in grey, palette or RGB, with or without alpha.
-Everything else is named by one of `CAUSES` rather than guessed at: a converted CMYK or 16-bit picture depends on a
-colour profile or a value range that a caption file does not give.
+What training and evaluation accept is wider: `evatool.data.decode`. Accepted here are JPEG, PNG and WebP with one frame
+and 8 bits a channel in grey, palette or RGB, with or without alpha. Everything else is named by one of `CAUSES` rather
+than guessed at: a converted CMYK or 16-bit picture depends on a colour profile or a value range that a caption file
+does not give.
 """
 
 from __future__ import annotations
@@ -75,8 +76,9 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> PictureHeader:
 
     Raises: BadPicture with the cause.
     """
-    with _opened(data, max_pixels) as image:
-        return _judge(image, data, max_pixels)
+    with opened_picture(data) as image:
+        check_size(*image.size, max_pixels)
+        return _judge(image, data)
 
 
 def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -85,12 +87,10 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Alpha is dropped as `Image.convert("RGB")` does, which is what open_clip and clip-benchmark see.
     Raises: BadPicture with the cause.
     """
-    with _opened(data, max_pixels) as image:
-        _judge(image, data, max_pixels)
-        try:
-            return np.array(image.convert("RGB"))
-        except (*_HEADER_ERRORS, MemoryError) as err:
-            raise BadPicture("truncated", _one_line(err)) from err
+    with opened_picture(data) as image:
+        check_size(*image.size, max_pixels)
+        _judge(image, data)
+        return converted_pixels(image)
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
@@ -101,7 +101,11 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 @contextmanager
-def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+def opened_picture(data: bytes) -> Iterator[Image.Image]:
+    """The picture with its header read and no pixel decoded, of whatever size and format.
+
+    Raises: BadPicture where there is no header of a picture.
+    """
     if not data:
         raise BadPicture("zero-byte")
     try:
@@ -112,6 +116,20 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
         raise BadPicture("truncated", _one_line(err)) from err
     with image:
         yield image
+
+
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Raises: BadPicture for more pixels than the limit."""
+    if width * height > max_pixels:
+        raise BadPicture("too-large", f"{width} x {height} pixels, limit {max_pixels}")
+
+
+def converted_pixels(image: Image.Image) -> np.ndarray:
+    """The first frame as uint8 (H, W, 3), as `Image.convert("RGB")` makes it. Raises: BadPicture."""
+    try:
+        return np.array(image.convert("RGB"))
+    except Exception as err:  # damaged pixel data make Pillow's decoders raise nearly anything
+        raise BadPicture("truncated", _one_line(err)) from err
 
 
 def _open_without_limit(data: bytes) -> Image.Image:
@@ -126,10 +144,7 @@ def _open_without_limit(data: bytes) -> Image.Image:
             Image.MAX_IMAGE_PIXELS = saved
 
 
-def _judge(image: Image.Image, data: bytes, max_pixels: int) -> PictureHeader:
-    width, height = image.size
-    if width * height > max_pixels:
-        raise BadPicture("too-large", f"{width} x {height} pixels, limit {max_pixels}")
+def _judge(image: Image.Image, data: bytes) -> PictureHeader:
     try:
         frames = getattr(image, "n_frames", 1)
     except _HEADER_ERRORS as err:
@@ -144,7 +159,7 @@ def _judge(image: Image.Image, data: bytes, max_pixels: int) -> PictureHeader:
         raise BadPicture("unsupported-format", f"{image.format}")
     if image.mode not in _PLAIN_MODES:
         raise BadPicture("color-mode", f"{image.format} in mode {image.mode}")
-    return PictureHeader(EXTENSIONS[image.format], width, height)
+    return PictureHeader(EXTENSIONS[image.format], *image.size)
 
 
 def _png_bit_depth(data: bytes) -> int:

@@ -1,7 +1,8 @@
 """Random transforms of training pictures, uint8 in and out, each a function of the sample's key alone.
 
 The crop is taken picture by picture; everything else is done on the whole batch at output size. With EVA-CLIP's
-transform (a crop and nothing else) the pixels equal torchvision's `resized_crop` of the same box.
+transform (a crop and nothing else) the pixels equal torchvision's `resized_crop` of the same box: of the uint8 tensor,
+or in exact mode of the Pillow picture, as EVA's release has it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evatool.data import order
+from evatool.data.decode import Mode, resize_exact, resize_fast
 from evatool.recipe.schema import AugmentSection
 
 # B batch, S output side in pixels, H and W sides of a source picture
@@ -30,10 +32,21 @@ class TrainTransform:
     Args:
         section: strengths; what is 0 there costs nothing here.
         sizes: output side of each view.
+        decode: how the pictures were decoded; in "exact" mode the crops are resized by Pillow.
     """
 
-    def __init__(self, section: AugmentSection, sizes: Sequence[int]) -> None:
-        self.section, self.sizes = section, tuple(sizes)
+    def __init__(self, section: AugmentSection, sizes: Sequence[int], decode: Mode = "fast") -> None:
+        self.section, self.sizes, self.decode = section, tuple(sizes), decode
+
+    @property
+    def min_side(self) -> int | None:
+        """Pixels that the shorter side of a picture decoded in "scaled" mode must keep; None in the other modes.
+
+        A square crop of the least area then has as many pixels as the largest view.
+        """
+        if self.decode != "scaled":
+            return None
+        return math.ceil(max(self.sizes) / math.sqrt(self.section.crop_scale[0]))
 
     def __call__(self, pictures: Sequence[Tensor], keys: np.ndarray) -> list[Tensor]:
         """Views of a batch.
@@ -45,7 +58,7 @@ class TrainTransform:
         """
         shapes = np.array([p.shape[-2:] for p in pictures])
         boxes = crop_boxes(shapes, keys, self.section.crop_scale, self.section.crop_ratio)
-        views = {size: self._finish(_crop_all(pictures, boxes, size), keys) for size in set(self.sizes)}
+        views = {size: self._finish(_crop_all(pictures, boxes, size, self.decode), keys) for size in set(self.sizes)}
         return [views[size] for size in self.sizes]
 
     def _finish(self, image: Tensor, keys: np.ndarray) -> Tensor:
@@ -119,12 +132,14 @@ def _central_box(height: np.ndarray, width: np.ndarray, ratio: tuple[float, floa
     return np.maximum(box_h, 1), np.maximum(box_w, 1)
 
 
-def _crop_all(pictures: Sequence[Tensor], boxes: np.ndarray, size: int) -> Tensor:
+def _crop_all(pictures: Sequence[Tensor], boxes: np.ndarray, size: int, decode: Mode) -> Tensor:
     out = torch.empty((len(pictures), 3, size, size), dtype=torch.uint8)
     for i, (picture, (top, left, height, width)) in enumerate(zip(pictures, boxes.tolist(), strict=True)):
-        crop = picture[None, :, top : top + height, left : left + width]
-        # The operator behind torchvision's uint8 resize: within two grey levels of Pillow's bicubic.
-        out[i] = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
+        crop = picture[:, top : top + height, left : left + width]
+        if decode == "exact":
+            out[i] = resize_exact(crop.permute(1, 2, 0).contiguous().numpy(), size, size)
+        else:
+            out[i] = resize_fast(crop, size, size)
     return out
 
 

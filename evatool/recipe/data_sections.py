@@ -204,6 +204,8 @@ class TrainDataSection(Section):
     extras: Annotated[list[ExtraMember], Field(min_length=1)] | None = None
     """Arrays stored beside the samples that come with each batch."""
     augment: AugmentSection = AugmentSection()
+    decode: Literal["fast", "exact", "scaled"] = "fast"
+    """`exact`: Pillow's bicubic, byte for byte. `fast`: 2 grey levels from it. `scaled`: large JPEGs at 1/2 or 1/4."""
     num_workers: NonNegative = 0
     """Loader processes per rank; 0 reads in the training process."""
     max_wait_sec: PositiveFloat = 900.0
