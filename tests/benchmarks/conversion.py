@@ -1,14 +1,20 @@
 """Peak memory of converting and loading a checkpoint of 4.5 GB: at most its largest tensor and 1 GB beyond the model.
 
     python tests/benchmarks/conversion.py [PRESET] [FOLDER]
+    python tests/benchmarks/conversion.py --shards EVA-CLIP-18B FOLDER
 
 A synthetic file in EVA-CLIP's names (EVA01-CLIP-g-14, float32 by default) is converted to every format that is written
 tensor by tensor, converted back, and loaded. Each step runs in a process of its own; its peak is `ru_maxrss`, which
 counts the interpreter and its libraries too. Needs three times the file's size on the disk.
+
+With `--shards`, a model larger than the memory: bfloat16 shards with an index, as the hub has them, become one file.
+The shards are zeros in sparse files, so that only the result takes room (36.7 GB for EVA-CLIP-18B).
 """
 
 from __future__ import annotations
 
+import json
+import math
 import resource
 import shutil
 import subprocess
@@ -53,6 +59,36 @@ def make(preset: str, path: Path) -> None:
             return torch.float32
 
     write_torch_archive(path, baai_state(Synthetic(), config))
+
+
+def make_shards(preset: str, folder: Path) -> None:
+    """Write safetensors shards of at most 5 GB and their index; every weight is 0 and takes no room on the disk."""
+    import torch
+
+    from evatool.model.clip import build_clip
+    from evatool.model.presets import resolve_preset
+
+    with torch.device("meta"):
+        shapes = {name: tuple(t.shape) for name, t in build_clip(resolve_preset(preset)).state_dict().items()}
+    shards: list[dict[str, dict[str, object]]] = [{}]
+    used = 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        if used + size > 5 * GB:
+            shards.append({})
+            used = 0
+        shards[-1][name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [used, used + size]}
+        used += size
+    folder.mkdir(parents=True)
+    owners = {}
+    for number, header in enumerate(shards, 1):
+        path = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        text = json.dumps(header).encode()
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(file.tell() + max(entry["data_offsets"][1] for entry in header.values()))
+        owners |= dict.fromkeys(header, path.name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": owners}))
 
 
 def sizes(path: Path) -> tuple[float, float]:
@@ -122,12 +158,22 @@ def main(preset: str, folder: Path) -> None:
         )
 
 
+def main_shards(preset: str, folder: Path) -> None:
+    measured("make-shards", preset, str(folder / "shards"))
+    total, largest = sizes(folder / "shards")
+    print(f"{preset}: {total / GB:.2f} GB in tensors, the largest {largest / GB:.2f} GB")
+    peak, seconds = measured("convert", str(folder / "shards"), str(folder / "out"), "safetensors")
+    print(f"shards -> safetensors    peak {peak / GB:6.2f} GB, {seconds:.0f} s")
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--step"]:
         step, *rest = sys.argv[2:]
         match step:
             case "make":
                 make(rest[0], Path(rest[1]))
+            case "make-shards":
+                make_shards(rest[0], Path(rest[1]))
             case "convert":
                 convert(Path(rest[0]), Path(rest[1]), rest[2])
             case "load":
@@ -135,6 +181,8 @@ if __name__ == "__main__":
             case "idle":
                 import evatool.stages.export  # noqa: F401
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    elif sys.argv[1:2] == ["--shards"]:
+        main_shards(sys.argv[2], Path(sys.argv[3]))
     else:
         preset = sys.argv[1] if len(sys.argv) > 1 else "EVA01-CLIP-g-14"
         if len(sys.argv) > 2:
