@@ -95,6 +95,12 @@ class DependencyError(EvatoolError):
     """An optional package is missing; `fix` holds its install line."""
 
 
+class TransientError(EvatoolError):
+    """Something that can work a minute later did not: run again with --resume."""
+
+    exit_code = ExitCode.TRANSIENT
+
+
 class NumericalError(EvatoolError):
     """Training met values that are not finite beyond its budget."""
 
