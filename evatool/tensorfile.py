@@ -98,12 +98,14 @@ class SafetensorsMap(TensorMap):
             )
 
     def __getitem__(self, name: str) -> Tensor:
-        entry = self._entries[name]
-        start, end = entry["data_offsets"]
-        tensor = torch.empty(entry["shape"], dtype=DTYPE_BY_NAME[entry["dtype"]])
-        if start < end:
+        return self.piece(name, 0, math.prod(self.shape(name))).reshape(self.shape(name))
+
+    def piece(self, name: str, start: int, numel: int) -> Tensor:
+        """Numbers [start, start + numel) of the flat tensor; only they are read."""
+        tensor = torch.empty(numel, dtype=self.dtype(name))
+        if numel:
             with self.path.open("rb", buffering=0) as file:
-                file.seek(self._start + start)
+                file.seek(self._start + self._entries[name]["data_offsets"][0] + start * tensor.itemsize)
                 read_into(file, tensor, self.path, name)
         return tensor
 

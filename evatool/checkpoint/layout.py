@@ -10,6 +10,9 @@
         resolved.toml          the recipe
         MANIFEST.json          size and SHA-256 of every file above; written last
 
+The files are the same whatever engine and world size wrote them; only the manifest tells the ranks apart, since each
+writes its own ranges of a tensor file and knows the SHA-256 of those alone. All ranks need one shared file system.
+
 A folder with its final name and a manifest is whole: everything is written into a temporary folder beside it, flushed
 to the disk, and renamed. Nothing is pickled.
 """
@@ -18,21 +21,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from evatool.distributed.held import HeldPiece, HeldState
+
 MODEL, EXTRA, OPTIMIZER = "model.safetensors", "extra.safetensors", "optimizer.safetensors"
 GROUPS, TRAIN_STATE, MODEL_CONFIG = "groups.json", "train_state.json", "model_config.json"
 RESOLVED, MANIFEST = "resolved.toml", "MANIFEST.json"
 ALWAYS_THERE = frozenset({MODEL, OPTIMIZER, GROUPS, TRAIN_STATE, MODEL_CONFIG, RESOLVED})
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_FORMATS = (1, 2)  # format 1 had one SHA-256 for every file
 
 MODEL_PREFIX = "model."
 """The trained model's prefix in the objective's `state_dict()`; left out in model.safetensors."""
@@ -73,70 +80,111 @@ def unfinished_in(folder: Path) -> list[Path]:
 
 
 class HashingFile:
-    """A binary file being written that knows its size and SHA-256."""
+    """A binary file being written that knows the ranges written and their SHA-256, in the order of writing."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._sha256 = hashlib.sha256()
-        self.size = 0
+        self._end = 0
+        self.ranges: list[list[int]] = []
+
+    def seek(self, offset: int) -> None:
+        """Go on writing there."""
+        self._file.seek(offset)
+        self._end = offset
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append."""
+        """Append at the current place."""
         self._file.write(data)
         self._sha256.update(data)
-        self.size += len(data)
+        start, self._end = self._end, self._end + len(data)
+        if self.ranges and self.ranges[-1][1] == start:
+            self.ranges[-1][1] = self._end
+        elif len(data):
+            self.ranges.append([start, self._end])
 
-    def entry(self) -> dict[str, Any]:
-        """The file's line in the manifest."""
-        return {"bytes": self.size, "sha256": self._sha256.hexdigest()}
+    def sha256(self) -> str:
+        """Of everything written, in hex."""
+        return self._sha256.hexdigest()
 
 
-def write_file(path: Path, write: Callable[[HashingFile], None]) -> dict[str, Any]:
-    """Write a new file and flush it to the disk; returns its manifest entry."""
-    with path.open("xb") as raw:
+def write_file(path: Path, write: Callable[[HashingFile], None], mode: str = "xb") -> HashingFile:
+    """Write a file (a new one where `mode` is "xb") and flush it to the disk; returns what was written."""
+    with path.open(mode) as raw:
         file = HashingFile(raw)
         write(file)
         raw.flush()
         os.fsync(raw.fileno())
-    return file.entry()
+    return file
+
+
+def entry_of(file: HashingFile) -> dict[str, Any]:
+    """The manifest's line of a file that was written in one go."""
+    return {"bytes": sum(end - start for start, end in file.ranges), "sha256": file.sha256()}
 
 
 def write_json(path: Path, value: Any) -> dict[str, Any]:
     """Write a JSON file and flush it to the disk; returns its manifest entry."""
     text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    return write_file(path, lambda file: file.write(text.encode()))
+    return entry_of(write_file(path, lambda file: file.write(text.encode())))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write a safetensors file, one tensor in memory at a time, and flush it; returns its manifest entry.
+class TensorLayout:
+    """Where tensors lie in a safetensors file: it follows from their names, shapes and dtypes alone.
 
     The library's own writer makes the same bytes but holds them all, does not flush, and hides the operating system's
     error (such as a full disk) in its own.
     Source: the format as described at https://github.com/huggingface/safetensors#format.
     """
-    # Largest alignment first, as the library does, so that every tensor starts at a multiple of its item size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {}
-    offset = 0
-    for name in names:
-        tensor = tensors[name]
-        num_bytes = tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + num_bytes],
-        }
-        offset += num_bytes
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
+
+    def __init__(self, held: HeldState) -> None:
+        self._item_size = {name: dtype.itemsize for name, dtype in held.dtypes.items()}
+        # Largest alignment first, as the library does, so that every tensor starts at a multiple of its item size.
+        names = sorted(held.shapes, key=lambda name: (-self._item_size[name], name))
+        header: dict[str, Any] = {}
+        end = 0
+        for name in names:
+            start, end = end, end + math.prod(held.shapes[name]) * self._item_size[name]
+            header[name] = {
+                "dtype": SAFETENSORS_DTYPES[held.dtypes[name]],
+                "shape": list(held.shapes[name]),
+                "data_offsets": [start, end],
+            }
+        head = json.dumps(header, separators=(",", ":")).encode()
+        head += b" " * (-len(head) % 8)
+        self.head = len(head).to_bytes(8, "little") + head
+        self._start = {name: len(self.head) + entry["data_offsets"][0] for name, entry in header.items()}
+        self.num_bytes = len(self.head) + end
+
+    def offset(self, piece: HeldPiece) -> int:
+        """Of a piece's first byte in the file."""
+        return self._start[piece.name] + piece.start * self._item_size[piece.name]
+
+
+def create_tensor_file(path: Path, held: HeldState) -> None:
+    """A new file of its final size, for the ranks to write their ranges into."""
+    with path.open("xb") as raw:
+        raw.truncate(TensorLayout(held).num_bytes)
+
+
+def write_ranges(path: Path, held: HeldState, *, is_first: bool) -> dict[str, Any]:
+    """Write this rank's pieces into a file that was created, one in memory at a time, and flush them.
+
+    Args:
+        is_first: this rank writes the header too.
+    Returns: the ranges in bytes and their SHA-256, for the manifest.
+    """
+    plan = TensorLayout(held)
 
     def write(file: HashingFile) -> None:
-        file.write(len(head).to_bytes(8, "little"))
-        file.write(head)
-        for name in names:
-            file.write(_little_endian_bytes(tensors[name]))
+        if is_first:
+            file.write(plan.head)
+        for piece in sorted(held.pieces, key=plan.offset):
+            file.seek(plan.offset(piece))
+            file.write(_little_endian_bytes(piece.values))
 
-    return write_file(path, write)
+    file = write_file(path, write, mode="r+b")
+    return {"ranges": file.ranges, "sha256": file.sha256()}
 
 
 def _little_endian_bytes(tensor: Tensor) -> memoryview:
@@ -154,7 +202,18 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+_CHUNK_BYTES = 1 << 20
+
+
+def sha256_of(path: Path, ranges: Sequence[Sequence[int]] | None = None) -> str:
+    """SHA-256 of a file in hex, or of some of its bytes, [start, end) by [start, end)."""
+    with path.open("rb", buffering=0) as file:
+        if ranges is None:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        for start, end in ranges:
+            file.seek(start)
+            while start < end and (chunk := file.read(min(end - start, _CHUNK_BYTES))):
+                digest.update(chunk)
+                start += len(chunk)
+        return digest.hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,19 @@ from torch import Tensor
 
 from evatool.checkpoint import layout
 from evatool.errors import CheckpointError
+from evatool.tensorfile import SafetensorsMap, TensorMap
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in memory."""
+    """A checkpoint on disk. Tensors are read when they are asked for, whole or in part."""
 
     path: Path
     step: int
-    objective_state: dict[str, Tensor]  # the objective's `state_dict()`
-    optimizer_state: dict[str, Tensor]
+    objective_state: Mapping[str, Tensor]  # the objective's `state_dict()`
+    optimizer_state: Mapping[str, Tensor]
     groups: list[dict[str, Any]]
     train_state: dict[str, Any]
     model_config: dict[str, Any]
@@ -71,10 +72,11 @@ def verify(checkpoint: Path) -> None:
             raise CheckpointError(
                 f"{name} has {size} bytes", where=str(path), expected=f"{entry['bytes']} bytes", fix=_RESTORE
             )
-        if layout.sha256_of(path) != entry["sha256"]:
-            raise CheckpointError(
-                f"{name} is damaged: its SHA-256 differs from the manifest's", where=str(path), fix=_RESTORE
-            )
+        for writer in entry.get("writers", [entry]):
+            if layout.sha256_of(path, writer.get("ranges")) != writer["sha256"]:
+                raise CheckpointError(
+                    f"{name} is damaged: its SHA-256 differs from the manifest's", where=str(path), fix=_RESTORE
+                )
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -83,11 +85,11 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     manifest = _read_json(path)
     if not isinstance(manifest, dict) or "format" not in manifest:
         raise CheckpointError(f"{layout.MANIFEST} is not a checkpoint's manifest", where=str(path), fix=_RESTORE)
-    if manifest["format"] != layout.FORMAT_VERSION:
+    if manifest["format"] not in layout.READABLE_FORMATS:
         raise CheckpointError(
             f"checkpoint format {manifest['format']!r} is not known to this version of evatool",
             where=str(path),
-            expected=f"format {layout.FORMAT_VERSION}",
+            expected=f"format {' or '.join(map(str, layout.READABLE_FORMATS))}",
             fix="use the version of evatool that wrote it",
         )
     if not _lists_files(manifest):
@@ -99,23 +101,42 @@ def _lists_files(manifest: dict[str, Any]) -> bool:
     files = manifest.get("files")
     if not isinstance(manifest.get("step"), int) or not isinstance(files, dict):
         return False
-    entries_are_fine = all(isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in files.values())
+    entries_are_fine = all(_is_entry(entry) for entry in files.values())
     # Only files of this folder, and at least those that every checkpoint has.
     return entries_are_fine and all(Path(name).name == name for name in files) and set(files) >= layout.ALWAYS_THERE
 
 
-def load_checkpoint(checkpoint: Path) -> Checkpoint:
-    """All of a checkpoint, after `verify`. Raises: CheckpointError."""
-    verify(checkpoint)
-    prefix = layout.MODEL_PREFIX
-    state = {f"{prefix}{name}": tensor for name, tensor in _read_tensors(checkpoint / layout.MODEL).items()}
+def _is_entry(entry: Any) -> bool:
+    """A size and one SHA-256, or those of writers whose ranges cover the file once."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int):
+        return False
+    if "writers" not in entry:
+        return isinstance(entry.get("sha256"), str)
+    try:
+        ranges = sorted((start, end) for writer in entry["writers"] for start, end in writer["ranges"])
+        has_hashes = all(isinstance(writer["sha256"], str) for writer in entry["writers"])
+    except (TypeError, KeyError, ValueError):
+        return False
+    ends = [0, *(end for _, end in ranges)]
+    return has_hashes and [start for start, _ in ranges] == ends[:-1] and ends[-1] == entry["bytes"]
+
+
+def load_checkpoint(checkpoint: Path, *, is_verified: bool = False) -> Checkpoint:
+    """A checkpoint, its tensors still on the disk. Raises: CheckpointError.
+
+    Args:
+        is_verified: `verify` (or `latest_checkpoint`) has just found it whole, on this rank or another.
+    """
+    if not is_verified:
+        verify(checkpoint)
+    objective = {layout.MODEL_PREFIX: _open_tensors(checkpoint / layout.MODEL)}
     if (checkpoint / layout.EXTRA).exists():
-        state |= _read_tensors(checkpoint / layout.EXTRA)
+        objective[""] = _open_tensors(checkpoint / layout.EXTRA)
     return Checkpoint(
         path=checkpoint,
         step=read_manifest(checkpoint)["step"],
-        objective_state=state,
-        optimizer_state=_read_tensors(checkpoint / layout.OPTIMIZER),
+        objective_state=_Prefixed(objective),
+        optimizer_state=_open_tensors(checkpoint / layout.OPTIMIZER),
         groups=_read_json(checkpoint / layout.GROUPS),
         train_state=_read_json(checkpoint / layout.TRAIN_STATE),
         model_config=_read_json(checkpoint / layout.MODEL_CONFIG),
@@ -128,19 +149,45 @@ def read_model(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises: CheckpointError.
     """
     verify(checkpoint)
-    return _read_tensors(checkpoint / layout.MODEL), _read_json(checkpoint / layout.MODEL_CONFIG)
+    return dict(_open_tensors(checkpoint / layout.MODEL)), _read_json(checkpoint / layout.MODEL_CONFIG)
 
 
 _RESTORE = "use an earlier checkpoint, or restore this one from a copy"
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+class _Prefixed(TensorMap):
+    """The tensors of several files as one mapping, the names of each with a prefix."""
 
+    def __init__(self, files: Mapping[str, SafetensorsMap]) -> None:
+        self._home = {f"{prefix}{name}": (file, name) for prefix, file in files.items() for name in file}
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, own = self._home[name]
+        return file[own]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._home)
+
+    def __len__(self) -> int:
+        return len(self._home)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape from the header."""
+        file, own = self._home[name]
+        return file.shape(own)
+
+    def piece(self, name: str, start: int, numel: int) -> Tensor:
+        """Numbers [start, start + numel) of the flat tensor; only they are read."""
+        file, own = self._home[name]
+        return file.piece(own, start, numel)
+
+
+def _open_tensors(path: Path) -> SafetensorsMap:
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        return SafetensorsMap(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error.what}", where=str(path), fix=_RESTORE) from error
+    except OSError as error:
         raise CheckpointError(f"{path.name} cannot be read: {error}", where=str(path), fix=_RESTORE) from error
 
 

@@ -7,13 +7,14 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from evatool.checkpoint import layout
+from evatool.distributed.collectives import gather_objects, rank, world_size
+from evatool.distributed.held import HeldState
 from evatool.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -23,80 +24,106 @@ def save_run(
     folder: Path,
     step: int,
     *,
-    objective_state: Mapping[str, Tensor],
-    optimizer_state: Mapping[str, Tensor],
+    objective_state: HeldState,
+    optimizer_state: HeldState,
     groups: Sequence[Mapping[str, Any]],
     train_state: Mapping[str, Any],
     model_config: Mapping[str, Any],
     resolved_toml: str,
     keep: int,
 ) -> Path:
-    """`save_checkpoint` with the objective's state divided into the trained model's and the rest."""
-    prefix = layout.MODEL_PREFIX
-    return save_checkpoint(
-        folder,
-        step,
-        model_state={k.removeprefix(prefix): v for k, v in objective_state.items() if k.startswith(prefix)},
-        extra_state={k: v for k, v in objective_state.items() if not k.startswith(prefix)},
-        optimizer_state=optimizer_state,
-        groups=groups,
-        train_state=train_state,
-        model_config=model_config,
-        resolved_toml=resolved_toml,
-        keep=keep,
-    )
+    """Write `folder/step_<step>` (see `layout`) and drop all but the newest `keep`; every rank must call it.
 
+    Each rank writes the numbers it holds and nothing is gathered. Everything goes into a temporary folder, is flushed
+    to the disk, and appears under its final name by one rename; the manifest is written last. Older checkpoints are
+    removed only after that, so a crash at any point leaves the last whole one in place.
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    *,
-    model_state: Mapping[str, Tensor],
-    extra_state: Mapping[str, Tensor],
-    optimizer_state: Mapping[str, Tensor],
-    groups: Sequence[Mapping[str, Any]],
-    train_state: Mapping[str, Any],
-    model_config: Mapping[str, Any],
-    resolved_toml: str,
-    keep: int,
-) -> Path:
-    """Write `folder/step_<step>` (see `layout`) and drop all but the newest `keep`; one process calls it.
-
-    Everything goes into a temporary folder, is flushed to the disk, and appears under its final name by one rename; the
-    manifest is written last. Older checkpoints are removed only after that, so a crash at any point leaves the last
-    whole one in place.
-
+    Args:
+        objective_state: the trained model's state (names with the prefix `model.`) and the rest.
+        groups, train_state, model_config, resolved_toml: what the documents hold; only rank 0's are written.
     Returns: the checkpoint's folder.
-    Raises: CheckpointError where the disk is full or cannot be written; earlier checkpoints are untouched.
+    Raises: CheckpointError, the same on every rank, where the disk is full or cannot be written on any of them;
+        earlier checkpoints are untouched.
     """
     final = layout.step_folder(folder, step)
-    part = folder / f".{final.name}.part-{uuid.uuid4().hex[:8]}"
+    tensors = _tensor_files(objective_state, optimizer_state)
+    part = folder / gather_objects(f".{final.name}.part-{uuid.uuid4().hex[:8]}")[0]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left_over in layout.unfinished_in(folder):
-            shutil.rmtree(left_over, ignore_errors=True)
-        part.mkdir()
-        files = {layout.MODEL: layout.write_tensors(part / layout.MODEL, model_state)}
-        if extra_state:
-            files[layout.EXTRA] = layout.write_tensors(part / layout.EXTRA, extra_state)
-        files[layout.OPTIMIZER] = layout.write_tensors(part / layout.OPTIMIZER, optimizer_state)
-        documents = {layout.GROUPS: groups, layout.TRAIN_STATE: train_state, layout.MODEL_CONFIG: model_config}
-        for name, value in documents.items():
-            files[name] = layout.write_json(part / name, value)
-        recipe = resolved_toml.encode()
-        files[layout.RESOLVED] = layout.write_file(part / layout.RESOLVED, lambda file: file.write(recipe))
-        layout.write_json(part / layout.MANIFEST, {"format": layout.FORMAT_VERSION, "step": step, "files": files})
-        layout.sync_folder(part)
-        _put_in_place(part, final)
-        layout.sync_folder(folder)
-    except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise _save_error(error, final) from error
+        with _same_on_all_ranks(final):
+            if rank() == 0:
+                _create(folder, part, tensors)
+        with _same_on_all_ranks(final):
+            written = {n: layout.write_ranges(part / n, held, is_first=rank() == 0) for n, held in tensors.items()}
+        writers = gather_objects(written)
+        with _same_on_all_ranks(final):
+            if rank() == 0:
+                files = {n: _entry(held, [each[n] for each in writers]) for n, held in tensors.items()}
+                documents = {layout.GROUPS: groups, layout.TRAIN_STATE: train_state, layout.MODEL_CONFIG: model_config}
+                _commit(part, final, step, files, documents, resolved_toml)
     except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
+        if rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
         raise
-    _drop_old(folder, keep=keep, newest=step)
+    if rank() == 0:
+        _drop_old(folder, keep=keep, newest=step)
     return final
+
+
+def _tensor_files(objective: HeldState, optimizer: HeldState) -> dict[str, HeldState]:
+    prefix = layout.MODEL_PREFIX
+    model = objective.renamed({name: name.removeprefix(prefix) for name in objective.shapes if name.startswith(prefix)})
+    extra = objective.renamed({name: name for name in objective.shapes if not name.startswith(prefix)})
+    files = {layout.MODEL: model, layout.EXTRA: extra, layout.OPTIMIZER: optimizer}
+    return {name: held for name, held in files.items() if held.shapes or name != layout.EXTRA}
+
+
+def _create(folder: Path, part: Path, tensors: Mapping[str, HeldState]) -> None:
+    """The temporary folder with its tensor files at their final sizes; what crashes left behind goes first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left_over in layout.unfinished_in(folder):
+        shutil.rmtree(left_over, ignore_errors=True)
+    part.mkdir()
+    for name, held in tensors.items():
+        layout.create_tensor_file(part / name, held)
+
+
+def _entry(held: HeldState, writers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest's line of a tensor file: its size, and who wrote what where."""
+    return {"bytes": layout.TensorLayout(held).num_bytes, "writers": [w for w in writers if w["ranges"]]}
+
+
+def _commit(
+    part: Path,
+    final: Path,
+    step: int,
+    files: dict[str, Any],
+    documents: Mapping[str, Any],
+    resolved_toml: str,
+) -> None:
+    """Write the documents and the manifest, flush, and give the folder its name."""
+    for name, value in documents.items():
+        files[name] = layout.write_json(part / name, value)
+    recipe = resolved_toml.encode()
+    files[layout.RESOLVED] = layout.entry_of(layout.write_file(part / layout.RESOLVED, lambda file: file.write(recipe)))
+    layout.write_json(part / layout.MANIFEST, {"format": layout.FORMAT_VERSION, "step": step, "files": files})
+    layout.sync_folder(part)
+    _put_in_place(part, final)
+    layout.sync_folder(final.parent)
+
+
+@contextmanager
+def _same_on_all_ranks(final: Path) -> Iterator[None]:
+    """An OSError within the block, on any rank, becomes one CheckpointError on every rank."""
+    error: OSError | None = None
+    try:
+        yield
+    except OSError as failure:
+        error = failure
+    failures = gather_objects(None if error is None else _save_error(error, final, rank()))
+    first = next((failure for failure in failures if failure is not None), None)
+    if first is not None:
+        what, details = first
+        raise CheckpointError(what, **details) from error
 
 
 def _put_in_place(part: Path, final: Path) -> None:
@@ -130,17 +157,17 @@ def _drop_old(folder: Path, *, keep: int, newest: int) -> None:
             log.warning("could not remove the old checkpoint %s: %s", path, error)
 
 
-def _save_error(error: OSError, final: Path) -> CheckpointError:
+def _save_error(error: OSError, final: Path, writer: int) -> tuple[str, dict[str, str]]:
+    """What a CheckpointError is made of, as plain values that travel between ranks."""
+    who = f" by rank {writer}" if world_size() > 1 else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CheckpointError(
-            f"the disk is full: {final.name} could not be saved ({error.strerror})",
-            where=str(final.parent),
-            expected="earlier checkpoints are intact",
-            fix="free some space, or lower checkpoint.keep, then run the same command with --resume",
-        )
-    return CheckpointError(
-        f"{final.name} could not be saved: {error.strerror or error}",
-        where=str(error.filename or final.parent),
-        expected="a folder that can be written; earlier checkpoints are intact",
-        fix="mend that, then run the same command with --resume",
-    )
+        return f"the disk is full: {final.name} could not be saved{who} ({error.strerror})", {
+            "where": str(final.parent),
+            "expected": "earlier checkpoints are intact",
+            "fix": "free some space, or lower checkpoint.keep, then run the same command with --resume",
+        }
+    return f"{final.name} could not be saved{who}: {error.strerror or error}", {
+        "where": str(error.filename or final.parent),
+        "expected": "a folder that can be written; earlier checkpoints are intact",
+        "fix": "mend that, then run the same command with --resume",
+    }

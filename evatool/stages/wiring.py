@@ -83,7 +83,7 @@ def open_job(recipe: AnyTraining, options: RunOptions) -> Iterator[Job]:
     try:
         check_world_size(recipe, world.world_size)
         run_dir, newest = _open_folder(recipe, options, world)
-        saved = None if newest is None else load_checkpoint(newest)
+        saved = None if newest is None else load_checkpoint(newest, is_verified=True)
         torch.manual_seed(recipe.train.seed)  # first weights; the same on every rank
         log.info(
             "%s: %d steps of %d samples on %d x %s, %s",
@@ -264,7 +264,8 @@ def start_state(job: Job, engine: Engine, groups: Sequence[ParamGroup], loader: 
     """
     log.info("data: %d samples", loader.num_samples)
     if job.saved is None:
-        return TrainState(seed=job.recipe.train.seed)
+        return TrainState(seed=job.recipe.train.seed, data_order=loader.order_name)
+    loader.check_order(str(job.saved.train_state.get("data_order", "")), str(job.saved.path))
     state = resume_from(job.saved, engine, groups)
     loader.position = state.position
     log.info("resumed from %s: step %d, %d samples seen", job.saved.path, state.step, state.samples_seen)
@@ -358,6 +359,7 @@ def training_result(
     metrics |= {key: value for key, value in record.items() if key.startswith("train/") and value is not None}
     if isinstance(job.recipe, TrainClipRecipe | DistillRecipe) and job.recipe.objective.kind != "sigmoid":
         metrics["stuck_at_start"] = int("stuck_at_start" in state.notes)
+    metrics |= {key.replace("data/", ""): int(count) for key, count in trainer.data_figures().items()}
     if state.notes:
         metrics["warning"] = "; ".join(state.notes.values())
     outputs = {

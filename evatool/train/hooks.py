@@ -13,10 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import torch
-
-from evatool.distributed.collectives import all_reduce_max, rank
-from evatool.errors import CheckpointError, EvatoolError
+from evatool.distributed.collectives import rank
 from evatool.train.state import TrainState, describe_groups
 from evatool.types import LossDict
 
@@ -144,16 +141,16 @@ class Checkpoints(Hook):
     """Saves every `every_steps` steps, when the run is stopped, and at its end.
 
     Args:
-        save: writes a checkpoint on rank 0 (`checkpoint.save.save_run` with the run's own values bound); called with
-            step, objective_state, optimizer_state, groups and train_state.
+        save: writes a checkpoint (`checkpoint.save.save_run` with the run's own values bound); called on every rank
+            with step, objective_state, optimizer_state (as held there), groups and train_state.
         every_steps: steps between two saves; only stop and end when None.
-    Raises: CheckpointError, on every rank, where rank 0 could not save.
+    Raises: CheckpointError, on every rank, where any of them could not save.
     """
 
     def __init__(self, save: Callable[..., Path], every_steps: int | None = None) -> None:
         self._save, self._every_steps = save, every_steps
         self._saved_step: int | None = None
-        self.latest: Path | None = None  # on rank 0
+        self.latest: Path | None = None
 
     def at_start(self, trainer: Trainer) -> None:
         self._saved_step = trainer.state.step if trainer.state.step else None
@@ -172,19 +169,11 @@ class Checkpoints(Hook):
         state, engine = trainer.state, trainer.engine
         if self._saved_step == state.step:
             return
-        objective_state, optimizer_state = engine.model_state(), engine.optimizer_state()  # every rank takes part
-        error: EvatoolError | None = None
-        if rank() == 0:
-            try:
-                self.latest = self._save(
-                    step=state.step,
-                    objective_state=objective_state,
-                    optimizer_state=optimizer_state,
-                    groups=describe_groups(trainer.groups),
-                    train_state=state.to_json(),
-                )
-            except EvatoolError as failure:
-                error = failure
-        if all_reduce_max(torch.tensor([error is not None], dtype=torch.int32, device=engine.device)).item():
-            raise error or CheckpointError(f"rank 0 could not save step {state.step}: see its log")
+        self.latest = self._save(
+            step=state.step,
+            objective_state=engine.held_model(),
+            optimizer_state=engine.held_optimizer(),
+            groups=describe_groups(trainer.groups),
+            train_state=state.to_json(),
+        )
         self._saved_step = state.step

@@ -189,13 +189,42 @@ def test_all_damaged(save, tmp_path):
         "not json",
         "\x00",
     ],
-    ids=["list", "empty", "parent folder", "absolute", "bare number", "later format", "no files", "text", "null byte"],
+    ids=[
+        "list",
+        "empty",
+        "parent folder",
+        "absolute",
+        "bare number",
+        "gap",
+        "no ranges",
+        "later format",
+        "no files",
+        "text",
+        "null byte",
+    ],
 )
 def test_foreign_manifests(save, manifest):
     path = save(1)
     (path / "MANIFEST.json").write_text(manifest)
     with pytest.raises(CheckpointError):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    [[[0, 40]], [[0, 50], [40, -1]], [[0, -1], [0, -1]], [[8, -1]], 7, [[0]], "ab"],
+    ids=["gap at the end", "overlap", "twice", "gap at the start", "number", "half a range", "text"],
+)
+def test_ranges_must_cover_the_file_once(save, ranges):
+    path = save(1)
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    entry = manifest["files"]["model.safetensors"]
+    if isinstance(ranges, list):
+        ranges = [[entry["bytes"] if place == -1 else place for place in each] for each in ranges]
+    entry["writers"][0]["ranges"] = ranges
+    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="does not list a checkpoint's files"):
+        verify(path)
 
 
 @pytest.mark.parametrize(

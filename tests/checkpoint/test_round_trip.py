@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from evatool.checkpoint import layout
 from evatool.checkpoint.load import latest_checkpoint, load_checkpoint, read_model, verify
+from evatool.distributed.held import HeldState
 from evatool.errors import CheckpointError
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
@@ -21,9 +22,11 @@ def test_safetensors_reads_every_dtype_and_shape(tmp_path):
     tensors = {f"t{i}": (torch.randn(3, i) * 9).to(dtype) for i, dtype in enumerate(DTYPES)}
     tensors["scalar"] = torch.tensor(3.5)
     tensors["transposed"] = torch.randn(4, 5).T
-    entry = layout.write_tensors(tmp_path / "t.safetensors", tensors)
-    assert entry == {"bytes": (tmp_path / "t.safetensors").stat().st_size, "sha256": layout.sha256_of(tmp_path / "t.safetensors")}  # fmt: skip  # noqa: E501
-    loaded = load_file(tmp_path / "t.safetensors")
+    path, held = tmp_path / "t.safetensors", HeldState.whole(tensors)
+    layout.create_tensor_file(path, held)
+    entry = layout.write_ranges(path, held, is_first=True)
+    assert entry == {"ranges": [[0, path.stat().st_size]], "sha256": layout.sha256_of(path)}
+    loaded = load_file(path)
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert loaded[name].dtype == tensor.dtype
@@ -56,6 +59,25 @@ def test_loads_what_was_saved(save):
     weights, config = read_model(checkpoint.path)
     assert set(weights) == {"weight", "scale"}
     assert config == {"task": "clip", "name": "tiny"}
+
+
+def test_a_checkpoint_of_the_first_format_is_still_read(save):
+    """It had one SHA-256 a file; the files themselves are the same."""
+    path = save(3)
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    for name, entry in manifest["files"].items():
+        manifest["files"][name] = {"bytes": entry["bytes"], "sha256": layout.sha256_of(path / name)}
+    (path / "MANIFEST.json").write_text(json.dumps(manifest | {"format": 1}))
+    assert load_checkpoint(path).step == 3
+    (path / "groups.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"groups\.json has 2 bytes"):
+        verify(path)
+
+
+def test_a_part_of_a_tensor_is_read_alone(save):
+    checkpoint = load_checkpoint(save(7))
+    weight = checkpoint.objective_state["model.weight"]
+    assert torch.equal(checkpoint.objective_state.piece("model.weight", 2, 3), weight.flatten()[2:5])
 
 
 def test_without_extra_weights_there_is_no_extra_file(save):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -159,7 +160,9 @@ def test_resume_refuses_another_model(tmp_path):
     objective = ToyObjective(has_projection=True)
     groups = toy_groups(objective)
     engine = toy_engine(objective, groups)
-    saved.objective_state["model.visual.new"] = saved.objective_state.pop("model.visual.scale")
+    renamed = dict(saved.objective_state)
+    renamed["model.visual.new"] = renamed.pop("model.visual.scale")
+    saved = replace(saved, objective_state=renamed)
     with pytest.raises(CheckpointError, match="1 weights are missing, 1 are unknown") as raised:
         resume_from(saved, engine, groups)
     assert "model.visual.new" in raised.value.where
