@@ -189,7 +189,7 @@ def test_all_damaged(save, tmp_path):
         "not json",
         "\x00",
     ],
-    ids=[
+    ids=["list", "empty", "parent folder", "absolute", "bare number", "later format", "no files", "text", "null byte"],
         "list",
         "empty",
         "parent folder",
