@@ -28,6 +28,8 @@ class Batch:
     teacher_image: Tensor | None = None  # (B, 3, T, T) uint8, the same crop at the teacher's size
     position: int = 0  # global samples consumed once this batch is used; the loader's whole state
     text_lengths: Tensor | None = None  # (B,) int64, always on the CPU: tokens up to the end-of-text token
+    extras: dict[str, Tensor] | None = None  # name -> (B, ...) float16 or float32, arrays stored beside the samples
+    valid: Tensor | None = None  # (B,) bool, always on the CPU: False for what only fills up the last batch of a pass
 
     def __post_init__(self) -> None:
         # Found out while the tokens are on the CPU: reading them from a GPU would make the CPU wait for it.
@@ -44,6 +46,7 @@ class Batch:
             caption_id=move(self.caption_id),
             mask=move(self.mask),
             teacher_image=move(self.teacher_image),
+            extras=None if self.extras is None else {name: move(t) for name, t in self.extras.items()},
         )
 
     def pin_memory(self) -> Batch:
@@ -56,6 +59,7 @@ class Batch:
             caption_id=pin(self.caption_id),
             mask=pin(self.mask),
             teacher_image=pin(self.teacher_image),
+            extras=None if self.extras is None else {name: pin(t) for name, t in self.extras.items()},
         )
 
     def rows(self, rows: slice) -> Batch:
@@ -70,6 +74,8 @@ class Batch:
             mask=cut(self.mask),
             teacher_image=cut(self.teacher_image),
             text_lengths=cut(self.text_lengths),
+            extras=None if self.extras is None else {name: cut(t) for name, t in self.extras.items()},
+            valid=cut(self.valid),
         )
 
 

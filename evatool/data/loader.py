@@ -1,33 +1,34 @@
 """Training batches from shards: a pure function of (seed, position), whatever the workers and ranks.
 
 Position p is the number of samples the whole run has consumed; it is the loader's only state. The global batch at p
-holds positions p .. p + G - 1, and rank r of W the r-th of W equal slices of it.
+holds positions p .. p + G - 1, and rank r of W every W-th of them from the r-th on.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import random
-import signal
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Sampler
 
-from evatool.data import order
+from evatool.data.bad_samples import LIMIT_FLOOR, LIMIT_FLOOR_SHARDS, BadSamples
 from evatool.data.decode import Mode, decode_picture, fast_jpeg_decoder
-from evatool.data.masking import BlockMaskGenerator, MaskSpec
-from evatool.data.pictures import BadPicture
-from evatool.data.shards import PICTURE_MEMBERS, ShardIndex
-from evatool.data.tokenizer import CaptionMemory, Tokenizer, build_tokenizer
+from evatool.data.fetch import Patience
+from evatool.data.masking import MaskSpec
+from evatool.data.mixing import Mix, MixPhase
+from evatool.data.order import ORDER_VERSION, SourceOrder, seed_of
+from evatool.data.reader import ShardReader
+from evatool.data.records import RecordReader
+from evatool.data.shard_cache import ShardCache
+from evatool.data.sources import ShardList, open_source
+from evatool.data.steps import Made, Source, StepDataset
+from evatool.data.tokenizer import Tokenizer, build_tokenizer
 from evatool.data.transforms import TrainTransform
-from evatool.errors import BadDataLimitError, RecipeError
+from evatool.data.workers import iterate_steps
+from evatool.errors import CheckpointError, RecipeError
 from evatool.recipe.schema import TrainDataSection
 from evatool.types import Batch
 
@@ -36,43 +37,8 @@ log = logging.getLogger(__name__)
 CACHE_BYTES = 512 * 2**20
 """Decoded pictures are kept in memory while the whole set, in every worker process, stays below this (as uint8)."""
 
-_MAX_SPARES = 16  # epochs searched for a spare of one bad sample
-_LIMIT_FLOOR = 1000  # samples tried before a share of bad ones means anything, where the set has so many
-
-
-@dataclass(frozen=True)
-class Record:
-    """A decoded sample: picture uint8 (3, H, W), captions to choose from, concept for equal-caption positives."""
-
-    picture: Tensor
-    captions: tuple[str, ...]
-    concept: str | None
-
-
-@dataclass(frozen=True)
-class BadSample:
-    """A sample that could not be read."""
-
-    sample: int
-    shard: str
-    key: str
-    cause: str
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{self.shard} {self.key}: {self.cause} ({self.detail})"
-
-
-@dataclass
-class _Made:
-    """What a worker hands over: a batch, or None where spares ran out, and the bad samples newly met on the way."""
-
-    batch: Batch | None
-    bad: list[BadSample] = field(default_factory=list)
-
-    def pin_memory(self) -> _Made:
-        """Called by the DataLoader."""
-        return _Made(None if self.batch is None else self.batch.pin_memory(), self.bad)
+LOCAL_WINDOW, REMOTE_WINDOW = 64, 16
+"""Shards shuffled together where the recipe does not say: fewer where each has to be fetched."""
 
 
 class TrainLoader:
@@ -80,8 +46,9 @@ class TrainLoader:
 
     Attributes:
         position: samples consumed by the run once the batch yielded last is used; set by iteration.
-        num_samples: samples in the set.
-        bad_samples: every sample found unreadable so far in this process, replaced by spares.
+        num_samples: samples in all sources.
+        bad: what could not be read so far in this process, replaced by spares.
+        order_name: what the order of samples depends on besides the seed; a run must go on with the one it began with.
     """
 
     def __init__(
@@ -89,187 +56,68 @@ class TrainLoader:
         dataset: StepDataset,
         *,
         position: int,
-        global_batch_size: int,
-        num_workers: int,
-        max_bad_fraction: float,
+        section: TrainDataSection,
+        order_name: str,
     ) -> None:
-        self.dataset, self.position, self.global_batch_size = dataset, position, global_batch_size
-        self.num_workers, self.max_bad_fraction = num_workers, max_bad_fraction
-        self.num_samples = len(dataset.index)
-        self.bad_samples: dict[int, BadSample] = {}
-        self._num_tried = 0
+        self.dataset, self.position, self.section, self.order_name = dataset, position, section, order_name
+        orders = [source.order for source in dataset.sources]
+        self.num_samples = sum(order.num_samples for order in orders)
+        windowed = [order for order in orders if order.window < len(order.counts)]
+        floor = max([LIMIT_FLOOR, *(LIMIT_FLOOR_SHARDS * order.num_samples // len(order.counts) for order in windowed)])
+        self.bad = BadSamples(self.num_samples, floor, section.max_bad_fraction)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches without end. Raises: BadDataLimitError beyond `max_bad_fraction`."""
-        loader = DataLoader(
-            self.dataset,
-            batch_size=None,
-            sampler=_Positions(self.position, self.global_batch_size),
-            num_workers=self.num_workers,
-            worker_init_fn=_ignore_interrupts,
-            generator=torch.Generator(),  # its draws must not come out of the training process's generator
-            pin_memory=torch.cuda.is_available(),  # so that `Batch.to` does not wait for the copy
-        )
-        for made in loader:
-            self._account(made)
-            assert made.batch is not None, "a batch without spares passed the limit on bad samples"
-            self.position = made.batch.position
-            yield made.batch
+        """Batches without end; up to the end of the pass where the loader was built for one.
 
-    def _account(self, made: _Made) -> None:
-        self._num_tried += self.dataset.local_batch_size
-        for bad in made.bad:
-            if bad.sample not in self.bad_samples:
-                self.bad_samples[bad.sample] = bad
-                log.warning("bad sample replaced: %s", bad)
-        base = min(self.num_samples, max(self._num_tried, _LIMIT_FLOOR))
-        if made.batch is None or len(self.bad_samples) > int(self.max_bad_fraction * base + 1e-9):
-            raise self._beyond_limit(base)
-
-    def _beyond_limit(self, base: int) -> BadDataLimitError:
-        causes = Counter(bad.cause for bad in self.bad_samples.values())
-        counted = ", ".join(f"{count} {cause}" for cause, count in causes.most_common())
-        named = [str(bad) for bad in list(self.bad_samples.values())[:5]]
-        return BadDataLimitError(
-            f"{len(self.bad_samples)} of {base} samples cannot be read ({counted})",
-            where="\n  ".join([str(self.dataset.index.folder), *named]),
-            expected=f"at most data.max_bad_fraction = {self.max_bad_fraction} of them",
-            fix="prepare the data again with `evatool data-prepare`, or raise data.max_bad_fraction",
-        )
-
-
-class StepDataset(Dataset[_Made]):
-    """Maps the first position of a global batch to this rank's slice of it, made whole in one worker.
-
-    Args:
-        index: samples.
-        transform: views of a picture; the first is the student's.
-        seed: of order, augmentation, caption choice and masks.
-        global_batch_size, rank, world_size: slice of the batch.
-        tokenizer: None leaves the captions out.
-        caption: as the recipe's `data.caption`.
-        masks: None makes no masks.
-        keep_decoded: keep decoded samples in memory.
-    """
-
-    def __init__(
-        self,
-        index: ShardIndex,
-        transform: TrainTransform,
-        *,
-        seed: int,
-        global_batch_size: int,
-        rank: int,
-        world_size: int,
-        tokenizer: Tokenizer | None,
-        caption: str,
-        masks: BlockMaskGenerator | None,
-        keep_decoded: bool,
-    ) -> None:
-        self.index, self.transform, self.seed = index, transform, seed
-        self.local_batch_size = global_batch_size // world_size
-        self.first = rank * self.local_batch_size
-        self.global_batch_size = global_batch_size
-        self.tokens = None if tokenizer is None else CaptionMemory(tokenizer)
-        self.caption, self.masks = caption, masks
-        self.order = order.SourceOrder(seed, np.array([len(index)]), window=1)
-        self._kept: dict[int, Record] | None = {} if keep_decoded else None
-        self._bad: dict[int, BadSample] = {}
-
-    def __getitem__(self, position: int) -> _Made:
-        slots = position + self.first + np.arange(self.local_batch_size)
-        epochs, places = np.divmod(slots, len(self.index))
-        known_bad = len(self._bad)
-        records, samples = [], np.empty(len(slots), dtype=np.int64)
-        for i, (epoch, place) in enumerate(zip(epochs.tolist(), places.tolist(), strict=True)):
-            found = self._readable(epoch, place)
-            if found is None:
-                return _Made(None, list(self._bad.values()))
-            epochs[i], samples[i], record = found
-            records.append(record)
-        batch = self._assemble(records, order.sample_keys(self.seed, epochs, samples))
-        batch.keys = [self.index.keys[i] for i in samples.tolist()]
-        batch.position = position + self.global_batch_size
-        # Only the new ones: dicts keep their order of insertion.
-        return _Made(batch, list(self._bad.values())[known_bad:])
-
-    def _readable(self, epoch: int, place: int) -> tuple[int, int, Record] | None:
-        """(epoch, sample, record) of this slot; the spare of a bad sample is the same slot of the epoch after."""
-        for spare_epoch in range(epoch, epoch + _MAX_SPARES):
-            sample = int(self.order(np.array([spare_epoch * len(self.index) + place]))[0])
-            record = self._record(sample)
-            if record is not None:
-                return spare_epoch, sample, record
-        return None
-
-    def _record(self, sample: int) -> Record | None:
-        if sample in self._bad:
-            return None
-        if self._kept is not None and sample in self._kept:
-            return self._kept[sample]
-        try:
-            record = read_record(
-                self.index,
-                sample,
-                None if self.tokens is None else self.caption,
-                self.transform.decode,
-                self.transform.min_side,
+        Raises: BadDataLimitError beyond `max_bad_fraction`; TransientError where that comes of a store that does not
+            answer, or where the loader processes die or hang.
+        """
+        dataset = self.dataset
+        if self.section.mixing != "samples" and self.position % dataset.global_batch_size:
+            raise RecipeError(
+                f"position {self.position} is inside a batch of train.global_batch_size = {dataset.global_batch_size}",
+                where=f'data.mixing = "{self.section.mixing}" counts whole batches',
+                fix="go on with the batch size the run began with",
             )
-        except BadPicture as err:
-            shard, key = self.index.shard_name(sample), self.index.keys[sample]
-            self._bad[sample] = BadSample(sample, shard, key, err.cause, err.detail)
-            return None
-        if self._kept is not None:
-            self._kept[sample] = record
-        return record
+        steps = iterate_steps(
+            dataset,
+            self._positions,
+            num_workers=self.section.num_workers,
+            max_wait_sec=self.section.max_wait_sec,
+        )
+        try:
+            for made in steps:
+                self._account(made)
+                assert made.batch is not None, "a batch without spares passed the limit on bad samples"
+                self.position = made.batch.position
+                yield made.batch
+        finally:
+            steps.close()
+            if len(self.bad):
+                log.warning("data: %s", self.bad.summary())
 
-    def _assemble(self, records: list[Record], keys: np.ndarray) -> Batch:
-        views = self.transform([r.picture for r in records], keys)
-        batch = Batch(image=views[0], keys=[], teacher_image=views[1] if len(views) > 1 else None)
-        if self.tokens is not None:
-            draws = order.uniforms(keys, order.STREAM_CAPTION, 1)[:, 0].tolist()
-            captions = [r.captions[int(u * len(r.captions))] for r, u in zip(records, draws, strict=True)]
-            batch.tokens = self.tokens(captions)
-            batch.caption_id = torch.tensor([caption_id(r.concept, c) for r, c in zip(records, captions, strict=True)])
-        if self.masks is not None:
-            seeds = order.random_bits(keys, order.STREAM_MASK, 1)[:, 0].tolist()
-            batch.mask = torch.from_numpy(np.stack([self.masks(random.Random(s)) for s in seeds]))
-        return batch
+    def figures(self) -> dict[str, float]:
+        """This rank's counts of bad samples and spares, for the metrics; empty while there are none."""
+        return self.bad.figures()
 
+    def check_order(self, saved: str, where: str) -> None:
+        """Raises: CheckpointError where a run was begun in another order than this loader's; "" is a run's from
+        before orders had names, and that order is gone."""
+        if saved == self.order_name:
+            return
+        raise CheckpointError(
+            f"the run was begun with samples in another order: {saved or 'version 1'}, and now {self.order_name}",
+            where=where,
+            expected="the same shards with the same number of samples, and the same data.window_shards and streams",
+            fix="put the data back as it was, or start a new run folder (model.init can take this run's weights)",
+        )
 
-def read_record(
-    index: ShardIndex, sample: int, caption: str | None, decode: Mode = "fast", min_side: int | None = None
-) -> Record:
-    """Read and decode one sample.
+    def _positions(self) -> Sampler[int]:
+        return _Positions(self.position, self.dataset.global_batch_size, self.dataset.end)
 
-    Args:
-        caption: the recipe's `data.caption`; None leaves captions out.
-        decode, min_side: as for `decode_picture`.
-
-    Raises: BadPicture naming the cause: of `pictures.CAUSES`, or "unreadable", "no-picture", "bad-json", "no-caption".
-    """
-    try:
-        members = index.read(sample)
-    except OSError as err:
-        raise BadPicture("unreadable", str(err)) from err
-    picture = next((members[e] for e in PICTURE_MEMBERS if e in members), None)
-    if picture is None:
-        raise BadPicture("no-picture", f"members: {', '.join(sorted(members))}")
-    # Channels last in memory, as decoded: the resize is fastest on that.
-    pixels = torch.from_numpy(decode_picture(picture, index.max_pixels, decode, min_side=min_side)).permute(2, 0, 1)
-    if caption is None:
-        return Record(pixels, (), None)
-    captions, concept = _read_captions(members, caption)
-    return Record(pixels, captions, concept)
-
-
-def caption_id(concept: str | None, caption: str) -> int:
-    """Equal for captions that count as equal: of one concept where the sample names one, else of the same words.
-
-    Letter case and spacing do not matter, as they do not to the tokenizer. int64, a hash: the same in every process.
-    """
-    text = f"c:{concept}" if concept is not None else "t:" + " ".join(caption.lower().split())
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    def _account(self, made: Made) -> None:
+        self.bad.add(made.bad, len(self.dataset.slots), made.num_spares)
+        self.bad.check(no_spare=made.batch is None)
 
 
 def build_train_loader(
@@ -286,6 +134,7 @@ def build_train_loader(
     teacher_image_size: int | None = None,
     with_text: bool = True,
     tokenizer: Tokenizer | None = None,
+    one_pass: bool = False,
 ) -> TrainLoader:
     """The training loader of one rank.
 
@@ -298,7 +147,9 @@ def build_train_loader(
         position: samples consumed before, from a checkpoint.
         mask: block masks on the student's patch grid.
         with_text: tokens and caption ids; without, captions are not even read.
-    Raises: DataError where the folder is not a finished set of shards; RecipeError where the batch does not divide.
+        one_pass: end after each sample was read once; every rank gets as many batches, and what fills the last one,
+            or stands in for a bad sample, is marked in `Batch.valid`.
+    Raises: DataError where a source is not what it should be; RecipeError where the batch does not divide.
     """
     if global_batch_size % world_size:
         near = global_batch_size // world_size * world_size
@@ -306,65 +157,122 @@ def build_train_loader(
             f"train.global_batch_size = {global_batch_size} does not divide over {world_size} ranks",
             expected=f"a multiple of {world_size}: {', '.join(str(n) for n in (near, near + world_size) if n)}",
         )
-    index = ShardIndex(section.train)
     if section.decode != "exact":
         fast_jpeg_decoder()  # here, so that a missing one is said once and not by every worker
     sizes = [image_size] if teacher_image_size is None else [image_size, teacher_image_size]
+    transform = TrainTransform(section.augment, sizes, section.decode)
+    records = RecordReader(
+        section.caption if with_text else None,
+        section.extras or (),
+        partial(_decode, mode=section.decode, min_side=transform.min_side),
+    )
+    shards, sources = _open_sources(section, seed, records)
+    decoded = [found.decoded_bytes for found in shards]
+    keep_decoded = all(n is not None for n in decoded) and (
+        sum(n or 0 for n in decoded) * max(1, section.num_workers) <= CACHE_BYTES
+    )
     if with_text and tokenizer is None:
         tokenizer = build_tokenizer(context_length)
     dataset = StepDataset(
-        index,
-        TrainTransform(section.augment, sizes, section.decode),
-        seed=seed,
+        sources,
+        Mix(seed, section.mixing, _phases(section, shards), global_batch_size),
+        records,
+        transform,
         global_batch_size=global_batch_size,
         rank=rank,
         world_size=world_size,
         tokenizer=tokenizer if with_text else None,
-        caption=section.caption,
         masks=None if mask is None else mask.generator(),
-        keep_decoded=index.decoded_bytes * max(1, section.num_workers) <= CACHE_BYTES,
+        keep_decoded=keep_decoded,
+        end=position + sum(found.num_samples for found in shards) if one_pass else None,
     )
-    return TrainLoader(
-        dataset,
-        position=position,
-        global_batch_size=global_batch_size,
-        num_workers=section.num_workers,
-        max_bad_fraction=section.max_bad_fraction,
-    )
+    name = _order_name(section, shards, sources)
+    return TrainLoader(dataset, position=position, section=section, order_name=name)
 
 
-def _read_captions(members: dict[str, bytes], caption: str) -> tuple[tuple[str, ...], str | None]:
-    try:
-        info = json.loads(members["json"]) if "json" in members else {}
-        concept = info.get("concept")
-        if caption == "json-captions":
-            captions = tuple(info.get("captions", ()))
-        else:
-            captions = (members["txt"].decode("utf-8"),) if "txt" in members else ()
-    except UnicodeDecodeError as err:
-        raise BadPicture("bad-utf8", str(err)) from err
-    except (ValueError, AttributeError, TypeError) as err:
-        raise BadPicture("bad-json", str(err)) from err
-    usable = tuple(c for c in captions if isinstance(c, str) and c.strip())
-    if not usable:
-        wanted = "a `captions` list in the json member" if caption == "json-captions" else "a txt member"
-        raise BadPicture("no-caption", f"data.caption = {caption!r} needs {wanted}")
-    return usable, None if concept is None else str(concept)
+def _open_sources(section: TrainDataSection, seed: int, records: RecordReader) -> tuple[list[ShardList], list[Source]]:
+    remote = section.remote
+    patience = Patience(remote.attempts, remote.timeout_sec, remote.backoff_sec)
+    cache = ShardCache(remote.cache_dir, remote.cache_bytes, patience)
+    named = (
+        [("train", str(section.train))] if section.sources is None else [(s.name, s.shards) for s in section.sources]
+    )
+    found, sources = [], []
+    for number, (name, spec) in enumerate(named):
+        shards = open_source(name, spec, cache=cache, patience=patience, max_bad_fraction=section.max_bad_fraction)
+        window = window_of(shards, section.window_shards)
+        order = SourceOrder(
+            seed_of(seed, number),
+            shards.counts,
+            window=window,
+            streams=section.streams,
+            with_replacement=section.sampling == "with-replacement",
+        )
+        _check_cache(shards, order.window, section)
+        reader = ShardReader(shards, cache, patience, records.wanted)
+        found.append(shards)
+        sources.append(Source(order, reader, seed_of(seed, number), shards.max_pixels))
+        log.info("data: %s: %d samples in %d shards, window %d", name, shards.num_samples, len(shards.urls), window)
+    return found, sources
+
+
+def window_of(shards: ShardList, asked: int | None) -> int:
+    """Shards shuffled together."""
+    window = asked or (REMOTE_WINDOW if shards.has_remote else LOCAL_WINDOW)
+    return min(window, len(shards.urls))
+
+
+def _check_cache(shards: ShardList, window: int, section: TrainDataSection) -> None:
+    """Raises: RecipeError where the window being read and the next one do not fit the cache of fetched shards."""
+    known = shards.sizes[shards.sizes >= 0]
+    if not shards.has_remote or not len(known):
+        return
+    needed = int(known.max()) * min(2 * window, len(shards.urls))
+    if needed > section.remote.cache_bytes:
+        raise RecipeError(
+            f"data.remote.cache_bytes = {section.remote.cache_bytes} does not hold two windows of {window} shards",
+            where=f"source {shards.name!r}, whose largest shard has {int(known.max())} bytes",
+            expected=f"at least {needed}",
+            fix="raise data.remote.cache_bytes, or lower data.window_shards",
+        )
+
+
+def _phases(section: TrainDataSection, shards: Sequence[ShardList]) -> list[MixPhase]:
+    """Weights of all sources by phase; by number of samples where the recipe gives none."""
+    sources = section.sources or []
+    given = [source.weight for source in sources]
+    first = tuple(float(w or found.num_samples) for w, found in zip(given or [None], shards, strict=True))
+    if section.mixing == "alternating":
+        first = tuple(1.0 for _ in first)
+    later = [
+        MixPhase(phase.from_samples, tuple(phase.weights.get(source.name, 0.0) for source in sources))
+        for phase in section.phases or []
+    ]
+    return [MixPhase(0, first), *later]
+
+
+def _order_name(section: TrainDataSection, shards: Sequence[ShardList], sources: Sequence[Source]) -> str:
+    """Version, and a hash of everything but the seed and the batch size that the order depends on."""
+    parts = [section.sampling, section.mixing, section.streams]
+    parts += [phase.model_dump_json() for phase in section.phases or []]
+    for found, source in zip(shards, sources, strict=True):
+        parts += [found.digest(), source.order.window]
+    parts += [source.weight for source in section.sources or []]
+    return f"{ORDER_VERSION}:{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
+
+
+def _decode(data: bytes, max_pixels: int, *, mode: Mode, min_side: int | None) -> np.ndarray:
+    return decode_picture(data, max_pixels, mode, min_side=min_side)
 
 
 class _Positions(Sampler[int]):
-    """First positions of the global batches, from `start` on without end."""
+    """First positions of the global batches, from `start` on; up to `end` where there is one."""
 
-    def __init__(self, start: int, step: int) -> None:
-        self.start, self.step = start, step
+    def __init__(self, start: int, step: int, end: int | None) -> None:
+        self.start, self.step, self.end = start, step, end
 
     def __iter__(self) -> Iterator[int]:
         position = self.start
-        while True:
+        while self.end is None or position < self.end:
             yield position
             position += self.step
-
-
-def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the training process saves its state and ends the workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -202,10 +202,20 @@ def shuffled(size: int, *key: int) -> np.ndarray:
 
 def sample_keys(seed: int, draws: np.ndarray, samples: np.ndarray) -> np.ndarray:
     """uint64 key of each (draw, sample) pair under `seed`; a draw is an epoch. int64 (B,)."""
+    return sample_keys_of(np.full(draws.shape, seed & _MASK64, dtype=np.uint64), draws, samples)
+
+
+def sample_keys_of(seeds: np.ndarray, draws: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """The same where each pair has its own seed, uint64 (B,)."""
     with np.errstate(over="ignore"):
-        key = mix(np.full(draws.shape, seed & _MASK64, dtype=np.uint64) + _GOLDEN)
+        key = mix(seeds + _GOLDEN)
         key = mix(key + draws.astype(np.uint64) * _GOLDEN + np.uint64(1))
         return mix(key + samples.astype(np.uint64) * _GOLDEN + np.uint64(2))
+
+
+def seed_of(seed: int, number: int) -> int:
+    """The seed of one source among several, in 64 bits; the first has the run's own."""
+    return (seed if number == 0 else int(_key_of(seed, number))) & _MASK64
 
 
 def uniforms(keys: np.ndarray, stream: int, count: int) -> np.ndarray:

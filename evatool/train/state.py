@@ -25,6 +25,7 @@ class TrainState:
     step: int = 0  # optimiser steps done, the skipped ones too
     samples_seen: int = 0
     position: int = 0  # the loader's
+    data_order: str = ""  # the loader's name of the order of samples
     skipped_steps: list[int] = field(default_factory=list)  # steps whose loss or gradient was not finite
     train_sec: float = 0.0  # wall-clock time in the loop, over all attempts
     notes: dict[str, str] = field(default_factory=dict)  # what the result should say, by topic

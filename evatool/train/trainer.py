@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from evatool.distributed.collectives import all_reduce_mean, rank
+from evatool.distributed.collectives import all_reduce_mean, gather_objects, rank
 from evatool.distributed.engine import Engine
 from evatool.errors import Interrupted, Preempted
 from evatool.train.signals import StopRequests
@@ -128,8 +129,17 @@ class Trainer:
             key = f"optim/lr/{group.tower}"
             figures[key] = max(figures.get(key, 0.0), group.lr * group.lr_scale * factor)
         figures |= self._throughput.read()
+        figures |= self.data_figures()
         figures["memory/peak_bytes"] = peak_memory_bytes(self.engine.device)
         return figures
+
+    def data_figures(self) -> dict[str, float]:
+        """What the loaders of all ranks count (bad samples by cause, spares), summed; every rank must call it."""
+        counted = getattr(self.loader, "figures", dict)  # a plain iterator of batches counts nothing
+        total: Counter[str] = Counter()
+        for figures in gather_objects(counted()):
+            total.update(figures)
+        return dict(total)
 
     def _stop(self, reason: str) -> None:
         for hook in self.hooks:

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from sample_pictures import BAD_PICTURES, picture
 
 from evatool.data import loader as loading
-from evatool.data.loader import TrainLoader, build_train_loader, caption_id
+from evatool.data.loader import TrainLoader, build_train_loader
 from evatool.data.masking import MaskSpec
 from evatool.data.shards import Sample, ShardIndex, ShardWriter
+from evatool.data.steps import caption_id
 from evatool.data.tokenizer import build_tokenizer
 from evatool.errors import BadDataLimitError, DataError, RecipeError
 from evatool.recipe.schema import AugmentSection, TrainDataSection
@@ -97,10 +98,11 @@ def test_ranks_share_the_global_batch(small: Path, world_size: int) -> None:
     ranks = [take(build(small / "train", rank=r, world_size=world_size), 6) for r in range(world_size)]
     for step, batch in enumerate(whole):
         parts = [rank[step] for rank in ranks]
-        assert [key for part in parts for key in part.keys] == batch.keys
         assert {part.position for part in parts} == {batch.position}
-        for name in ("image", "tokens", "caption_id", "mask", "teacher_image"):
-            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name)), name
+        for r, part in enumerate(parts):
+            assert part.keys == batch.keys[r::world_size]
+            for name in ("image", "tokens", "caption_id", "mask", "teacher_image"):
+                assert torch.equal(getattr(part, name), getattr(batch, name)[r::world_size]), name
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
@@ -197,7 +199,7 @@ def test_a_bad_sample_is_replaced_counted_and_named(tmp_path: Path, cause: str, 
     caplog.set_level("WARNING", logger="evatool")
     loader = build(train, options, global_batch_size=20)
     batches = take(loader, 15)
-    assert [bad.cause for bad in loader.bad_samples.values()] == [cause]
+    assert [bad.cause for bad in loader.bad.first] == [cause]
     assert all(len(set(batch.keys) - {"bad"}) >= 19 and "bad" not in batch.keys for batch in batches)
     # Everything else stays where it was without the bad one: each epoch misses it and has one sample twice at most.
     keys = [key for batch in batches for key in batch.keys]
@@ -231,7 +233,7 @@ def test_mim_needs_no_captions(tmp_path: Path) -> None:
     train = write_set(tmp_path / "set", 8, bad)
     loader = build(train, with_text=False)
     take(loader, 3)
-    assert not loader.bad_samples
+    assert not loader.bad
 
 
 def test_wrong_settings_are_refused(small: Path, tmp_path: Path) -> None:

@@ -1,0 +1,206 @@
+"""Members of samples by shard and number: local or fetched, checked, and never more than was asked for.
+
+Only members on an allow-list are read, as bytes; nothing in a tar is unpacked, followed or executed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evatool.data.fetch import FetchError, Patience, display_url, is_remote, local_path
+from evatool.data.members import DUPLICATE, Place, ShardMembers
+from evatool.data.shard_cache import ShardCache
+from evatool.data.sources import ShardList, read_members
+
+log = logging.getLogger(__name__)
+
+TABLE_BYTES = 128 * 2**20
+"""Most memory of the tables that say where members lie, per process and source; 10,000 samples take about 1 MiB."""
+
+MAX_OPEN = 256
+"""Most tars held open, per process and source."""
+
+MAX_MEMBER_BYTES = 256 * 2**20
+"""A larger member is refused by its header."""
+
+_RETRY_LOST_SEC = 900.0  # a shard that could not be read is tried again after this
+
+
+class UnreadableSample(Exception):
+    """A sample whose members cannot be had.
+
+    Args:
+        cause: for the counts, e.g. "truncated-shard".
+        detail: what was seen.
+        is_whole_shard: True where every sample of the shard is lost with it.
+    """
+
+    def __init__(self, cause: str, detail: str, *, is_whole_shard: bool = False) -> None:
+        super().__init__(f"{cause}: {detail}")
+        self.cause, self.detail, self.is_whole_shard = cause, detail, is_whole_shard
+
+
+@dataclass
+class _Open:
+    """A tar that is being read."""
+
+    handle: int
+    members: ShardMembers
+    process: int
+
+
+class ShardReader:
+    """Reads samples of one source.
+
+    Args:
+        shards: the source.
+        cache: for remote shards.
+        patience: with reads that fail.
+        wanted: says of an extension whether its member may be read.
+    """
+
+    def __init__(self, shards: ShardList, cache: ShardCache, patience: Patience, wanted: Callable[[str], bool]) -> None:
+        self.shards, self.cache, self.patience, self.wanted = shards, cache, patience, wanted
+        self._open: OrderedDict[int, _Open] = OrderedDict()
+        self._lost: dict[int, tuple[float, UnreadableSample]] = {}
+
+    def key(self, shard: int, number: int) -> str:
+        """Key of a sample; its number where the shard does not say."""
+        try:
+            members = self._members(shard)
+        except UnreadableSample:
+            return f"#{number}"
+        return members.key(number) if number < len(members) else f"#{number}"
+
+    def shard_name(self, shard: int) -> str:
+        """The shard as messages name it."""
+        return display_url(self.shards.urls[shard])
+
+    def read(self, shard: int, number: int) -> dict[str, bytes]:
+        """Wanted members of a sample by extension. Raises: UnreadableSample."""
+        members = self._members(shard)
+        if number >= len(members):
+            found = members.problems[-1] if members.problems else f"only {len(members)} samples"
+            raise UnreadableSample("truncated-shard", f"{found}; sample {number} is not there")
+        out: dict[str, bytes] = {}
+        for extension, place in members.members(number):
+            name = extension.removesuffix(DUPLICATE)
+            if not self.wanted(name):
+                continue
+            if name in out or name != extension:
+                raise UnreadableSample("duplicate-member", f"two members with extension {name}")
+            out[name] = self._read_member(shard, name, place)
+        return out
+
+    def fetch_ahead(self, shards: Sequence[int]) -> None:
+        """Begin to fetch those of these shards that are remote."""
+        wanted = [self._remote(shard) for shard in shards if is_remote(self.shards.urls[shard])]
+        if wanted:
+            self.cache.fetch_ahead(wanted)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def __del__(self) -> None:
+        for found in getattr(self, "_open", {}).values():
+            if found.process == os.getpid():
+                os.close(found.handle)
+
+    def _read_member(self, shard: int, extension: str, place: Place) -> bytes:
+        if place.size > MAX_MEMBER_BYTES:
+            raise UnreadableSample("too-large-member", f"{extension} of {place.size} bytes, limit {MAX_MEMBER_BYTES}")
+        data = self._patiently(shard, lambda: _read_at(self._open[shard].handle, place.offset, place.size))
+        if len(data) != place.size:
+            raise UnreadableSample("truncated-shard", f"the tar ends inside member {extension}")
+        if place.crc32 >= 0 and zlib.crc32(data) != place.crc32:
+            raise UnreadableSample("corrupt-member", f"{extension} has another checksum than when it was written")
+        return data
+
+    def _members(self, shard: int) -> ShardMembers:
+        """The shard's table, opened if it is not; what was not used longest is closed."""
+        lost = self._lost.get(shard)
+        if lost is not None:
+            if time.monotonic() - lost[0] < _RETRY_LOST_SEC:
+                raise lost[1]
+            del self._lost[shard]
+        found = self._open.get(shard)
+        if found is not None and found.process == os.getpid():
+            self._open.move_to_end(shard)
+            return found.members
+        try:
+            found = self._patiently(shard, lambda: self._open_shard(shard))
+        except UnreadableSample as err:
+            self._lost[shard] = (time.monotonic(), err)
+            raise
+        self._open[shard] = found
+        while len(self._open) > 1 and (
+            len(self._open) > MAX_OPEN or sum(o.members.num_bytes for o in self._open.values()) > TABLE_BYTES
+        ):
+            _, oldest = self._open.popitem(last=False)
+            if oldest.process == os.getpid():
+                os.close(oldest.handle)
+        return found.members
+
+    def _open_shard(self, shard: int) -> _Open:
+        url, size = self.shards.urls[shard], int(self.shards.sizes[shard])
+        if is_remote(url):
+            remote_url, _, sha256 = self._remote(shard)
+            path = self.cache.get(remote_url, size=size, sha256=sha256)
+        else:
+            path = local_path(url)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            found = os.fstat(handle).st_size
+            has_changed = size >= 0 and found != size
+            if has_changed:
+                log.warning("%s has %d bytes instead of %d: it is scanned anew", display_url(url), found, size)
+            members = read_members(self.shards, shard, path, use_index=not has_changed)
+        except BaseException:
+            os.close(handle)
+            raise
+        if len(members) != self.shards.counts[shard]:
+            log.warning(
+                "%s holds %d samples instead of %d%s",
+                display_url(url),
+                len(members),
+                self.shards.counts[shard],
+                "; the others are not read" if len(members) > self.shards.counts[shard] else "",
+            )
+        return _Open(handle, members, os.getpid())
+
+    def _remote(self, shard: int) -> tuple[str, int, str | None]:
+        return self.shards.urls[shard], int(self.shards.sizes[shard]), self.shards.sha256[shard]
+
+    def _patiently(self, shard: int, once: Callable[[], Any]) -> Any:
+        """Repeat what the file system refuses. Raises: UnreadableSample after the last try."""
+        pauses = self.patience.pauses()
+        while True:
+            try:
+                return once()
+            except FetchError as err:  # has had its tries
+                raise UnreadableSample(err.cause, err.detail, is_whole_shard=True) from err
+            except OSError as err:
+                pause = next(pauses, None)
+                if pause is None:
+                    cause = "missing-shard" if isinstance(err, FileNotFoundError) else "unreadable"
+                    raise UnreadableSample(cause, str(err), is_whole_shard=True) from err
+                log.info("%s: %s; again in %.1f s", self.shard_name(shard), err, pause)
+                time.sleep(pause)
+
+
+def _read_at(handle: int, offset: int, size: int) -> bytes:
+    """Up to `size` bytes; fewer only at the end of the file. Raises: OSError."""
+    data = os.pread(handle, size, offset)
+    while 0 < len(data) < size:
+        more = os.pread(handle, size - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
