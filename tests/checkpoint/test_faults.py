@@ -190,18 +190,6 @@ def test_all_damaged(save, tmp_path):
         "\x00",
     ],
     ids=["list", "empty", "parent folder", "absolute", "bare number", "later format", "no files", "text", "null byte"],
-        "list",
-        "empty",
-        "parent folder",
-        "absolute",
-        "bare number",
-        "gap",
-        "no ranges",
-        "later format",
-        "no files",
-        "text",
-        "null byte",
-    ],
 )
 def test_foreign_manifests(save, manifest):
     path = save(1)
