@@ -37,19 +37,37 @@ def encode_text(model: nn.Module, tokens: Tensor, lengths: Tensor | None = None)
     order = lengths.argsort(stable=True)
     in_order = lengths[order].tolist()
     counts = group_sizes(lengths.numpy(), MAX_GROUPS)
-    if len(counts) == 1:
-        return _encode_columns(tower, tokens[:, : in_order[-1]])
     order_there = order.to(tokens.device, non_blocking=True)
-    groups = tokens[order_there].split(counts)
-    longest = [in_order[last - 1] for last in torch.tensor(counts).cumsum(0).tolist()]
-    parts = [_encode_columns(tower, group[:, :length]) for group, length in zip(groups, longest, strict=True)]
+    longest = [in_order[last - 1] for last in np.cumsum(counts).tolist()]
+    groups = [group[:, :length] for group, length in zip(tokens[order_there].split(counts), longest, strict=True)]
+    # Embedded in one go: each look-up has a gradient as large as the whole table.
+    flat = tower.token_embedding(torch.cat([group.flatten() for group in groups]))  # type: ignore[operator]
+    embedded = flat.split([group.numel() for group in groups])
+    parts = [_encode_group(tower, group, given) for group, given in zip(groups, embedded, strict=True)]
     return torch.cat(parts)[order_there.argsort()]
 
 
-def _encode_columns(tower: nn.Module, tokens: Tensor) -> Tensor:
+def _encode_group(tower: nn.Module, tokens: Tensor, embedded: Tensor) -> Tensor:
+    """Features (b, E) of (b, l) tokens whose embeddings (b l, D) are there already."""
     length = tokens.shape[1]
-    # open_clip slices the position table to the text but not the causal mask, so the mask is handed in sliced.
-    return functional_call(tower, {"attn_mask": tower.attn_mask[:length, :length]}, (tokens,))  # type: ignore[index]
+    own = tower.token_embedding
+    tower.token_embedding = _Given(embedded.view(*tokens.shape, -1))
+    try:
+        # open_clip slices the position table to the text but not the causal mask, so the mask is handed in sliced.
+        return functional_call(tower, {"attn_mask": tower.attn_mask[:length, :length]}, (tokens,))  # type: ignore[index]
+    finally:
+        tower.token_embedding = own
+
+
+class _Given(nn.Module):
+    """In the place of a module whose answer is known."""
+
+    def __init__(self, answer: Tensor) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.answer
 
 
 def group_sizes(lengths: NDArray[np.int64], most: int) -> list[int]:

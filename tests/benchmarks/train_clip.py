@@ -2,7 +2,7 @@
 
 `python tests/benchmarks/train_clip.py` makes data and the baseline's environment (kept in --folder), checks that both
 trainers compute the same losses, finds the baseline's best settings and then runs the two by turns. On a GPU:
-`--preset EVA02-CLIP-L-14 --synthetic --batch 256`. `--accumulate K` compares accumulation with cached negatives instead.
+`--preset EVA02-CLIP-L-14 --synthetic --batch 256`. `--accumulate K` compares accumulation with cached negatives.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def make_pictures(folder: Path, count: int, side: int, suffix: str) -> Path:
     rng = np.random.default_rng(0)
     pictures = folder / f"pictures-{count}-{side}-{suffix}"
     pictures.mkdir(parents=True, exist_ok=True)
-    words = "a cat dog red blue car tree house on the in with near small large old man woman two three sky sea".split()
+    words = ["a", "cat", "dog", "red", "blue", "car", "tree", "house", "on", "the", "in", "with", "old", "man", "sky"]
     rows = ["image\tcaption"]
     for number in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((side, side), Image.BICUBIC)
