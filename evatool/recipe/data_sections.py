@@ -113,8 +113,9 @@ class DataSource(Section):
     """What logs, metrics and `phases` call it."""
     shards: str | Annotated[list[str], Field(min_length=1)]
     """A folder or manifest written by `evatool data-prepare`, or tars: path, URL (fsspec), glob, `{000..123}` list."""
-    weight: PositiveFloat | None = None
-    """Its share of what is read, relative to the other sources'; its number of samples when absent."""
+    weight: NonNegativeFloat | None = None
+    """Its share of what is read, relative to the other sources'; its number of samples when absent. 0: only phases
+    that name it read it."""
 
 
 class DataPhase(Section):
@@ -226,6 +227,8 @@ class TrainDataSection(Section):
         extras = [extra.name for extra in self.extras or []]
         if len(set(extras)) < len(extras):
             raise ValueError(f"extras have the same name: {', '.join(extras)}")
+        if names and all(source.weight == 0 for source in self.sources or []):
+            raise ValueError("the run begins by reading nothing: all weights of `sources` are 0")
         if len(names) < 2 and (self.mixing != "samples" or self.phases):
             setting = f'mixing = "{self.mixing}"' if self.mixing != "samples" else "phases"
             raise ValueError(f"{setting} has no effect with one source: name several in `sources`")
