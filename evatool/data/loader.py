@@ -241,9 +241,12 @@ def _phases(section: TrainDataSection, shards: Sequence[ShardList]) -> list[MixP
     """Weights of all sources by phase; by number of samples where the recipe gives none."""
     sources = section.sources or []
     given = [source.weight for source in sources]
-    first = tuple(float(w or found.num_samples) for w, found in zip(given or [None], shards, strict=True))
+    first = tuple(
+        float(found.num_samples if weight is None else weight)
+        for weight, found in zip(given or [None], shards, strict=True)
+    )
     if section.mixing == "alternating":
-        first = tuple(1.0 for _ in first)
+        first = tuple(float(weight > 0) for weight in first)
     later = [
         MixPhase(phase.from_samples, tuple(phase.weights.get(source.name, 0.0) for source in sources))
         for phase in section.phases or []
