@@ -11,22 +11,21 @@ import contextlib
 import hashlib
 import json
 import os
-import tarfile
+import zlib
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+from evatool.data.members import WHOLE_TAR, ShardMembers, index_json, read_index, scan_file
 from evatool.data.pictures import EXTENSIONS, MAX_PIXELS
 from evatool.errors import DataError
 
 MANIFEST = "manifest.json"
 FORMAT = "evatool-shards-1"
 PICTURE_MEMBERS = (*EXTENSIONS.values(), "jpeg")
-
-Scan = tuple[list[str], list[dict[str, tuple[int, int]]]]
-"""Sample keys of a tar and, for each, its members as extension -> (offset, size) of the bytes in the file."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +122,7 @@ class _OpenTar:
         self.path, self.partial = path, path.with_name(f".{path.name}.partial")
         self.num_samples = 0
         self.last_key = ""
+        self.checksums: list[int] = []  # CRC-32 of each member, so that a reader finds damage in a picture
         self.file = _HashingFile(self.partial.open("wb"))
         # A fixed time and owner, so that equal samples give equal bytes and checksums.
         self.tar = TarWriter(self.file, encoder=False, mtime=0, user="evatool", group="evatool")
@@ -133,19 +133,22 @@ class _OpenTar:
         self.last_key = sample.key
         members = {sample.extension: sample.picture, **sample.members}
         self.tar.write({"__key__": sample.key, **members})
+        # webdataset writes members in the order of their names.
+        self.checksums += [zlib.crc32(members[name]) for name in sorted(members)]
         self.num_samples += 1
 
     def close(self) -> dict[str, Any]:
         try:
             self.tar.close()
             self.file.sync_and_close()
-            keys, members = scan_tar(self.partial)
+            members = scan_file(self.partial)
+            assert len(members.places) == len(self.checksums), "webdataset wrote other members than it was given"
+            members.places[:, 2] = self.checksums
         except BaseException:
             self.abandon()
             raise
-        index = json.dumps({"keys": keys, "members": members}, ensure_ascii=False, separators=(",", ":")).encode()
         index_path = self.path.with_suffix(".index.json")
-        write_file(index_path, index)
+        write_file(index_path, index_json(members))
         os.replace(self.partial, self.path)
         sync_folder(self.path.parent)
         return {
@@ -206,78 +209,61 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def scan_tar(path: Path) -> Scan:
-    """Read the headers of a tar. Raises: DataError where it is no tar or ends early."""
-    keys: list[str] = []
-    members: list[dict[str, tuple[int, int]]] = []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for entry in tar:
-                if not entry.isreg():
-                    continue
-                # WebDataset: the key ends at the first dot of the last path component.
-                folder, slash, name = entry.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                key = folder + slash + stem
-                if not keys or keys[-1] != key:
-                    keys.append(key)
-                    members.append({})
-                members[-1][extension] = (entry.offset_data, entry.size)
-    except (tarfile.TarError, OSError) as err:
-        raise DataError(f"{path.name} cannot be read as a tar: {err}", where=str(path), fix="copy it again") from err
-    return keys, members
-
-
 class TarReader:
-    """Random access to the samples of tars, without unpacking; sample i is the i-th in the order of `paths`.
+    """Random access to the samples of local tars, without unpacking; sample i is the i-th in the order of `paths`.
 
-    Reading is safe from several processes: each opens the tars itself and reads at explicit offsets.
+    For sets whose keys fit in memory. Reading is safe from several processes: each opens the tars itself and reads at
+    explicit offsets.
 
     Args:
         paths: tars.
-        scanned: what `scan_tar` says of each tar, where it is known already.
-    Raises: DataError naming a tar that cannot be scanned.
+        scanned: what is known of each tar already, e.g. from its index.
+    Raises: DataError naming a tar that cannot be scanned to its end.
     """
 
-    def __init__(self, paths: Sequence[Path], scanned: Iterable[Scan] | None = None) -> None:
-        self.keys: list[str] = []
-        self._members: list[dict[str, tuple[int, int]]] = []
-        self._shard: list[int] = []
+    def __init__(self, paths: Sequence[Path], scanned: Iterable[ShardMembers] | None = None) -> None:
         self._paths = list(paths)
+        self._tables = list(map(_scan_whole, self._paths) if scanned is None else scanned)
+        self._first = [0]
+        self.keys: list[str] = []
+        for table in self._tables:
+            self.keys += map(table.key, range(len(table)))
+            self._first.append(len(self.keys))
         self._files: dict[tuple[int, int], int] = {}  # (process, shard) -> file descriptor
-        scans = map(scan_tar, self._paths) if scanned is None else scanned
-        for number, (keys, members) in enumerate(scans):
-            self.keys += keys
-            self._members += members
-            self._shard += [number] * len(keys)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def shard_name(self, i: int) -> str:
         """File name of the tar that holds sample i."""
-        return self._paths[self._shard[i]].name
+        return self._paths[self._locate(i)[0]].name
 
     def extensions(self, i: int) -> list[str]:
         """Members of sample i."""
-        return list(self._members[i])
+        shard, number = self._locate(i)
+        return [extension for extension, _ in self._tables[shard].members(number)]
 
     def read(self, i: int, extensions: Iterable[str] | None = None) -> dict[str, bytes]:
         """Members of sample i by extension; only those in `extensions` where given and present.
 
         Raises: OSError when the tar cannot be read or ends early.
         """
-        members = self._members[i]
+        shard, number = self._locate(i)
+        members = dict(self._tables[shard].members(number))
         wanted = members if extensions is None else [e for e in extensions if e in members]
-        handle = self._handle(self._shard[i])
+        handle = self._handle(shard)
         out = {}
         for extension in wanted:
-            offset, size = members[extension]
-            data = os.pread(handle, size, offset)
-            if len(data) != size:
+            place = members[extension]
+            data = os.pread(handle, place.size, place.offset)
+            if len(data) != place.size:
                 raise OSError(f"{self.shard_name(i)} ends inside member {self.keys[i]}.{extension}")
             out[extension] = data
         return out
+
+    def _locate(self, i: int) -> tuple[int, int]:
+        shard = bisect_right(self._first, i) - 1
+        return shard, i - self._first[shard]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
@@ -314,10 +300,10 @@ class ShardIndex(TarReader):
         for path, shard in zip(paths, shards, strict=True):
             _check_size(path, shard["bytes"])
         scans = [_read_index(folder / shard["index"], path) for path, shard in zip(paths, shards, strict=True)]
-        for path, shard, (keys, _) in zip(paths, shards, scans, strict=True):
-            if len(keys) != shard["num_samples"]:
+        for path, shard, table in zip(paths, shards, scans, strict=True):
+            if len(table) != shard["num_samples"]:
                 raise DataError(
-                    f"{path.name} has {len(keys)} samples in its index and {shard['num_samples']} in the manifest",
+                    f"{path.name} has {len(table)} samples in its index and {shard['num_samples']} in the manifest",
                     where=str(folder),
                     fix="run `evatool data-prepare` again into a new folder",
                 )
@@ -362,10 +348,20 @@ def _check_size(path: Path, expected: int) -> None:
         )
 
 
-def _read_index(path: Path, tar: Path) -> Scan:
+def _read_index(path: Path, tar: Path) -> ShardMembers:
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        return read_index(path)
     except (OSError, ValueError):
-        return scan_tar(tar)  # the index is a convenience: the tar itself says the same
-    members = [{ext: (offset, size) for ext, (offset, size) in sample.items()} for sample in index["members"]]
-    return index["keys"], members
+        return _scan_whole(tar)  # the index is a convenience: the tar itself says the same
+
+
+def _scan_whole(path: Path) -> ShardMembers:
+    """The samples of a tar. Raises: DataError where it is no tar or damaged."""
+    try:
+        members = scan_file(path)
+    except OSError as err:
+        raise DataError(f"{path.name} cannot be read: {err}", where=str(path)) from err
+    damage = [problem for problem in members.problems if problem.cause in WHOLE_TAR]
+    if damage:
+        raise DataError(f"{path.name} cannot be read as a tar: {damage[0]}", where=str(path), fix="copy it again")
+    return members

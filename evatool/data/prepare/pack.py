@@ -100,7 +100,7 @@ def pack_folder(section: FolderSource, shards: ShardSection, folder: Path, progr
     Raises: DataError, BadDataLimitError.
     """
     source = PictureFolder(section, shards)
-    order = shuffled(len(source.pictures), shards.shuffle_seed).tolist()
+    order = shuffled(len(source.pictures), shards.shuffle_seed)
     contact: list[Entry] = []
     with (
         progress(section.images.name, len(order)) as bar,
