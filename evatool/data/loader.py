@@ -260,7 +260,8 @@ def _order_name(section: TrainDataSection, shards: Sequence[ShardList], sources:
     parts += [phase.model_dump_json() for phase in section.phases or []]
     for found, source in zip(shards, sources, strict=True):
         parts += [found.digest(), source.order.window]
-    parts += [source.weight for source in section.sources or []]
+    if len(sources) > 1:
+        parts += [source.weight for source in section.sources or []]
     return f"{ORDER_VERSION}:{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 
