@@ -63,6 +63,9 @@ _CLIP: dict[str, tuple[int, dict[str, Any], tuple[int, int, int]]] = {
 # Ours, small enough for a CPU. Head scale 1: with the released 0.001 a toy model at a learning rate that suits it
 # was seen to stay at ln(batch), because the projection starts a thousand times too small to be found in time.
 _TOY = {**_EVA02, "image_size": 48, "patch_size": 12, "head_init_scale": 1.0}
+_DEBUG = {"image_size": 32, "patch_size": 8, "layers": 2, "width": 64, "head_width": 32, "head_init_scale": 1.0}
+_DEBUG_TEXT = {"context_length": 16, "width": 64, "heads": 2, "layers": 1}
+_RMS = {"mlp_ratio": 5.0, "qkv_bias": False, "use_rms_norm": True}
 _TOYS: dict[str, tuple[int, dict[str, Any], dict[str, int]]] = {
     "EVA02-CLIP-toy": (
         128,
@@ -76,9 +79,14 @@ _TOYS: dict[str, tuple[int, dict[str, Any], dict[str, int]]] = {
     ),
     "EVA02-CLIP-debug": (
         32,
-        {**_TOY, "image_size": 32, "patch_size": 8, "layers": 2, "width": 64, "head_width": 32},
-        {"context_length": 16, "width": 64, "heads": 2, "layers": 1},
+        {**_EVA02, **_DEBUG},
+        _DEBUG_TEXT,
     ),
+    # The other families' blocks in seconds: `recipes/debug/`.
+    "EVA01-CLIP-debug": (32, {**_DEBUG, "mlp_ratio": 4.3637}, _DEBUG_TEXT),
+    "EVA02-CLIP-bigE-debug": (32, {**_DEBUG, "mlp_ratio": 8.571428571428571, "postnorm": True}, _DEBUG_TEXT),
+    "EVA-CLIP-8B-debug": (32, {**_DEBUG, **_RMS}, _DEBUG_TEXT),
+    "EVA-CLIP-18B-debug": (32, {**_DEBUG, **_RMS, "layers": 3, "postnorm": True}, _DEBUG_TEXT),
 }
 
 _MIM_02 = {**_EVA02, "patch_size": 14, "mlp_ratio": 8 / 3, "inner_attn_ln": False, "init": "eva-02"}
@@ -89,6 +97,7 @@ _MIM: dict[str, tuple[int, dict[str, Any]]] = {
     "EVA-01-g": (768, {**_EVA01, "init": "eva-01", "init_std": 0.015}),
     "EVA-02-Ti": (1024, {**_MIM_02_PLAIN, "layers": 12, "width": 192}),
     "EVA-02-S": (1024, {**_MIM_02_PLAIN, "layers": 12, "width": 384}),
+    "EVA-02-debug": (32, {**_MIM_02_PLAIN, **_DEBUG}),  # ours: Ti and S in seconds
     "EVA-02-B": (1024, {**_MIM_02, "layers": 12, "width": 768}),
     "EVA-02-L": (1024, {**_MIM_02, "layers": 24, "width": 1024}),
     # No recipe was released for these three; initialised as EVA-01, the family whose block they share.
