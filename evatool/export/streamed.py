@@ -14,7 +14,7 @@ from torch import Tensor
 from evatool.errors import EvatoolError
 from evatool.export.folder import Exported, Target, staged_folder, write_json, write_text
 from evatool.export.verify import relative_difference
-from evatool.tensorfile import shape_of, tensor_bytes
+from evatool.tensorfile import TensorMap, shape_of, tensor_bytes
 
 # B inputs, N tokens, D width
 
@@ -31,14 +31,24 @@ class StreamedFormat:
         write: writes it from a mapping, one tensor at a time.
         read: opens it as its library does, one tensor at a time; names as written.
         configs: JSON files beside it, by name; the last makes the folder a model for its readers.
-        card: the model card, from the largest difference.
+        card: the model card, from the largest difference and what read the file back.
     """
 
     weights: str
     write: Callable[[Path, Mapping[str, Tensor]], None]
-    read: Callable[[Path], Mapping[str, Tensor]]
+    read: Callable[[Path], ReadBack]
     configs: Mapping[str, Mapping[str, Any]]
-    card: Callable[[float], str]
+    card: Callable[[float, str], str]
+
+
+class ReadBack(TensorMap):
+    """The tensors of a written file.
+
+    Attributes:
+        reader: what reads it, in words.
+    """
+
+    reader = "the format's library"
 
 
 def export_streamed(
@@ -62,10 +72,11 @@ def export_streamed(
         read = layout.read(work / layout.weights)
         _same_bits(read, tensors, target.folder)
         largest = _compare_blocks(num_blocks, source_block, exported_block(read), target)
+        reader = read.reader
         del read
         for name, table in layout.configs.items():
             write_json(work / name, table)
-        write_text(work / "README.md", layout.card(largest))
+        write_text(work / "README.md", layout.card(largest, reader))
     return Exported(target.folder, files, largest)
 
 

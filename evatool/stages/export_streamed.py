@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -19,14 +20,14 @@ from evatool.export.folder import Exported, Target
 from evatool.export.model_card import CardFacts
 from evatool.export.open_clip import card_of as open_clip_card
 from evatool.export.open_clip import config_of as open_clip_config
-from evatool.export.streamed import BlockOutput, StreamedFormat, export_streamed
+from evatool.export.streamed import BlockOutput, ReadBack, StreamedFormat, export_streamed
 from evatool.export.tensors import BAAI_NOTE, SAFETENSORS_NOTE, card_of
 from evatool.model.baai import baai_config, baai_state
 from evatool.model.derived import TOWER
 from evatool.model.vision import build_trunk, restore_buffers
 from evatool.recipe.export_sections import ExportSection
 from evatool.stages.export_formats import CastMap, open_clip_description
-from evatool.tensorfile import TensorMap, write_safetensors
+from evatool.tensorfile import SafetensorsMap, TensorMap, write_safetensors
 from evatool.torchfile import write_torch_archive
 
 STREAMABLE = ("open_clip", "safetensors", "baai")
@@ -106,18 +107,32 @@ class _Selected(TensorMap):
         return self._tensors.dtype(name)
 
 
-class LibraryMap(TensorMap):
+class LibraryMap(ReadBack):
     """A safetensors file through the library itself, opened anew for every tensor.
 
-    The library maps the file into memory: what was read would count as this process's memory until it is closed.
+    The library maps the file into memory: what was read would count as this process's memory until it is closed. A
+    file larger than the memory it may not map for torch at all; then it reads the header, and we the tensors.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with safe_open(path, framework="pt") as file:
-            self._shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        self._ours: TensorMap | None = None
+        try:
+            self._shapes = self._read_header("pt")
+        except RuntimeError as error:  # of torch's mapping: ENOMEM
+            if "mmap" not in str(error):
+                raise
+            self._shapes = self._read_header("np")
+            self._ours = SafetensorsMap(path)
+            self.reader = "the format's library (its header) and evatool (the tensors: the file exceeds the memory)"
+
+    def _read_header(self, framework: str) -> dict[str, tuple[int, ...]]:
+        with safe_open(self._path, framework=framework) as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
     def __getitem__(self, name: str) -> Tensor:
+        if self._ours is not None:
+            return self._ours[name]
         with safe_open(self._path, framework="pt") as file:
             return file.get_tensor(name)
 
@@ -132,7 +147,7 @@ class LibraryMap(TensorMap):
         return self._shapes[name]
 
 
-class TorchMap(TensorMap):
+class TorchMap(ReadBack):
     """A torch file through torch's restricted loader, mapped anew for every tensor, for the same reason."""
 
     def __init__(self, path: Path) -> None:
@@ -153,13 +168,17 @@ class TorchMap(TensorMap):
         return self._shapes[name]
 
     def _open(self) -> dict[str, Tensor]:
-        return torch.load(self._path, weights_only=True, mmap=True)
+        # A shared mapping is not charged to the process: one of a file larger than the memory is allowed.
+        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+            return torch.load(self._path, weights_only=True, mmap=True)
 
 
 def _layout(clip: UnloadedClip, section: ExportSection, facts: CardFacts, target: Target) -> StreamedFormat:
     write = partial(write_safetensors, metadata={"format": "pt"})
-    how = "read back by the format's library; every tensor has the same bits, and every block of the image tower "
-    how += "gave the same output when it was built from the source and from the file"
+    how = (
+        "read back by {}; every tensor has the same bits, and every block of the image tower gave the same output when "
+        "it was built from the source and from the file"
+    )
     match section.format:
         case "open_clip":
             description = open_clip_description(clip.config)
@@ -167,9 +186,13 @@ def _layout(clip: UnloadedClip, section: ExportSection, facts: CardFacts, target
             if description.timm_config is not None:
                 configs["config.json"] = description.timm_config
             configs["open_clip_config.json"] = open_clip_config(description, target.folder)
-            card = partial(open_clip_card, description, facts, target, how=how)
+            card = partial(open_clip_card, description, facts, target)
             return StreamedFormat(
-                "open_clip_model.safetensors", write, LibraryMap, configs, lambda d: card(difference=d)
+                "open_clip_model.safetensors",
+                write,
+                LibraryMap,
+                configs,
+                lambda d, reader: card(difference=d, how=how.format(reader)),
             )
         case "safetensors":
             table = clip.config.to_json()
@@ -178,7 +201,9 @@ def _layout(clip: UnloadedClip, section: ExportSection, facts: CardFacts, target
                 write,
                 LibraryMap,
                 {"model_config.json": table},
-                lambda d: card_of(facts, "safetensors", SAFETENSORS_NOTE, how, d, target.tolerance),
+                lambda d, reader: card_of(
+                    facts, "safetensors", SAFETENSORS_NOTE, how.format(reader), d, target.tolerance
+                ),
             )
         case _:
             return StreamedFormat(
@@ -186,7 +211,7 @@ def _layout(clip: UnloadedClip, section: ExportSection, facts: CardFacts, target
                 write_torch_archive,
                 TorchMap,
                 {"model_config.json": baai_config(clip.config)},
-                lambda d: card_of(facts, "pytorch", BAAI_NOTE, how, d, target.tolerance),
+                lambda d, reader: card_of(facts, "pytorch", BAAI_NOTE, how.format(reader), d, target.tolerance),
             )
 
 

@@ -232,6 +232,20 @@ def test_released_files_are_converted_without_loading(name, tmp_path):
     assert_same_tensors(torch.load(tmp_path / "back" / "model.pt", weights_only=True), golden.state)
 
 
+def test_a_file_too_large_to_be_mapped_is_verified_by_our_reader(weights, tmp_path, monkeypatch):
+    whole = export_streamed.safe_open
+
+    def refuse(path, framework):
+        if framework == "pt":
+            raise RuntimeError(f"unable to mmap 36651060594 bytes from file <{path}>: Cannot allocate memory (12)")
+        return whole(path, framework=framework)
+
+    monkeypatch.setattr(export_streamed, "safe_open", refuse)
+    done = run_stage(tmp_path / "out", weights, format="safetensors", dtype="bf16", streamed=True)
+    assert done.metrics["max_difference"] <= 1e-6
+    assert "evatool (the tensors: the file exceeds the memory)" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_streamed_export_that_reads_back_otherwise_is_removed(weights, tmp_path, monkeypatch):
     class Damaged(export_streamed.LibraryMap):
         def __getitem__(self, name):
