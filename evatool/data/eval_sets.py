@@ -1,28 +1,38 @@
-"""Evaluation sets from a local folder, opened through clip-benchmark so that its users' sets work as they are."""
+"""Evaluation sets on disk as batches: clip-benchmark's `wds/` layout, image folders and Birdsnap.
+
+clip-benchmark's own readers are not used: under webdataset 1.x they refuse fewer tars than workers, they know no
+ranks, and they hand members to a decoder that unpickles. What they read is read here with the same answers.
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
+from evatool.data.eval_folders import is_birdsnap, is_image_folder, open_birdsnap, open_image_folder
+from evatool.data.eval_pictures import EvalTransform
+from evatool.data.eval_samples import Samples
+from evatool.data.eval_scenes import SceneSamples
+from evatool.data.eval_tars import open_tars
 from evatool.data.pictures import BadPicture, decode_rgb
-from evatool.data.shards import MANIFEST, PICTURE_MEMBERS, TarReader, read_manifest
 from evatool.errors import DataError
 
-ALLOWED_MEMBERS = frozenset((*PICTURE_MEMBERS, "cls", "txt", "json"))
-"""Members by the last part of their extension. clip-benchmark hands a set to webdataset's `.decode()`, which would
-unpickle members of other names; a set that has any is refused before it gets there."""
+# B pictures of a batch, S input side in pixels, N pictures of the set, W ranks
 
-KINDS = ("classification", "retrieval")
+
+class Transform(Protocol):
+    """An encoded picture to a tensor (3, S, S)."""
+
+    def __call__(self, data: bytes) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -30,122 +40,169 @@ class EvalSet:
     """An opened evaluation set.
 
     Attributes:
-        kind: "classification" or "retrieval".
+        kind: "classification", "retrieval" or "localisation".
         classnames, templates: prompts with `{c}` in place of the name; empty for retrieval.
-        loader: batches (pictures (B, 3, S, S), class numbers (B,)), or (pictures, B lists of captions) for
-            retrieval; can be iterated again and keeps its order.
-        samples: the same samples in the same order, for pictures in reports.
+        loader: this rank's batches, see `EvalLoader`.
+        samples: the encoded pictures and what is known of each, for all ranks.
     """
 
     name: str
     kind: str
     classnames: list[str]
     templates: list[str]
-    loader: Iterable[Any]
-    samples: TarReader
+    loader: EvalLoader
+    samples: Samples
 
     @property
     def num_samples(self) -> int:
-        """Pictures in the set."""
+        """Pictures in the set, over all ranks."""
         return len(self.samples)
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of keys, picture sizes and labels: the same pictures in the same order with the same answers."""
+        return self.samples.fingerprint
+
     def picture(self, i: int) -> np.ndarray:
-        """Picture i of the loader's order as uint8 (H, W, 3). Raises: DataError if it cannot be decoded."""
-        members = self.samples.read(i, PICTURE_MEMBERS)
+        """Picture i as uint8 (H, W, 3). Raises: DataError if it cannot be decoded."""
         try:
-            return decode_rgb(next(iter(members.values()), b""))
+            return decode_rgb(self.samples.picture(i))
         except BadPicture as err:
-            raise DataError(f"picture {self.samples.keys[i]} of evaluation set {self.name}: {err}") from err
+            raise _unreadable(self.name, self.samples, i, err) from err
 
     def caption(self, i: int) -> str:
-        """Caption i for retrieval, else the class name."""
-        members = self.samples.read(i, ("txt", "cls"))
-        if "txt" in members:
-            return members["txt"].decode("utf-8")
-        return self.classnames[int(members["cls"])]
+        """The captions of picture i, one a line, for retrieval; else the class name."""
+        if self.kind == "retrieval":
+            return "\n".join(self.samples.captions(i))
+        return self.classnames[self.samples.label(i)]
+
+
+@dataclass
+class EvalLoader:
+    """Batches of one rank; can be iterated again and keeps its order.
+
+    Rank r of W holds pictures r, r + W, r + 2 W, ...: every picture exactly once over the ranks, none repeated.
+    Pictures are decoded in threads, a batch ahead.
+
+    Yields: (pictures (B, 3, S, S), class numbers (B,) int64); for retrieval (pictures, B lists of captions); for
+    localisation (pictures, masks (B, S, S) int32: 0 background, k + 1 class k).
+    """
+
+    name: str
+    kind: str
+    samples: Samples
+    transform: Transform
+    batch_size: int
+    num_threads: int = 1
+    rank: int = 0
+    world_size: int = 1
+    indices: np.ndarray = field(init=False)
+    """(n,) int64: pictures of this rank, in its order."""
+
+    def __post_init__(self) -> None:
+        self.indices = np.arange(self.rank, len(self.samples), self.world_size)
+
+    def __len__(self) -> int:
+        """Batches of this rank."""
+        return math.ceil(len(self.indices) / self.batch_size)
+
+    @property
+    def most_batches(self) -> int:
+        """Batches of the rank that has the most: what ranks that work in step go through."""
+        most_pictures = math.ceil(len(self.samples) / self.world_size)
+        return math.ceil(most_pictures / self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
+        batches = [self.indices[i : i + self.batch_size] for i in range(0, len(self.indices), self.batch_size)]
+        with ThreadPoolExecutor(self.num_threads, thread_name_prefix="decode") as pool:
+            ahead: list[Future[Tensor]] = self._submit(pool, batches[0]) if batches else []
+            try:
+                for batch, following in zip(batches, [*batches[1:], None], strict=True):
+                    current, ahead = ahead, [] if following is None else self._submit(pool, following)
+                    yield torch.stack([future.result() for future in current]), self._targets(batch)
+            finally:
+                for future in ahead:
+                    future.cancel()
+
+    def _submit(self, pool: ThreadPoolExecutor, batch: np.ndarray) -> list[Future[Tensor]]:
+        return [pool.submit(self._decode, int(i)) for i in batch]
+
+    def _decode(self, i: int) -> Tensor:
+        try:
+            return self.transform(self.samples.picture(i))
+        except BadPicture as err:
+            raise _unreadable(self.name, self.samples, i, err) from err
+
+    def _targets(self, batch: np.ndarray) -> Any:
+        if self.kind == "classification":
+            return torch.tensor([self.samples.label(int(i)) for i in batch], dtype=torch.int64)
+        if self.kind == "retrieval":
+            return [self.samples.captions(int(i)) for i in batch]
+        assert isinstance(self.transform, EvalTransform)  # a mask is cut as its picture is
+        return torch.stack([self.transform.mask(self.samples.mask(int(i))) for i in batch])
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def open_eval_set(
-    folder: Path, *, transform: Callable[[Image.Image], Tensor], batch_size: int, split: str = "test"
+    folder: Path,
+    *,
+    transform: Transform,
+    batch_size: int,
+    split: str = "test",
+    num_threads: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    name: str | None = None,
+    prompts: str | None = None,
 ) -> EvalSet:
-    """Open the set in `folder`.
+    """Open the set in `folder`, told by what is in it: clip-benchmark's layout, Birdsnap, or a folder a class.
 
     Args:
-        transform: a picture (any mode) to (3, S, S).
-        batch_size: pictures a batch; the last one may be smaller.
+        transform: an encoded picture to (3, S, S), such as `EvalTransform`.
+        batch_size: pictures a batch; a rank's last one may be smaller.
+        num_threads: threads that decode.
+        rank, world_size: this rank's share of the pictures.
+        name: in results; the folder's when absent.
+        prompts: name in clip-benchmark's class names and templates, for image folders that bring none.
     Raises: DataError where a file of the layout is missing, a tar is damaged, or a member is not allowed.
     """
-    from clip_benchmark.datasets.builder import build_dataset
-
-    kind, tars = _check_layout(folder, split)
-    samples = TarReader(tars)
-    _check_members(folder, split, samples, kind)
-    task = "zeroshot_classification" if kind == "classification" else "zeroshot_retrieval"
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="WebDataset.shardshuffle")  # unset is what is meant: in order
-        dataset = build_dataset(
-            f"wds/{folder.name}", root=str(folder), transform=transform, split=split, download=False, task=task
-        )
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_size=batch_size,
-        num_workers=0,  # webdataset 1.x refuses fewer tars than workers, and a small set is one tar
-        collate_fn=None if kind == "classification" else _with_captions,
-        generator=torch.Generator(),  # leaves the process's generator alone
-    )
-    return EvalSet(folder.name, kind, list(dataset.classes or []), list(dataset.templates or []), loader, samples)
-
-
-def _with_captions(samples: list[tuple[Tensor, list[str]]]) -> tuple[Tensor, list[list[str]]]:
-    return torch.stack([picture for picture, _ in samples]), [captions for _, captions in samples]
-
-
-def _check_layout(folder: Path, split: str) -> tuple[str, list[Path]]:
-    """Kind and tars of a set. clip-benchmark itself goes on without class names and fails much later."""
-    count_file = folder / split / "nshards.txt"
-    if not count_file.is_file():
+    name = name or folder.name
+    if (folder / split / "nshards.txt").is_file():
+        kind, classnames, templates, samples = open_tars(folder, split)
+    elif is_birdsnap(folder):
+        kind, classnames, templates, samples = open_birdsnap(folder)
+    elif is_image_folder(folder, split):
+        kind, classnames, templates, samples = open_image_folder(folder, split, prompts or name)
+    else:
         raise DataError(
-            f"{folder} is not an evaluation set: {split}/nshards.txt is missing",
-            expected="clip-benchmark's layout for `wds/` sets (docs/data.md)",
-            fix="run `evatool data-prepare`, or correct the folder",
+            f"{folder} is not an evaluation set: {split}/nshards.txt is missing, and there are no folders of pictures",
+            expected="clip-benchmark's layout for `wds/` sets, a folder a class, or Birdsnap's files (docs/eval.md)",
+            fix="run `evatool suites show SUITE --data DIR` for the command that makes it, or correct the folder",
         )
-    kind_file = folder / "dataset_type.txt"
-    kind = kind_file.read_text(encoding="utf-8").strip().lower() if kind_file.is_file() else "classification"
-    if kind not in KINDS:
-        raise DataError(f"evaluation set {folder.name} is of kind {kind!r}", expected=f"one of {', '.join(KINDS)}")
-    needed = [] if kind == "retrieval" else ["classnames.txt", "zeroshot_classification_templates.txt"]
-    try:
-        needed += [f"{split}/{number}.tar" for number in range(int(count_file.read_text(encoding="utf-8")))]
-    except ValueError as err:
-        raise DataError(f"{count_file} does not hold a number", expected="the number of tars") from err
-    missing = [name for name in needed if not (folder / name).is_file()]
-    if missing:
-        raise DataError(f"evaluation set {folder.name} lacks {', '.join(missing)}", where=str(folder))
-    return kind, [folder / name for name in needed if name.endswith(".tar")]
+    loader = EvalLoader(name, kind, samples, transform, batch_size, num_threads, rank, world_size)
+    return EvalSet(name, kind, classnames, templates, loader, samples)
 
 
-def _check_members(folder: Path, split: str, samples: TarReader, kind: str) -> None:
-    label = "cls" if kind == "classification" else "txt"
-    for i, key in enumerate(samples.keys):
-        extensions = samples.extensions(i)
-        odd = [e for e in extensions if e.rpartition(".")[2] not in ALLOWED_MEMBERS]
-        if odd:
-            raise DataError(
-                f"evaluation set {folder.name} has a member {key}.{odd[0]} that is not read, because it may hold code",
-                expected=f"members of {', '.join(sorted(ALLOWED_MEMBERS))} only",
-            )
-        if label not in extensions or not any(e in PICTURE_MEMBERS for e in extensions):
-            raise DataError(
-                f"sample {key} of evaluation set {folder.name} has members {', '.join(extensions)}",
-                expected=f"a picture and a {label} member",
-            )
-    if not samples.keys:
-        raise DataError(f"evaluation set {folder.name} has no samples", where=str(folder))
-    if (folder / split / MANIFEST).is_file():
-        written = read_manifest(folder / split)["num_samples"]
-        if written != len(samples):
-            raise DataError(
-                f"evaluation set {folder.name} has {len(samples)} samples instead of the {written} of its manifest",
-                where=str(folder),
-                fix="run `evatool data-prepare` again into a new folder",
-            )
+def scenes_of(opened: EvalSet, name: str, *, side: int, seed: int) -> EvalSet:
+    """A localisation set of scenes that are composed from the pictures of a classification set.
+
+    Raises: DataError where the set is of another kind, or too small for one scene.
+    """
+    if opened.kind != "classification":
+        raise DataError(f"scenes are composed of classified pictures, {opened.name} is a {opened.kind} set")
+    samples = SceneSamples(opened.samples, side, seed)
+    loader = replace(opened.loader, name=name, kind="localisation", samples=samples)
+    return EvalSet(name, "localisation", opened.classnames, opened.templates, loader, samples)
+
+
+def _unreadable(name: str, samples: Samples, i: int, err: BadPicture) -> DataError:
+    return DataError(
+        f"picture {samples.keys[i]} of evaluation set {name} cannot be used: {err}",
+        where=samples.where(i),
+        expected="a JPEG, PNG or WebP picture; leaving one out would change the benchmark",
+        fix="copy or convert the set again",
+    )

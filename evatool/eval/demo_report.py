@@ -118,7 +118,7 @@ def _facts(data: DemoReport, names: Names) -> list[Fact]:
     if record and final and row:
         facts += [
             Fact(
-                f"{words.LABELS[row.metric].capitalize()} on {record.phrase}",
+                f"{words.label(row.metric).capitalize()} on {record.phrase}",
                 words.percent(row.value),
                 f"{names.titles[final.name]}, {words.bounds(row.interval)}",
             ),

@@ -124,7 +124,7 @@ def _bar_panel(results: EvalResults, record: SetRecord, metric: str, names: Name
         title=words.set_title(record, metric),
         about=record.about,
         facts=words.set_facts(record, rows[0].chance),
-        metric=words.LABELS[metric],
+        metric=words.label(metric),
         bars=[_bar(row, top, names) for row in rows],
         ticks=ticks,
         chance=100 * rows[0].chance / top,

@@ -66,6 +66,21 @@ class Gallery:
     worst: list[Retrieval]
 
 
+@dataclass(frozen=True)
+class MissedPicture:
+    """A picture that was named wrong."""
+
+    picture: str  # data: URI
+    key: str
+    right: str
+    named: str
+
+
+def missed_picture(pixels: NDArray[np.uint8], key: str, right: str, named: str) -> MissedPicture:
+    """(H, W, 3) uint8 with its class and the one it was taken for."""
+    return MissedPicture(data_uri(encode_picture(pixels, _MAX_SIDE)), key, right, named)
+
+
 def data_uri(picture: Picture) -> str:
     """A picture as a `data:` URI.
 

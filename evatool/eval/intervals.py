@@ -91,6 +91,98 @@ def paired_difference(
     )
 
 
+def resampled_means(
+    values: ArrayLike,
+    *,
+    num_resamples: int,
+    seed: int | tuple[int, ...],
+    clusters: ArrayLike | None = None,
+    classes: ArrayLike | None = None,
+) -> NDArray[np.float64]:
+    """(num_resamples,) means of resampled samples, for figures that combine several sets.
+
+    Args:
+        classes: (N,) integers; with them a resample's figure is the mean over its classes of each class's mean.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    if classes is not None:
+        return _resampled_class_means(x, np.asarray(classes), num_resamples, rng)
+    sums, counts = (x, np.ones_like(x)) if clusters is None else _cluster_sums(x, clusters)
+    return _resampled_means(sums, counts, num_resamples, rng)
+
+
+def class_mean(values: ArrayLike, classes: ArrayLike) -> float:
+    """Mean over the classes that occur of each class's mean: mean-per-class recall where values are hits."""
+    x, (_, index) = np.asarray(values, dtype=np.float64), np.unique(np.asarray(classes), return_inverse=True)
+    return float((np.bincount(index, weights=x) / np.bincount(index)).mean())
+
+
+def bootstrap_class_mean(
+    values: ArrayLike,
+    classes: ArrayLike,
+    *,
+    num_resamples: int,
+    seed: int,
+    support: tuple[float, float] = (0.0, 1.0),
+    level: float = LEVEL,
+) -> Interval:
+    """Mean over classes of the class means, with its percentile bootstrap interval over samples of all classes.
+
+    Classes that a resample does not draw are left out of it. Arguments and errors as `bootstrap_mean`.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if np.ptp(x) == 0:
+        return bootstrap_mean(x, num_resamples=num_resamples, seed=seed, support=support, level=level)
+    means = resampled_means(x, num_resamples=num_resamples, seed=seed, classes=classes)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(class_mean(x, classes), float(low), float(high))
+
+
+def quantile_interval(value: float, means: NDArray[np.float64], level: float = LEVEL) -> Interval:
+    """A value with the percentile interval of its resamples."""
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(value, float(low), float(high))
+
+
+def over_seeds(values: ArrayLike, sample_deviation: float, *, level: float = LEVEL) -> Interval:
+    """Mean over training seeds with an interval that covers both another seed and other samples.
+
+    Args:
+        values: (S,) one figure a seed, at least two.
+        sample_deviation: standard deviation of the mean over seeds when the samples are drawn again.
+    Student's t with S - 1 degrees of freedom for the seeds, the normal quantile for the samples, added in squares.
+    Raises: ValueError with fewer than two seeds.
+    """
+    from scipy import stats
+
+    x = np.asarray(values, dtype=np.float64)
+    if x.size < 2:
+        raise ValueError("an interval over seeds needs at least two of them")
+    tail = (1 + level) / 2
+    of_seeds = stats.t.ppf(tail, x.size - 1) * x.std(ddof=1) / np.sqrt(x.size)
+    reach = float(np.hypot(of_seeds, stats.norm.ppf(tail) * sample_deviation))
+    return Interval(float(x.mean()), float(x.mean()) - reach, float(x.mean()) + reach)
+
+
+def _resampled_class_means(
+    x: NDArray[np.float64], classes: NDArray[np.int64], num_resamples: int, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """As `_resampled_means`; a unit is a class and a value, and each class counts the same."""
+    units, frequency = np.unique(np.stack([classes, x], axis=1), axis=0, return_counts=True)
+    starts = np.flatnonzero(np.r_[True, np.diff(units[:, 0]) != 0])  # units are sorted by class
+    share = frequency / frequency.sum()
+    rows = max(1, _CELLS // len(units))
+    means = []
+    for start in range(0, num_resamples, rows):
+        drawn = rng.multinomial(x.size, share, size=min(rows, num_resamples - start))
+        total = np.add.reduceat(drawn * units[:, 1], starts, axis=1)
+        count = np.add.reduceat(drawn, starts, axis=1)
+        of_class = np.divide(total, count, out=np.zeros_like(total), where=count > 0)
+        means.append(of_class.sum(axis=1) / (count > 0).sum(axis=1))
+    return np.concatenate(means)
+
+
 def _cluster_sums(x: NDArray[np.float64], clusters: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Sum and number of samples of each cluster."""
     ids = np.asarray(clusters)

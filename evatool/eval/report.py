@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evatool.eval import words
+from evatool.eval.classes import ClassPanel
 from evatool.eval.figures import Names, bar_panels, difference_panels
-from evatool.eval.gallery import Gallery
-from evatool.eval.results import EvalResults, ModelRecord, compared_pairs, main_metrics, write_atomically
+from evatool.eval.gallery import Gallery, MissedPicture
+from evatool.eval.results import EvalResults, ModelRecord, main_metrics, write_atomically
 
 
 @dataclass(frozen=True)
@@ -33,25 +34,45 @@ class TableRow:
     n: str
 
 
-def write_eval_report(path: Path, results: EvalResults, gallery: Gallery | None = None) -> None:
-    """The report of one evaluation; complete or not there."""
+def write_eval_report(
+    path: Path,
+    results: EvalResults,
+    *,
+    galleries: Sequence[Gallery] = (),
+    classes: Sequence[ClassPanel] = (),
+    missed: Mapping[str, Sequence[MissedPicture]] | None = None,
+    kicker: str = "evatool eval",
+) -> None:
+    """The report of one evaluation, or of one comparison; complete or not there.
+
+    Args:
+        galleries: retrieval examples of the last model, one a set.
+        classes, missed: what the last model does with classes and pictures of each set.
+    """
     names = Names.of(results)
     models = ", ".join(names.titles.values())
-    pairs = compared_pairs(list(names.titles))
-    differences = difference_panels(results, names, pairs)
+    differences = difference_panels(results, names, pairs_of(results))
+    counted = [s for s in results.sets if s.kind != "average"]
+    last = results.models[-1].name if results.models else ""
     page = render(
         "eval.html.j2",
-        title=f"{results.title}: {len(results.sets)} evaluation sets",
-        kicker="evatool eval",
-        lead=f"{models} on {results.data}.",
+        title=f"{results.title}: {len(counted)} evaluation sets",
+        kicker=kicker,
+        lead=f"{models} on {results.data}. {how_measured(results)}",
         facts=headline_facts(results, names),
         failures=results.failures,
         bars=bar_panels(results, names),
         differences=differences,
+        sentences=words.comparison_sentences(results),
+        seeds=seed_rows(results),
+        published=published_rows(results),
         names=names,
         notes=model_notes(results.models),
-        gallery=gallery,
-        gallery_title=names.titles.get(gallery.model, gallery.model) if gallery else "",
+        galleries=galleries,
+        last=last,
+        classes=classes,
+        missed=missed or {},
+        titles={s.name: s.title for s in results.sets},
         table=table_rows(results),
         caveats=words.caveats(results, sum(len(p.whiskers) for p in differences)),
         level=f"{results.level:.0%}",
@@ -59,6 +80,50 @@ def write_eval_report(path: Path, results: EvalResults, gallery: Gallery | None 
         footer=f"Written by evatool in {words.duration(results.seconds)}.",
     )
     write_atomically(path, page.encode())
+
+
+def pairs_of(results: EvalResults) -> list[tuple[str, str]]:
+    """Pairs of models that were compared, in the order they were."""
+    return list(dict.fromkeys((d.before, d.after) for d in results.differences))
+
+
+def how_measured(results: EvalResults) -> str:
+    """Precision, resizing and decoding, which change the numbers."""
+    found = sorted({(row.precision, row.resize, row.decode) for row in results.results})
+    resize = {"shortest": "shorter side and centre crop", "squash": "squashed to a square"}
+    return "; ".join(f"{p}, pictures by {resize.get(r, r)}, {d} decoding" for p, r, d in found) + "."
+
+
+def seed_rows(results: EvalResults) -> list[list[str]]:
+    """Set, metric, models and mean with bounds, of what was trained with several seeds."""
+    titles = {s.name: s.title for s in results.sets}
+    return [
+        [
+            titles[s.set],
+            words.label(s.metric),
+            ", ".join(s.models),
+            f"{words.percent(s.value)} {words.bounds(s.interval)}",
+        ]
+        for s in results.over_seeds
+    ]
+
+
+def published_rows(results: EvalResults) -> list[list[str]]:
+    """Set, metric, model, own value, published value, difference in points, source."""
+    titles = {s.name: s.title for s in results.sets}
+    return [
+        [
+            titles[row.set],
+            words.label(row.metric),
+            row.model,
+            f"{words.percent(row.value)} {words.bounds(row.interval)}",
+            words.percent(row.published),
+            words.signed_points(row.value - row.published),
+            row.published_source,
+        ]
+        for row in results.results
+        if row.published is not None
+    ]
 
 
 def render(template: str, **values: Any) -> str:
@@ -83,7 +148,7 @@ def headline_facts(results: EvalResults, names: Names) -> list[Fact]:
         Fact(
             label=names.titles[row.model],
             value=words.percent(row.value),
-            note=f"{words.LABELS[metric]} on {record.phrase}, {words.bounds(row.interval)}",
+            note=f"{words.label(metric)} on {record.phrase}, {words.bounds(row.interval)}",
         )
         for row in rows[-4:]
     ]
@@ -99,7 +164,7 @@ def table_rows(results: EvalResults) -> list[TableRow]:
             rows.append(
                 TableRow(
                     set=record.title,
-                    metric=words.LABELS.get(metric, metric),
+                    metric=words.label(metric),
                     cells={
                         model: (words.percent(row.value).removesuffix(f"{words.NO_BREAK}%"), words.bounds(row.interval))
                         if row

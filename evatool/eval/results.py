@@ -1,8 +1,7 @@
-"""What an evaluation leaves behind: `results.json`, kept predictions, and reading both back. No torch here."""
+"""What an evaluation leaves behind: `results.json`, and reading it back. No torch here."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import os
@@ -12,13 +11,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from evatool.errors import DataError
 from evatool.eval.intervals import LEVEL, Interval
 
-SCHEMA = 1
+SCHEMA = 2
+_READABLE = (1, 2)  # what 2 adds has defaults
 
 
 @dataclass(frozen=True)
@@ -32,6 +29,9 @@ class ModelRecord:
     num_parameters: int
     preset: str = ""
     weights: str = ""  # file or folder they were read from
+    precision: str = "fp32"  # arithmetic and storage of the weights
+    recipe: str = ""  # digest of the training recipe without seed and places; equal for repetitions
+    train_seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,21 @@ class SetRecord:
     title: str
     phrase: str  # the title inside a sentence
     about: str
-    kind: str  # "classification" or "retrieval"
+    kind: str  # "classification", "retrieval", "localisation", or "average" for figures over several sets
     variant: str  # suite and set; says so when it is only a part of the full set
     n: int  # pictures
     num_classes: int | None = None
     largest_class_share: float | None = None  # accuracy of always naming the commonest class
     headline: bool = False
+    metric: str = ""  # the one that the benchmark is reported by
+    partial: str = ""  # what differs from the full set
+    samples: str = ""  # SHA-256 of keys, picture sizes and labels
+    not_comparable: str = ""  # why published numbers of the benchmark are not of this variant
 
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One metric of one model on one set. `n` counts the answers averaged: pictures, or queries of a direction."""
+    """One metric of one model on one set, or over several. `n` counts the answers averaged: pictures, or queries."""
 
     model: str
     fingerprint: str
@@ -68,6 +72,12 @@ class ResultRow:
     num_classes: int | None
     seed: int
     seconds: float  # of the model on the set, all its metrics together
+    precision: str = "fp32"
+    resize: str = "shortest"
+    decode: str = "exact"
+    prompts: str = ""  # SHA-256 of all prompts
+    published: float | None = None  # the published value for this model, where there is one
+    published_source: str = ""
 
     @property
     def interval(self) -> Interval:
@@ -95,6 +105,24 @@ class DifferenceRow:
 
 
 @dataclass(frozen=True)
+class SeedRow:
+    """A metric over several training seeds of one recipe."""
+
+    models: list[str]
+    set: str
+    metric: str
+    value: float  # mean over the seeds
+    low: float
+    high: float
+    num_seeds: int
+
+    @property
+    def interval(self) -> Interval:
+        """The mean with its bounds."""
+        return Interval(self.value, self.low, self.high)
+
+
+@dataclass(frozen=True)
 class Failure:
     """A set that could not be evaluated; `set` is None where the model could not be loaded."""
 
@@ -116,7 +144,9 @@ class EvalResults:
     sets: list[SetRecord] = field(default_factory=list)  # in the suite's order
     results: list[ResultRow] = field(default_factory=list)
     differences: list[DifferenceRow] = field(default_factory=list)
+    over_seeds: list[SeedRow] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    near_ties: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # model -> set -> sample keys
     versions: dict[str, str] = field(default_factory=dict)
     machine: str = ""
     seconds: float = 0.0
@@ -141,9 +171,17 @@ class EvalResults:
         return next((s for s in self.sets if s.headline), self.sets[0] if self.sets else None)
 
 
+MAIN_METRICS = {
+    "classification": ["top1"],
+    "retrieval": ["text_to_image_recall@5", "image_to_text_recall@5"],
+    "localisation": ["patch_top1", "segmentation_miou"],
+    "average": ["average"],
+}
+
+
 def main_metrics(kind: str) -> list[str]:
     """The metrics that charts and sentences use for a kind of set, the most telling first."""
-    return ["top1"] if kind == "classification" else ["text_to_image_recall@5", "image_to_text_recall@5"]
+    return MAIN_METRICS[kind]
 
 
 def compared_pairs(models: Sequence[str]) -> list[tuple[str, str]]:
@@ -171,11 +209,11 @@ def read_results(path: Path) -> EvalResults:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read evaluation results: {error}", where=str(path), fix="run evatool eval") from error
-    if not isinstance(table, dict) or table.get("schema") != SCHEMA:
+    if not isinstance(table, dict) or table.get("schema") not in _READABLE:
         raise DataError(
             "evaluation results have another layout",
             where=str(path),
-            expected=f'"schema": {SCHEMA}',
+            expected=f'"schema": {" or ".join(map(str, _READABLE))}',
             fix="run evatool eval again",
         )
     lists: dict[str, type] = {
@@ -183,6 +221,7 @@ def read_results(path: Path) -> EvalResults:
         "sets": SetRecord,
         "results": ResultRow,
         "differences": DifferenceRow,
+        "over_seeds": SeedRow,
         "failures": Failure,
     }
     try:
@@ -197,13 +236,6 @@ def read_results(path: Path) -> EvalResults:
 def _record(kind: type, row: dict[str, Any]) -> Any:
     known = {f.name for f in fields(kind)}
     return kind(**{key: value for key, value in row.items() if key in known})
-
-
-def write_predictions(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
-    """Per-sample answers as one compressed npz; complete or not there."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    write_atomically(path, buffer.getvalue())
 
 
 def write_atomically(path: Path, content: bytes) -> None:

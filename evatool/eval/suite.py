@@ -6,19 +6,33 @@ import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from evatool.errors import DataError, RecipeError
 
 _FOLDER = Path(__file__).parent / "suites"
+_FROZEN = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
+
+
+class Composition(BaseModel):
+    """A set of scenes that is composed from the pictures of another set when it is opened."""
+
+    model_config = _FROZEN
+
+    from_: str
+    """Name of the classification set that gives the pictures."""
+    side: int
+    """Pictures along each side of a scene."""
+    seed: int
+    """Of the order in which pictures are put together."""
 
 
 class SuiteSet(BaseModel):
     """One evaluation set of a suite."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = _FROZEN
 
     name: str
     """Name in results, and of the set's folder."""
@@ -28,22 +42,106 @@ class SuiteSet(BaseModel):
     """Name inside a sentence: accuracy "on ..."."""
     about: str
     """What the set measures, in a line."""
-    kind: Literal["classification", "retrieval"]
+    kind: Literal["classification", "retrieval", "localisation"]
     """What is asked of the model."""
+    metric: str = "top1"
+    """The metric that the benchmark is reported by."""
+    variant: str = ""
+    """Which version, split or part of the benchmark this is."""
+    wds: str = ""
+    """Name among clip-benchmark's `wds/` sets: of the folder on disk, and of the copy on the hub."""
+    hub: str = ""
+    """Data set on the Hugging Face hub; clip-benchmark's copy of `wds` when empty."""
+    convert: str = ""
+    """Command that makes the set where there is no copy on the hub; `{folder}` is where it belongs."""
     split: str = "test"
     """Folder of the shards within the set's folder."""
+    train_split: str = ""
+    """Folder of the training shards, for probes; none when empty."""
+    train_set: str = ""
+    """Set of the suite with the same classes that probes are trained on, where there is no training split."""
     num_samples: int | None = None
-    """Pictures of the full set. A folder with another count is reported as a subset, not under the set's name."""
+    """Pictures of the full set."""
     num_classes: int | None = None
     """Classes of the full set."""
+    num_captions: int | None = None
+    """Captions of the full set, with repetitions."""
+    not_comparable: str = ""
+    """Why the published numbers of this benchmark are not of this variant."""
+    compose: Composition | None = None
+    """How the set is composed from another one."""
     headline: bool = False
     """The set that reports name first."""
+
+    @property
+    def hub_repo(self) -> str:
+        """Data set on the hub; empty where there is none."""
+        return self.hub or (f"clip-benchmark/wds_{self.wds.replace('/', '-')}" if self.wds else "")
+
+    @property
+    def folders(self) -> list[str]:
+        """Folders below the data folder where the set is looked for, in this order."""
+        cleaned = self.wds.replace("/", "-")
+        if self.compose is not None:
+            return [self.compose.from_]
+        names = [self.name, *([self.wds, f"wds_{cleaned}", f"wds_{self.name}_test"] if self.wds else [])]
+        return list(dict.fromkeys(names))
+
+    @property
+    def prompts(self) -> str:
+        """Name in clip-benchmark's tables of class names and templates."""
+        return self.wds.rpartition("/")[2] or self.name
+
+
+class Average(BaseModel):
+    """A mean over sets, every set counting the same."""
+
+    model_config = _FROZEN
+
+    name: str
+    """Name in results."""
+    title: str
+    """Name in reports."""
+    metric: str
+    """Metric that is averaged; `mean_recall` is the mean of all six recalls."""
+    sets: list[str] | None = None
+    """Sets averaged over; all when absent."""
+
+
+class Gap(BaseModel):
+    """A set's metric less the mean over others."""
+
+    model_config = _FROZEN
+
+    name: str
+    """Name in results."""
+    title: str
+    """Name in reports."""
+    about: str
+    """What it says, in a line."""
+    metric: str
+    """Metric that is compared."""
+    base: str
+    """Set that the others are taken from."""
+    sets: list[str]
+    """Sets whose mean is taken away."""
+
+
+class Include(BaseModel):
+    """Sets that another suite describes."""
+
+    model_config = _FROZEN
+
+    suite: str
+    """Name of the other suite."""
+    sets: list[str]
+    """Names of its sets, in the order of this suite."""
 
 
 class Suite(BaseModel):
     """Evaluation sets that are reported together."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = _FROZEN
 
     name: str
     """Name in recipes and on the command line."""
@@ -52,9 +150,21 @@ class Suite(BaseModel):
     about: str
     """What the suite is, in a line."""
     prepare: str
-    """Command that makes or fetches the sets."""
-    sets: list[SuiteSet]
+    """Command that makes or fetches the sets, or says how."""
+    partial: Literal["refused", "named"] = "refused"
+    """A set with another count than stated: refused, or evaluated under a name that says so."""
+    averages: list[Average] = []
+    """Means over sets."""
+    gaps: list[Gap] = []
+    """Differences between sets."""
+    include: Include | None = None
+    """Sets taken from another suite; they come first."""
+    sets: list[SuiteSet] = []
     """In the order of the report."""
+
+    def set(self, name: str) -> SuiteSet:
+        """The set of that name, which must exist."""
+        return next(s for s in self.sets if s.name == name)
 
     def chosen(self, names: Sequence[str] | None) -> list[SuiteSet]:
         """The named sets in the suite's order; all when `names` is None.
@@ -80,39 +190,52 @@ def list_suites() -> list[str]:
 
 
 def load_suite(name: str) -> Suite:
-    """The suite of that name.
+    """The shipped suite of that name, or the suite file at that path.
 
-    Raises: RecipeError if there is none, naming the nearest.
+    Raises: RecipeError if there is none, naming the nearest, or if the file is wrong.
     """
     known = list_suites()
-    if name not in known:
+    path = _FOLDER / f"{name}.toml" if name in known else Path(name)
+    if path.suffix != ".toml" or not path.is_file():
         raise RecipeError(
             "no such suite",
             problems=[f"eval.suite: {_no_such('suite', name, known)}"],
-            expected=f"one of {', '.join(known)}",
+            expected=f"one of {', '.join(known)}, or the path of a suite file",
         )
-    path = _FOLDER / f"{name}.toml"
     try:
-        return Suite.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        suite = Suite.model_validate(_with_python_names(tomllib.loads(path.read_text(encoding="utf-8"))))
     except (tomllib.TOMLDecodeError, ValidationError) as error:
         raise RecipeError(f"suite file {path.name} is wrong: {error}", where=str(path)) from error
+    if suite.include is not None:
+        other = load_suite(suite.include.suite)
+        own = [other.set(included) for included in suite.include.sets]
+        suite = suite.model_copy(update={"sets": [*own, *suite.sets]})
+    _check_names(suite, path)
+    return suite
 
 
-def find_sets(folder: Path, suite: Suite, chosen: Sequence[SuiteSet]) -> dict[str, Path]:
-    """Folder of each chosen set, present or not. `folder` holds the sets, or is the run folder of data-prepare.
+def find_set(data: Path, entry: SuiteSet) -> Path:
+    """Folder of a set, the first that exists of those where it is looked for; the first of all where none does."""
+    root = data / "eval" if (data / "eval").is_dir() else data
+    paths = [root / name for name in entry.folders]
+    return next((path for path in paths if path.is_dir()), paths[0])
 
-    Raises: DataError if the folder is missing, or holds not one of the sets.
+
+def find_sets(data: Path, suite: Suite, chosen: Sequence[SuiteSet], *, may_be_empty: bool = False) -> dict[str, Path]:
+    """Folder of each chosen set, present or not. `data` holds the sets, or is the run folder of data-prepare.
+
+    Raises: DataError if the folder is missing, or holds not one of the sets, unless `may_be_empty`.
     """
-    if not folder.is_dir():
+    if not data.is_dir() and not may_be_empty:
         raise DataError(
-            f"there is no folder {folder}",
+            f"there is no folder {data}",
             where="eval.data",
             expected=f"a folder with the evaluation sets of suite {suite.name!r}",
             fix=f"{suite.prepare}, then give its run folder as eval.data (--data)",
         )
-    root = folder / "eval" if (folder / "eval").is_dir() else folder
-    paths = {s.name: root / s.name for s in chosen}
-    if not any(path.is_dir() for path in paths.values()):
+    paths = {s.name: find_set(data, s) for s in chosen}
+    if not may_be_empty and not any(path.is_dir() for path in paths.values()):
+        root = data / "eval" if (data / "eval").is_dir() else data
         inside = sorted(p.name for p in root.iterdir() if p.is_dir())[:8]
         raise DataError(
             f"{root} holds none of the evaluation sets {', '.join(paths)}",
@@ -121,6 +244,54 @@ def find_sets(folder: Path, suite: Suite, chosen: Sequence[SuiteSet]) -> dict[st
             fix=f"{suite.prepare}, then give its run folder as eval.data (--data)",
         )
     return paths
+
+
+def fetch_command(entry: SuiteSet, folder: Path) -> str:
+    """The command that puts the set into `folder`; empty where there is none."""
+    if entry.hub_repo:
+        return f"hf download --repo-type dataset {entry.hub_repo} --local-dir {folder}"
+    return entry.convert.format(folder=folder)
+
+
+def check_counts(
+    suite: Suite, entry: SuiteSet, counts: dict[str, int | None], folder: Path, *, allow_partial: bool
+) -> str:
+    """What differs from the benchmark, such as "18 of 729 pictures"; empty where nothing does.
+
+    Args:
+        counts: `pictures`, `classes` and `captions` as found; None where they do not apply.
+    Raises: DataError where the suite refuses parts and `allow_partial` is not set.
+    """
+    stated = {"pictures": entry.num_samples, "classes": entry.num_classes, "captions": entry.num_captions}
+    wrong = [f"{counts[what]} of {n} {what}" for what, n in stated.items() if n and counts.get(what) not in (None, n)]
+    if wrong and suite.partial == "refused" and not allow_partial:
+        raise DataError(
+            f"this is not {entry.title}: {', '.join(wrong)}",
+            where=str(folder),
+            expected=", ".join(f"{n:,} {what}" for what, n in stated.items() if n)
+            + (f" ({entry.variant})" if entry.variant else ""),
+            fix=(fetch_command(entry, folder) or suite.prepare) + "; or evaluate it as a part with eval.allow_partial",
+        )
+    return ", ".join(wrong)
+
+
+def _with_python_names(table: dict[str, Any]) -> dict[str, Any]:
+    """`from` is a word of Python's own."""
+    for entry in table.get("sets", []):
+        if isinstance(entry.get("compose"), dict) and "from" in entry["compose"]:
+            entry["compose"]["from_"] = entry["compose"].pop("from")
+    return table
+
+
+def _check_names(suite: Suite, path: Path) -> None:
+    """Every set that is named anywhere exists."""
+    known = [s.name for s in suite.sets]
+    named = [n for a in suite.averages for n in a.sets or []]
+    named += [n for g in suite.gaps for n in (g.base, *g.sets)] + [s.train_set for s in suite.sets if s.train_set]
+    problems = [_no_such("evaluation set", name, known) for name in dict.fromkeys(named) if name not in known]
+    problems += [f"set {name!r} is there twice" for name in dict.fromkeys(known) if known.count(name) > 1]
+    if problems:
+        raise RecipeError(f"suite file {path.name} is wrong", where=str(path), problems=problems)
 
 
 def _no_such(what: str, name: str, known: Sequence[str]) -> str:

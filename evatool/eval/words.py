@@ -13,10 +13,29 @@ NO_BREAK = "\N{NO-BREAK SPACE}"
 LABELS = {
     "top1": "top-1",
     "top5": "top-5",
+    "mean_per_class": "mean per class",
+    "mean_recall": "mean recall",
+    "average": "average",
+    "patch_top1": "patches named right",
+    "segmentation_miou": "segmentation mIoU",
+    "patch_retrieval@1": "text → patch R@1",
+    "linear_probe_top1": "linear probe top-1",
     **{f"text_to_image_recall@{k}": f"text → image R@{k}" for k in (1, 5, 10)},
     **{f"image_to_text_recall@{k}": f"image → text R@{k}" for k in (1, 5, 10)},
 }
 """Metric name in files -> words in reports."""
+
+
+def label(metric: str) -> str:
+    """A metric in words; few-shot metrics carry their number of samples a class."""
+    if metric.startswith("few_shot_"):
+        return f"{metric.split('_')[2]}-shot top-1"
+    return LABELS.get(metric, metric)
+
+
+def signed_points(difference: float) -> str:
+    """A difference without bounds, in percentage points: "+1.8"."""
+    return _signed(difference)
 
 
 def percent(share: float, digits: int | None = None) -> str:
@@ -61,7 +80,11 @@ def times_chance(value: float, chance: float) -> str:
 
 def set_facts(record: SetRecord, chance: float | None) -> str:
     """ "729 pictures · 729 classes · chance 0.14 %", and the share of the largest class where that is much more."""
+    if record.kind == "average":
+        return f"chance {percent(chance)}" if chance else ""
     facts = [_counted(record.n, "picture", "pictures")]
+    if record.partial:
+        facts.insert(0, f"only a part: {record.partial}")
     if record.num_classes:
         facts.append(_counted(record.num_classes, "class", "classes"))
     if chance is not None:
@@ -104,6 +127,27 @@ def step_sentences(results: EvalResults, before: str, after: str) -> list[str]:
     return [f"{openings[kind]}{_joined(parts)}." for kind, parts in grouped.items() if parts]
 
 
+def comparison_sentences(results: EvalResults) -> list[str]:
+    """One sentence a pair of models on the headline figure: "A is better than B by 1.2 [0.8, 1.6] points on ..."."""
+    averages = [s for s in results.sets if s.kind == "average"]
+    record = averages[0] if averages else results.headline_set()
+    if record is None:
+        return []
+    metric = main_metrics(record.kind)[0]
+    sentences = []
+    for row in (d for d in results.differences if (d.set, d.metric) == (record.name, metric)):
+        where = f"in {label(metric)} on {record.phrase}" if record.kind != "average" else f"on the {record.phrase}"
+        low, high = sorted((row.low, row.high), key=abs)
+        amount = f"{_number(abs(row.value))} [{_number(abs(low))}, {_number(abs(high))}] points {where}"
+        if row.interval.excludes_zero:
+            sentences.append(f"{row.after} is {'better' if row.value > 0 else 'worse'} than {row.before} by {amount}.")
+        else:
+            sentences.append(
+                f"{row.after} and {row.before} cannot be told apart {where}: {points(row.interval)} points."
+            )
+    return sentences
+
+
 def compared_rows(results: EvalResults, before: str, after: str) -> list[tuple[SetRecord, DifferenceRow]]:
     """The differences in each set's main metrics, in the suite's order."""
     rows = [(s, results.difference(before, after, s.name, m)) for s in results.sets for m in main_metrics(s.kind)]
@@ -112,7 +156,7 @@ def compared_rows(results: EvalResults, before: str, after: str) -> list[tuple[S
 
 def set_title(record: SetRecord, metric: str) -> str:
     """The set's title, with the direction where it has two."""
-    return record.title if metric == "top1" else f"{record.title}, {LABELS[metric]}"
+    return record.title if metric in ("top1", "average") else f"{record.title}, {label(metric)}"
 
 
 def caveats(results: EvalResults, comparisons: int) -> list[str]:
@@ -139,7 +183,7 @@ def _joined(parts: Sequence[str]) -> str:
 
 
 def _subject(record: SetRecord, metric: str) -> str:
-    return record.phrase if metric == "top1" else LABELS[metric]
+    return record.phrase if metric in ("top1", "average") else label(metric)
 
 
 def _digits(share: float) -> int:

@@ -50,7 +50,7 @@ class EvalSection(Section):
     fetch: bool = False
     """Download sets that are missing from the Hugging Face hub into `data`."""
     allow_partial: bool = False
-    """Evaluate sets with another sample count than the benchmark's: named a part, in no average, beside no other's number."""
+    """Evaluate sets with another sample count than the benchmark's: named a part, in no average."""
     batch_size: Positive = 256
     """Pictures a forward pass."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -86,10 +86,10 @@ def demo_of(results: EvalResults, picture: bytes, gallery: Gallery | None = None
 def test_the_eval_report_is_one_file_with_every_number(
     tmp_path: Path, failed_results: EvalResults, gallery: Gallery
 ) -> None:
-    write_eval_report(tmp_path / "report.html", failed_results, gallery)
+    write_eval_report(tmp_path / "report.html", failed_results, galleries=[gallery])
     html, page = read(tmp_path / "report.html")
     assert_self_contained(html, page)
-    assert page.ids == ["failed", "accuracy", "differences", "retrieval", "numbers", "method"]
+    assert page.ids == ["failed", "accuracy", "verdict", "differences", "retrieval", "numbers", "method"]
     text = page.text.replace("\xa0", " ")
     for expected in (
         "5.0 % [3.5, 6.6]",

@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 
 from evatool.errors import DataError
+from evatool.eval.answers import ClassificationResult, RetrievalResult, ScoreResult
 from evatool.eval.gallery import Gallery, data_uri, encode_picture, read_gallery, write_gallery
 from evatool.eval.measures import Measure, measures_of
+from evatool.eval.predictions import Kept, read_predictions, write_predictions
 from evatool.eval.results import (
     EvalResults,
     compared_pairs,
     file_name,
     read_results,
     write_atomically,
-    write_predictions,
     write_results,
 )
-from evatool.eval.zero_shot import ClassificationResult
+from tests.eval.toys import made_up_results
 
 
 def test_results_read_back_equal(tmp_path: Path, failed_results: EvalResults) -> None:
@@ -35,7 +36,8 @@ def test_the_documented_keys_are_there(tmp_path: Path, results: EvalResults) -> 
     write_results(path, results)
     row = json.loads(path.read_text())["results"][0]
     keys = ["model", "fingerprint", "set", "variant", "kind", "metric", "value", "low", "high", "chance", "n"]
-    assert list(row) == [*keys, "num_classes", "seed", "seconds"]
+    keys += ["num_classes", "seed", "seconds", "precision", "resize", "decode", "prompts"]
+    assert list(row) == [*keys, "published", "published_source"]
 
 
 def test_every_key_is_described_in_the_docs(tmp_path: Path, failed_results: EvalResults) -> None:
@@ -60,13 +62,54 @@ def test_a_file_that_is_no_result_is_refused(tmp_path: Path, content: str) -> No
     assert caught.value.where == str(path)
 
 
+def kept(answers: ClassificationResult | RetrievalResult | ScoreResult) -> Kept:
+    made = made_up_results()
+    settings = {"precision": "fp32", "resize": "shortest", "decode": "exact", "prompts": "ab"}
+    return Kept("key", made.models[0], made.sets[0], settings, 1.5, answers)
+
+
 def test_predictions_are_compact_and_read_back(tmp_path: Path) -> None:
-    rank = np.random.default_rng(0).integers(0, 300, 50_000).astype(np.int32)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 300, (50_000, 7)).astype(np.int32)
+    margin = rng.random(50_000).astype(np.float16).astype(np.float32)
+    answers = ClassificationResult(ids[:, 0], ids[:, 1:6], ids[:, 6], 300, margin)
     path = tmp_path / "predictions" / "a" / "b.npz"
-    write_predictions(path, {"rank": rank})
-    with np.load(path, allow_pickle=False) as stored:
-        assert np.array_equal(stored["rank"], rank)
-    assert path.stat().st_size < rank.nbytes / 2
+    write_predictions(path, kept(answers))
+    back = read_predictions(path)
+    assert back.model == kept(answers).model
+    assert (back.key, back.seconds, back.set) == ("key", 1.5, kept(answers).set)
+    for name, value in vars(answers).items():
+        assert np.array_equal(getattr(back.answers, name), value), name
+    assert path.stat().st_size < 14 * 50_000
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        RetrievalResult(*(np.arange(n, dtype=np.int32) for n in (6, 3, 6, 3)), np.arange(6, dtype=np.int32) // 2),
+        ScoreResult(
+            {"patch_top1": np.array([0.5, 1], np.float32), "r@1": np.zeros(3, np.float32)},
+            {"patch_top1": 0.25, "r@1": 0.1},
+        ),
+    ],
+    ids=["retrieval", "scores"],
+)
+def test_other_answers_read_back_with_the_same_metrics(tmp_path: Path, answers: RetrievalResult | ScoreResult) -> None:
+    write_predictions(tmp_path / "p.npz", kept(answers))
+    back = read_predictions(tmp_path / "p.npz").answers
+    assert [(m.metric, m.value, m.chance) for m in measures_of(back)] == [
+        (m.metric, m.value, m.chance) for m in measures_of(answers)
+    ]
+
+
+def test_predictions_that_are_damaged_or_of_an_older_layout_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p.npz"
+    np.savez_compressed(path, rank=np.zeros(3))
+    with pytest.raises(DataError, match="another layout"):
+        read_predictions(path)
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(DataError, match="cannot be read"):
+        read_predictions(path)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
@@ -102,7 +145,10 @@ def test_each_model_is_compared_with_the_one_before_and_the_last_with_the_first(
 
 
 def test_top5_is_left_out_where_it_says_nothing() -> None:
-    answers = ClassificationResult(np.zeros(4, np.int32), np.zeros((4, 5), np.int32), np.zeros(4, np.int32), 5)
+    labels = np.arange(4, dtype=np.int32)
+    answers = ClassificationResult(
+        labels, np.zeros((4, 5), np.int32), np.zeros(4, np.int32), 5, np.zeros(4, np.float32)
+    )
     assert [m.metric for m in measures_of(answers)] == ["top1"]
 
 

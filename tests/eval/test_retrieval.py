@@ -12,15 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evatool.errors import DataError, NumericalError
-from evatool.eval import retrieval
-from evatool.eval.retrieval import (
-    DIRECTIONS,
-    RECALL_AT,
-    PairFeatures,
-    best_and_worst_retrievals,
-    encode_pairs,
-    retrieve,
-)
+from evatool.eval import ranks
+from evatool.eval.answers import DIRECTIONS, RECALL_AT, Direction
+from evatool.eval.retrieval import PairFeatures, best_and_worst_retrievals, encode_pairs, retrieve
 from tests.eval.toys import ToyClip, ToySet, as_pictures
 
 
@@ -72,7 +66,8 @@ def test_hits_equal_brute_force_at_any_k(features: PairFeatures, k: int) -> None
 def test_scores_in_blocks_give_the_same_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     features = random_pairs(60, 2)
     whole = retrieve(features)
-    monkeypatch.setattr(retrieval, "_CELLS", 7 * 60)  # blocks that do not divide the queries
+    for name, size in (("_ROWS", 7), ("_COLUMNS", 11), ("_CELLS", 100)):  # blocks that do not divide the queries
+        monkeypatch.setattr(ranks, name, size)
     blocks = retrieve(features)
     for direction in DIRECTIONS:
         assert blocks.rank(direction).tolist() == whole.rank(direction).tolist()
@@ -166,7 +161,7 @@ def test_examples_are_the_clearest_hits_and_the_last_found() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(pair_sets(), st.sampled_from(DIRECTIONS))
-def test_no_query_is_both_best_and_worst(features: PairFeatures, direction: retrieval.Direction) -> None:
+def test_no_query_is_both_best_and_worst(features: PairFeatures, direction: Direction) -> None:
     result = retrieve(features)
     best, worst = best_and_worst_retrievals(features, result, direction=direction)
     assert not {e.query for e in best} & {e.query for e in worst}

@@ -8,6 +8,7 @@ import torch
 from clip_benchmark.metrics import zeroshot_classification as benchmark
 
 from evatool.errors import DataError, EvatoolError, NumericalError
+from evatool.eval.classifier import Memory
 from evatool.eval.zero_shot import classify
 from tests.eval.toys import ToyClip, ToySet, as_pictures
 
@@ -79,24 +80,16 @@ def test_equal_logits_rank_by_class_id() -> None:
 
 def test_sets_with_the_same_prompts_share_their_classifier() -> None:
     model, toy, _, _ = random_set()
-    classifiers: dict = {}
-    first = classify(model, model.tokenizer, toy, classifiers=classifiers)
+    stores = [Memory()]
+    first = classify(model, model.tokenizer, toy, stores=stores)
     encoded = model.texts_encoded
-    again = classify(model, model.tokenizer, toy, classifiers=classifiers)
+    again = classify(model, model.tokenizer, toy, stores=stores)
     assert encoded == 36
     assert model.texts_encoded == encoded
     assert again.rank.tolist() == first.rank.tolist()
     toy.templates = toy.templates[:1]
-    classify(model, model.tokenizer, toy, classifiers=classifiers)
+    classify(model, model.tokenizer, toy, stores=stores)
     assert model.texts_encoded == encoded + 12
-
-
-def test_clip_benchmark_keeps_its_bars_and_shows_none(capsys: pytest.CaptureFixture[str]) -> None:
-    bars = benchmark.tqdm
-    model, toy, _, _ = random_set()
-    classify(model, model.tokenizer, toy)
-    assert benchmark.tqdm is bars
-    assert capsys.readouterr().err == ""
 
 
 def test_the_largest_class_is_the_accuracy_of_always_naming_it() -> None:
@@ -111,6 +104,7 @@ def test_the_largest_class_is_the_accuracy_of_always_naming_it() -> None:
         pytest.param({"classnames": []}, DataError, "classnames.txt", id="no-class-names"),
         pytest.param({"templates": []}, DataError, "zeroshot_classification_templates.txt", id="no-templates"),
         pytest.param({"templates": ["{c}", "a photo"]}, DataError, "line 2", id="template-without-class"),
+        pytest.param({"templates": ["{c}", "a {photo} of {c}"]}, DataError, "other braces", id="other-braces"),
         pytest.param({"loader": []}, DataError, "no samples", id="empty"),
         pytest.param(
             {"loader": [(torch.ones(2, 4, 1, 1), torch.tensor([0, 2]))]}, DataError, "class id 2", id="id-too-large"
@@ -122,7 +116,10 @@ def test_the_largest_class_is_the_accuracy_of_always_naming_it() -> None:
             {"loader": [(torch.ones(2, 4, 1, 1), torch.ones(2, 2))]}, DataError, "2-dimensional", id="multilabel"
         ),
         pytest.param(
-            {"loader": [(torch.full((1, 4, 1, 1), torch.nan), torch.tensor([0]))]}, NumericalError, "logits", id="nan"
+            {"loader": [(torch.full((1, 4, 1, 1), torch.nan), torch.tensor([0]))]},
+            NumericalError,
+            "image features",
+            id="nan",
         ),
     ],
 )

@@ -1,0 +1,96 @@
+"""What evaluations keep for the next one: text classifiers, features, fingerprints of weight files.
+
+Every file is named by a digest of all that its content depends on, so nothing in here is ever stale; it may be
+deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evatool.eval.results import write_atomically
+
+_FINGERPRINTS = "fingerprints.json"
+
+
+def default_folder() -> Path:
+    """`evatool` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evatool"
+
+
+class TensorCache:
+    """Tensors of one kind and origin on disk, by key.
+
+    Args:
+        folder: made when something is kept.
+        kind: "classifiers" or "features": a folder of its own.
+        origin: all that the tensors depend on besides the key, for instance a model's fingerprint and precision.
+        writes: False where another process of this run keeps the same.
+    """
+
+    def __init__(self, folder: Path, kind: str, *origin: str, writes: bool = True) -> None:
+        self._folder, self._origin, self._writes = folder / kind, origin, writes
+
+    def get(self, key: str) -> Tensor | None:
+        """What was kept under that key; None where there is nothing, or it is damaged."""
+        try:
+            content = self._path(key).read_bytes()
+        except OSError:
+            return None
+        digest, _, body = content.partition(b"\n")
+        if digest != hashlib.sha256(body).hexdigest().encode():
+            return None  # cut off or changed on disk: it is built again
+        return torch.from_numpy(np.load(io.BytesIO(body), allow_pickle=False))
+
+    def put(self, key: str, value: Tensor) -> None:
+        """Keep it; complete or not there."""
+        if not self._writes:
+            return
+        buffer = io.BytesIO()
+        np.save(buffer, value.detach().cpu().contiguous().numpy(), allow_pickle=False)
+        body = buffer.getvalue()
+        write_atomically(self._path(key), hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+
+    def _path(self, key: str) -> Path:
+        digest = hashlib.sha256(json.dumps([*self._origin, key]).encode()).hexdigest()
+        return self._folder / digest[:2] / f"{digest}.npy"
+
+
+class FingerprintCache:
+    """Fingerprints of what was made of large files, by the files' paths, sizes and times of writing."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / _FINGERPRINTS
+
+    def get(self, files: list[Path], *about: str) -> str | None:
+        """The fingerprint of what these files gave; None where one of them is new or was written since."""
+        found = self._read().get(self._key(files, about))
+        return found if isinstance(found, str) else None
+
+    def put(self, fingerprint: str, files: list[Path], *about: str) -> None:
+        """Remember it."""
+        known = self._read() | {self._key(files, about): fingerprint}
+        write_atomically(self._path, json.dumps(known, indent=1).encode())
+
+    def _read(self) -> dict[str, object]:
+        try:
+            known = json.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return known if isinstance(known, dict) else {}
+
+    @staticmethod
+    def _key(files: list[Path], about: tuple[str, ...]) -> str:
+        stamps = []
+        for path in files:
+            status = path.stat()
+            stamps.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
+        return json.dumps([sorted(stamps), *about])

@@ -1,0 +1,103 @@
+"""How many wrong candidates come before the right one, without ever holding the matrix of similarities.
+
+Every similarity is computed once, in float32, a tile at a time, and serves both directions. Whatever lies within the
+rounding error of the score it is compared with is computed again in float64, so the counts are those of float64.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from evatool.distributed import collectives
+
+# T texts, I pictures, P right pairs, E embedding
+
+_ROWS, _COLUMNS = 1024, 4096  # of a tile: 16 MiB in float32
+_CELLS = 2**21  # products held at once when scores are computed again: 32 MiB in float64
+_MANY = 0.02  # share of a tile beyond which doing it again as a whole is cheaper
+
+
+def ranks_both_ways(
+    text: Tensor, image: Tensor, pairs: NDArray[np.int64], *, device: str = "cpu"
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Wrong candidates that score at least as high as the best right one, for each text and for each picture.
+
+    Args:
+        text, image: (T, E) and (I, E) float32, at most unit length (cosines); on any device.
+        pairs: (P, 2) right pairs (picture, text), each once; every text and every picture is in one.
+        device: where the tiles are computed.
+    Returns: (T,) ranks among pictures, (I,) ranks among texts. Every rank of the job must call it; each does its share.
+    """
+    by_text = torch.from_numpy(pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))][:, ::-1].copy())  # (text, picture)
+    text, image = text.to(device), image.to(device)
+    best_text, best_image = _best_right(text, image, by_text)
+    counts_text = torch.zeros(len(text), dtype=torch.int64, device=device)
+    counts_image = torch.zeros(len(image), dtype=torch.int64, device=device)
+    starts = range(0, len(text), _ROWS)
+    for start in starts[collectives.rank() :: collectives.world_size()]:
+        rows = slice(start, min(start + _ROWS, len(text)))
+        first, last = np.searchsorted(by_text[:, 0].numpy(), [rows.start, rows.stop])
+        own = by_text[first:last]
+        for left in range(0, len(image), _COLUMNS):
+            columns = slice(left, min(left + _COLUMNS, len(image)))
+            inside = own[(own[:, 1] >= columns.start) & (own[:, 1] < columns.stop)]
+            tile = _Tile(text[rows], image[columns], inside - torch.tensor([rows.start, columns.start]))
+            counts_text[rows] += tile.at_least(best_text[rows], 0)
+            counts_image[columns] += tile.at_least(best_image[columns], 1)
+    counts_text, counts_image = collectives.all_reduce_sum(counts_text), collectives.all_reduce_sum(counts_image)
+    return counts_text.cpu().numpy().astype(np.int32), counts_image.cpu().numpy().astype(np.int32)
+
+
+def _best_right(text: Tensor, image: Tensor, by_text: Tensor) -> tuple[Tensor, Tensor]:
+    """Float64 scores of each text's and each picture's best right counterpart."""
+    pairs = by_text.to(text.device)
+    scores = _dots(text, image, pairs[:, 0], pairs[:, 1])
+    lowest = lambda n: torch.full((n,), -torch.inf, dtype=torch.float64, device=text.device)  # noqa: E731
+    return (
+        lowest(len(text)).scatter_reduce(0, pairs[:, 0], scores, reduce="amax"),
+        lowest(len(image)).scatter_reduce(0, pairs[:, 1], scores, reduce="amax"),
+    )
+
+
+def _dots(a: Tensor, b: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Float64 dot products of chosen rows; equal rows give equal products, whatever they are computed beside."""
+    step = max(1, _CELLS // a.shape[1])
+    parts = [
+        (a[rows[i : i + step]].double() * b[columns[i : i + step]].double()).sum(dim=1)
+        for i in range(0, len(rows), step)
+    ]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=a.device)
+
+
+class _Tile:
+    """Scores of some texts (rows) and some pictures (columns), with right pairs out of the count."""
+
+    def __init__(self, text: Tensor, image: Tensor, right: Tensor) -> None:
+        self.text, self.image, self.right = text, image, right.to(text.device)
+        self.error, self.scores = self._scores(torch.float32)
+
+    def at_least(self, best: Tensor, axis: int) -> Tensor:
+        """Wrong candidates with at least the float64 score `best`, for each row (axis 0) or each column (axis 1)."""
+        level = best[:, None] if axis == 0 else best[None]
+        near = self._near(level)
+        if self.error > 1e-12 and int(near.sum()) > _MANY * near.numel():
+            self.error, self.scores = self._scores(torch.float64)
+            near = self._near(level)
+        counts = (self.scores > (level + self.error).to(self.scores.dtype)).sum(dim=1 - axis)
+        rows, columns = near.nonzero(as_tuple=True)
+        own = rows if axis == 0 else columns
+        exact = _dots(self.text, self.image, rows, columns) >= best[own]
+        return counts + torch.bincount(own[exact], minlength=len(best))
+
+    def _near(self, level: Tensor) -> Tensor:
+        low, high = ((level + sign * self.error).to(self.scores.dtype) for sign in (-1, 1))
+        return (self.scores >= low) & (self.scores <= high)
+
+    def _scores(self, dtype: torch.dtype) -> tuple[float, Tensor]:
+        scores = self.text.to(dtype) @ self.image.to(dtype).T
+        scores[self.right[:, 0], self.right[:, 1]] = -torch.inf
+        # |computed - true| of a dot product of unit vectors is below E u; twice that also covers rounding the level
+        return 2 * (self.text.shape[1] + 2) * torch.finfo(dtype).eps, scores
