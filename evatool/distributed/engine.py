@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from evatool.distributed.blocks import checkpoint_blocks, compile_blocks
 from evatool.distributed.face import Bounds as Bounds
 from evatool.distributed.face import Engine as Engine
 from evatool.distributed.replicated import ReplicatedEngine
@@ -62,16 +63,38 @@ def build_engine(
     bounds = bounds if bounds is not None else getattr(objective, "parameter_bounds", {})
     unknown = set(bounds) - {name for name, _ in objective.named_parameters()}
     assert not unknown, f"bounds of parameters that do not exist: {sorted(unknown)}"
+    kind = engine_kind(section, world.world_size)
+    _refuse_frozen_weights(section, kind, objective)
+    if section.activation_checkpointing != "none":
+        checkpoint_blocks(objective, section.activation_checkpointing)
+    if section.compile:
+        compile_blocks(objective, world.device)
     shared: dict[str, Any] = {
         "precision": precision,
         "grad_clip_norm": grad_clip_norm,
         "optimizer": optimizer,
         "bounds": bounds,
     }
-    match engine_kind(section, world.world_size):
+    match kind:
         case "deepspeed":
-            return ZeroEngine(world, objective, groups, zero_stage=section.zero_stage, **shared)
+            return ZeroEngine(
+                world, objective, groups, zero_stage=section.zero_stage, offload=section.offload, **shared
+            )
         case "fsdp2":
             return ShardedEngine(world, objective, groups, **shared)
         case _:
             return ReplicatedEngine(world, objective, groups, **shared)
+
+
+def _refuse_frozen_weights(section: EngineSection, kind: str, objective: nn.Module) -> None:
+    """Source: https://github.com/huggingface/transformers/issues/47254 and DeepSpeed pull requests 8130 and 8148."""
+    if kind != "deepspeed" or section.zero_stage < 3 or section.activation_checkpointing == "none":
+        return
+    frozen = [name for name, param in objective.named_parameters() if not param.requires_grad]
+    if frozen:
+        raise RecipeError(
+            f"{len(frozen)} weights are locked ({frozen[0]}, ...), and ZeRO-3 cannot recompute blocks with locked "
+            "weights",
+            where="engine.activation_checkpointing",
+            fix='use engine.kind = "fsdp2" or engine.zero_stage 0 to 2, or engine.activation_checkpointing = "none"',
+        )

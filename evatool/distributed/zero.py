@@ -56,6 +56,7 @@ class ZeroEngine(Engine):
         groups: Sequence[ParamGroup],
         *,
         zero_stage: int,
+        offload: str,
         precision: str,
         grad_clip_norm: float | None,
         optimizer: torch.optim.Optimizer,
@@ -75,7 +76,7 @@ class ZeroEngine(Engine):
             self._engine, zero, _, _ = deepspeed.initialize(
                 model=_Autocasting(objective, precision, world.device),
                 optimizer=optimizer,
-                config=zero_config(zero_stage, grad_clip_norm, world.device),
+                config=zero_config(zero_stage, grad_clip_norm, world.device, offload),
                 dist_init_required=False,
             )
         self._zero: Any = zero if zero_stage > 0 else None
@@ -245,8 +246,16 @@ class ZeroEngine(Engine):
             yield
 
 
-def zero_config(zero_stage: int, grad_clip_norm: float | None, device: torch.device) -> dict[str, Any]:
+def zero_config(
+    zero_stage: int, grad_clip_norm: float | None, device: torch.device, offload: str = "none"
+) -> dict[str, Any]:
     """DeepSpeed's configuration, made in memory; learning rates and decay come with the optimiser's groups."""
+    zero: dict[str, Any] = {"stage": zero_stage, "overlap_comm": device.type == "cuda" and zero_stage > 1}
+    in_main_memory = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    if offload != "none":
+        zero["offload_optimizer"] = in_main_memory
+    if offload == "optimizer-and-weights":
+        zero["offload_param"] = in_main_memory
     return {
         "train_micro_batch_size_per_gpu": 1,  # only used for DeepSpeed's own throughput figures
         "gradient_accumulation_steps": 1,
@@ -254,7 +263,7 @@ def zero_config(zero_stage: int, grad_clip_norm: float | None, device: torch.dev
         "steps_per_print": sys.maxsize,
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,  # LAMB is told what its flat pieces are
-        "zero_optimization": {"stage": zero_stage, "overlap_comm": device.type == "cuda" and zero_stage > 1},
+        "zero_optimization": zero,
     }
 
 

@@ -51,47 +51,12 @@ from evatool.recipe.optim_sections import GroupSection as GroupSection
 from evatool.recipe.optim_sections import LambSection as LambSection
 from evatool.recipe.optim_sections import OptimSection as OptimSection
 from evatool.recipe.optim_sections import ScheduleSection as ScheduleSection
-from evatool.recipe.section import Positive, Section, by_kind
+from evatool.recipe.section import Section, by_kind
+from evatool.recipe.train_sections import CheckpointSection as CheckpointSection
+from evatool.recipe.train_sections import GuardSection as GuardSection
+from evatool.recipe.train_sections import TrainSection as TrainSection
 
 # ---------------------------------------------------------------------------------------------------- shared pieces
-
-
-class TrainSection(Section):
-    """Length, batch and precision."""
-
-    samples_seen: Positive
-    """Length of the run in samples."""
-    global_batch_size: Positive
-    """Samples of one optimiser step over all ranks."""
-    seed: int = 0
-    """Seed of initialisation, order, augmentation and masks."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the forward pass; weights and optimiser stay float32. `fp16` scales the loss dynamically."""
-    log_every: Positive = 10
-    """Steps between two log lines."""
-
-    @model_validator(mode="after")
-    def _at_least_one_step(self) -> TrainSection:
-        if self.samples_seen < self.global_batch_size:
-            raise ValueError(
-                f"samples_seen = {self.samples_seen} is less than one step of "
-                f"global_batch_size = {self.global_batch_size}"
-            )
-        return self
-
-    @property
-    def num_steps(self) -> int:
-        """Optimiser steps of the whole run: samples_seen / global_batch_size, rounded down."""
-        return self.samples_seen // self.global_batch_size
-
-
-class CheckpointSection(Section):
-    """When the run is saved. The end of a run is always saved."""
-
-    every_steps: Positive | None = None
-    """Steps between two saves; only the end when absent."""
-    keep: Positive = 2
-    """Newest checkpoints kept."""
 
 
 class TrainingRecipe(Section):
@@ -110,6 +75,15 @@ class TrainingRecipe(Section):
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
     engine: EngineSection = EngineSection()
+
+    @model_validator(mode="after")
+    def _offload_has_its_optimizer(self) -> TrainingRecipe:
+        if self.engine.offload != "none" and self.optim.kind != "adamw":
+            raise ValueError(
+                f'engine.offload = "{self.engine.offload}" works with AdamW only, but optim.kind = "{self.optim.kind}": '
+                'set engine.offload = "none", or divide more with engine.zero_stage = 3 or engine.kind = "fsdp2"'
+            )
+        return self
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> TrainingRecipe:

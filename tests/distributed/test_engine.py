@@ -12,6 +12,7 @@ from toy_run import ToyLoader, ToyObjective, toy_engine, toy_groups
 
 from evatool.distributed.engine import engine_kind
 from evatool.errors import CheckpointError, DependencyError, RecipeError
+from evatool.recipe.load import resolve_table
 from evatool.recipe.schema import EngineSection
 
 
@@ -107,12 +108,37 @@ def test_single_in_several_processes():
         ({"zero_stage": 2}, 'has no effect with kind = "auto"'),
         ({"kind": "single", "processes": 2}, 'processes = 2: use kind = "fsdp2"'),
         ({"kind": "deepspeed", "zero_stage": 4}, "less than or equal to 3"),
+        ({"kind": "fsdp2", "offload": "optimizer"}, 'set kind = "deepspeed" and a zero_stage'),
+        ({"kind": "deepspeed", "offload": "optimizer"}, "zero_stage = 0 divides nothing: set zero_stage to 1, 2 or 3"),
+        ({"kind": "deepspeed", "zero_stage": 2, "offload": "optimizer-and-weights"}, "needs zero_stage = 3"),
+        ({"kind": "deepspeed", "zero_stage": 3, "compile": True}, 'set zero_stage to 0, 1 or 2, or kind = "fsdp2"'),
+        (
+            {"kind": "deepspeed", "zero_stage": 3, "activation_checkpointing": "selective"},
+            'set activation_checkpointing = "full"',
+        ),
     ],
-    ids=["zero without deepspeed", "zero with auto", "single in two", "no such stage"],
+    ids=[
+        *("zero without deepspeed", "zero with auto", "single in two", "no such stage", "offload without deepspeed"),
+        *("offload of nothing", "weights offloaded undivided", "compiled ZeRO-3", "selective ZeRO-3"),
+    ],
 )
 def test_settings_without_effect_are_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
         EngineSection(**settings)
+
+
+def test_offload_with_lamb():
+    table = {
+        "data": {"train": "x"},
+        "model": {"preset": "EVA02-CLIP-debug"},
+        "optim": {"kind": "lamb", "visual": {"lr": 1e-3}, "text": {"lr": 1e-3}},
+        "train": {"samples_seen": 8, "global_batch_size": 8},
+        "engine": {"kind": "deepspeed", "zero_stage": 1, "offload": "optimizer"},
+    }
+    with pytest.raises(RecipeError) as error:
+        resolve_table(table, "train-clip")
+    assert "works with AdamW only" in str(error.value)
+    assert 'engine.kind = "fsdp2"' in str(error.value)
 
 
 def test_missing_deepspeed(monkeypatch):
