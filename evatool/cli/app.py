@@ -9,8 +9,10 @@ from typing import Annotated, Any
 import typer
 
 import evatool
+from evatool.cli import compare as compare_command
 from evatool.cli import options as opt
 from evatool.cli.console import Report, answer_usage_error, execute, open_closed_streams
+from evatool.cli.suites import suites_app
 from evatool.errors import ExitCode, RecipeError
 
 
@@ -306,6 +308,8 @@ def demo(
 
 
 app.add_typer(recipe_app, name="recipe")
+app.command("compare", epilog=compare_command.EPILOG)(compare_command.compare)
+app.add_typer(suites_app, name="suites")
 
 
 @app.command(

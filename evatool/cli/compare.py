@@ -1,0 +1,67 @@
+"""`evatool compare`: stored results of evaluations set against each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from evatool.cli import options as opt
+from evatool.cli.console import Report, execute
+
+EPILOG = (
+    "\b\nExamples:\n  evatool compare runs/eval-a runs/eval-b\n"
+    "  evatool compare runs/seed0 runs/seed1 runs/seed2 --out runs/seeds"
+)
+
+
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders of evatool eval; one, if it has several models.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Also write results.json, CSV, Markdown and report.html."),
+    ] = None,
+    resamples: Annotated[
+        int | None, typer.Option("--resamples", metavar="N", min=1, help="Of the intervals. Default: the first run's.")
+    ] = None,
+    json_output: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Compare evaluated models from their kept answers; no model is run.
+
+    Each model against the first, paired over the same samples; models of one recipe also over their seeds.
+    """
+    execute(lambda: _compare(runs, out, resamples), json_output=json_output, debug=debug)
+
+
+def _compare(runs: list[Path], out: Path | None, resamples: int | None) -> Report:
+    from dataclasses import asdict
+
+    from evatool.eval import words
+    from evatool.eval.compare import compare_runs
+    from evatool.eval.report import write_eval_report
+    from evatool.eval.results import write_results
+    from evatool.eval.tables import write_csv, write_markdown
+
+    results = compare_runs(runs, num_bootstrap=resamples)
+    titles = {s.name: s.title for s in results.sets}
+    table = [["set", "metric", "model", "against", "points", ""]]
+    for d in results.differences:
+        verdict = words.verdict(d.interval)
+        table.append([titles[d.set], words.label(d.metric), d.after, d.before, words.points(d.interval), verdict])
+    lines = words.comparison_sentences(results)
+    for s in results.over_seeds:
+        value = f"{words.percent(s.value)} {words.bounds(s.interval)}"
+        lines.append(f"over {s.num_seeds} seeds, {titles[s.set]}, {words.label(s.metric)}: {value}")
+    lines += [f"not compared: {f.model}: {f.message}" for f in results.failures]
+    if out is not None:
+        write_results(out / "results.json", results)
+        write_csv(out / "results.csv", results)
+        write_markdown(out / "results.md", results)
+        write_eval_report(out / "report.html", results, kicker="evatool compare")
+        lines.append(f"report: {out / 'report.html'}")
+    data = asdict(results)
+    return Report(data=data, table=table, lines=lines)

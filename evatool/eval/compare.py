@@ -1,0 +1,122 @@
+"""Stored results of several runs set against each other, without running a model. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from evatool.errors import DataError, RecipeError
+from evatool.eval.answers import Answers
+from evatool.eval.combine import add_averages, add_differences, add_seed_rows
+from evatool.eval.predictions import Kept, prediction_path, read_predictions
+from evatool.eval.results import EvalResults, Failure, ModelRecord, ResultRow, read_results
+from evatool.eval.suite import Suite, load_suite
+
+RESULTS = "results.json"
+
+
+def compare_runs(runs: Sequence[Path], *, num_bootstrap: int | None = None, seed: int | None = None) -> EvalResults:
+    """The results of run folders of `evatool eval` as one, each model compared with the first.
+
+    A set that a model answered on other samples than the first model that has it is left out for that model and named
+    among the failures.
+
+    Args:
+        num_bootstrap, seed: of the differences; the first run's when absent.
+    Raises: DataError where a run has no results or no kept answers, or where nothing can be compared.
+    """
+    loaded = [(run, _results(run)) for run in runs]
+    first = loaded[0][1]
+    merged = EvalResults(
+        suite=first.suite,
+        title=first.title,
+        data=", ".join(dict.fromkeys(str(run) for run in runs)),
+        seed=first.seed if seed is None else seed,
+        num_bootstrap=num_bootstrap or first.num_bootstrap,
+        versions=first.versions,
+        machine=first.machine,
+    )
+    answers: dict[tuple[str, str], Answers] = {}
+    for run, results in loaded:
+        for model in results.models:
+            _take(merged, answers, run, results, model)
+    if len(merged.models) < 2:
+        raise DataError(
+            f"{len(merged.models)} model in {', '.join(map(str, runs))}: nothing to compare it with",
+            expected="two models or more, in one run folder of evatool eval or in several",
+            fix="name another run folder, or evaluate several models in one run",
+        )
+    suite = _suite(merged, [results for _, results in loaded])
+    if suite is not None:
+        add_averages(merged, answers, suite)
+    names = [m.name for m in merged.models]
+    add_differences(merged, answers, suite, [(names[0], name) for name in names[1:]])
+    add_seed_rows(merged, answers)
+    if not merged.differences:
+        raise DataError(
+            f"no set was answered by {names[0]} and another model on the same samples",
+            expected="runs on the same suite and data",
+            fix="evaluate the models on one data folder",
+        )
+    merged.seconds = sum(results.seconds for _, results in loaded)
+    return merged
+
+
+def _results(run: Path) -> EvalResults:
+    path = run if run.is_file() else run / RESULTS
+    if not path.is_file():
+        raise DataError(
+            f"{run} holds no {RESULTS}",
+            expected="run folders of evatool eval",
+            fix="run evatool eval first, or correct the folder",
+        )
+    return read_results(path)
+
+
+def _take(
+    merged: EvalResults,
+    answers: dict[tuple[str, str], Answers],
+    run: Path,
+    results: EvalResults,
+    model: ModelRecord,
+) -> None:
+    """One model of one run: its rows and kept answers, under a name of its own."""
+    taken = {m.name for m in merged.models}
+    folder = run.parent if run.is_file() else run
+    name = model.name if model.name not in taken else f"{folder.name}/{model.name}"
+    while name in taken:
+        name += "'"
+    merged.models.append(replace(model, name=name))
+    for record in (s for s in results.sets if s.kind != "average"):
+        if results.row(model.name, record.name, results.metrics_of(record.name)[0]) is None:
+            continue
+        kept = read_predictions(prediction_path(folder, model.name, record.name))
+        known = next((s for s in merged.sets if s.name == record.name), None)
+        if known is not None and known.samples != record.samples:
+            what = f"{record.title} has other samples in {folder} than in the runs before: not compared"
+            merged.failures.append(Failure(name, record.name, what))
+            continue
+        if known is None:
+            merged.sets.append(record)
+        answers[name, record.name] = kept.answers
+        merged.results += _rows(results, model, name, record.name, kept)
+
+
+def _rows(results: EvalResults, model: ModelRecord, name: str, set_name: str, kept: Kept) -> list[ResultRow]:
+    if kept.model.fingerprint != model.fingerprint:
+        raise DataError(
+            f"the kept answers of {model.name} on {set_name} are of other weights than its results",
+            fix="run evatool eval again",
+        )
+    return [replace(row, model=name) for row in results.results if (row.model, row.set) == (model.name, set_name)]
+
+
+def _suite(merged: EvalResults, every: Sequence[EvalResults]) -> Suite | None:
+    """The suite that all runs evaluated, for its averages; None where they differ, or it is gone."""
+    if len({results.suite for results in every}) > 1:
+        return None
+    try:
+        return load_suite(merged.suite)
+    except RecipeError:  # a suite file of its own, not there any more
+        return None
