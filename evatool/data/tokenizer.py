@@ -250,7 +250,11 @@ class CaptionMemory:
         missing = list(dict.fromkeys(c for c in captions if c not in self._rows))
         if missing:
             if len(self._rows) + len(missing) > self.max_rows:
-                self._rows.clear()
+                self.forget()
                 missing = list(dict.fromkeys(captions))
             self._rows.update(zip(missing, self.tokenizer(missing).unbind(0), strict=True))
         return torch.stack([self._rows[c] for c in captions])
+
+    def forget(self) -> None:
+        """Learn all captions anew."""
+        self._rows.clear()
