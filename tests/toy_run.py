@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evatool.checkpoint.load import latest_checkpoint, load_checkpoint
+from evatool.checkpoint.load import Checkpoint, latest_checkpoint, load_checkpoint
 from evatool.checkpoint.save import save_run
 from evatool.distributed.collectives import all_gather_with_grad, rank, world_size
 from evatool.distributed.engine import Engine, build_engine
@@ -135,7 +136,14 @@ def toy_groups(objective: nn.Module, section: OptimSection | None = None) -> lis
 
 
 def make_trainer(
-    run_dir: Path, *, hooks: Sequence[Hook] = (), every_steps: int | None = 5, resume: bool = False, seed: int = 7
+    run_dir: Path,
+    *,
+    hooks: Sequence[Hook] = (),
+    every_steps: int | None = 5,
+    resume: bool = False,
+    seed: int = 7,
+    keep_every_steps: int | None = None,
+    **settings: Any,
 ) -> Trainer:
     """`NUM_STEPS` toy steps in `run_dir`, from the start or the newest checkpoint; `hooks` come before saving."""
     torch.manual_seed(seed)
@@ -148,6 +156,12 @@ def make_trainer(
         assert latest is not None
         state = resume_from(load_checkpoint(latest), engine, groups)
     save = partial(save_run, run_dir / "checkpoints", model_config={"task": "clip"}, resolved_toml="a = 1\n", keep=2)
+    save = partial(save, keep_every_steps=keep_every_steps)
+
+    def restore() -> Checkpoint | None:
+        latest = latest_checkpoint(run_dir)
+        return None if latest is None else load_checkpoint(latest)
+
     return Trainer(
         objective,
         engine,
@@ -158,5 +172,5 @@ def make_trainer(
         state,
         NUM_STEPS,
         B,
-        log_every=1,
+        **{"log_every": 1, "restore": restore, **settings},
     )

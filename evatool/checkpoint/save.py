@@ -31,8 +31,9 @@ def save_run(
     model_config: Mapping[str, Any],
     resolved_toml: str,
     keep: int,
+    keep_every_steps: int | None = None,
 ) -> Path:
-    """Write `folder/step_<step>` (see `layout`) and drop all but the newest `keep`; every rank must call it.
+    """Write `folder/step_<step>` (see `layout`) and drop older ones; every rank must call it.
 
     Each rank writes the numbers it holds and nothing is gathered. Everything goes into a temporary folder, is flushed
     to the disk, and appears under its final name by one rename; the manifest is written last. Older checkpoints are
@@ -41,6 +42,8 @@ def save_run(
     Args:
         objective_state: the trained model's state (names with the prefix `model.`) and the rest.
         groups, train_state, model_config, resolved_toml: what the documents hold; only rank 0's are written.
+        keep: newest checkpoints that stay.
+        keep_every_steps: those at multiples of it stay for good.
     Returns: the checkpoint's folder.
     Raises: CheckpointError, the same on every rank, where the disk is full or cannot be written on any of them;
         earlier checkpoints are untouched.
@@ -65,7 +68,7 @@ def save_run(
             shutil.rmtree(part, ignore_errors=True)
         raise
     if rank() == 0:
-        _drop_old(folder, keep=keep, newest=step)
+        _drop_old(folder, keep=keep, keep_every_steps=keep_every_steps, newest=step)
     return final
 
 
@@ -141,13 +144,13 @@ def _put_in_place(part: Path, final: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _drop_old(folder: Path, *, keep: int, newest: int) -> None:
+def _drop_old(folder: Path, *, keep: int, keep_every_steps: int | None, newest: int) -> None:
     """Remove all but the `keep` newest up to the one just written; a failure is only logged."""
     for step, path in layout.steps_in(folder)[::-1]:
         if step > newest:
             continue  # not older: a damaged one that a resume stepped over, or of another attempt
         keep -= 1
-        if keep >= 0:
+        if keep >= 0 or (keep_every_steps is not None and step % keep_every_steps == 0):
             continue
         try:
             # The manifest goes first: a half-removed checkpoint must not look whole.

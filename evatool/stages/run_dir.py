@@ -33,10 +33,10 @@ log = logging.getLogger(__name__)
 
 # Keys that do not change what is computed: a resumed run may differ in them.
 RESUMABLE_KEYS = (
-    *("run_dir", "source", "train.log_every", "data.num_workers"),
+    *("run_dir", "source", "train.log_every", "train.micro_batch_size", "data.num_workers"),
     *(f"eval.{key}" for key in ("num_threads", "processes", "shard_model", "use_cache", "cache_dir", "fetch")),
 )
-RESUMABLE_TABLES = ("engine.", "checkpoint.")
+RESUMABLE_TABLES = ("engine.", "checkpoint.", "train.guard.")
 
 # What a run leaves behind before it has made anything.
 _BOOKKEEPING = {"resolved.toml", "environment.json", "status.json", "logs"}
@@ -84,8 +84,17 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def journal(self) -> Path:
+        """One line of JSON for each step that was skipped and each rollback."""
+        return self.path / "journal.jsonl"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    def refresh_status(self) -> None:
+        """Say in status.json how far the running run has come."""
+        write_status(self.path, "running", None, None)
 
     def finish(self, result: Result) -> None:
         """Write result.json and the final status; the run counts as done from here on."""

@@ -45,10 +45,12 @@ from evatool.recipe.schema import (
 )
 from evatool.recipe.write import to_toml
 from evatool.stages.run_dir import RunDir, RunOptions, open_run_dir
+from evatool.train.gate import SpikeGate
 from evatool.train.guards import NonFiniteGuard, StuckAtStart
-from evatool.train.hooks import Checkpoints, ConsoleLog, Hook, MetricsFile, read_metrics
+from evatool.train.hooks import Checkpoints, ConsoleLog, Hook, MetricsFile, StatusFile, read_metrics
 from evatool.train.loss_curve import LossCurve
 from evatool.train.state import TrainState, resume_from
+from evatool.train.throughput import Work, peak_flops
 from evatool.train.trainer import Trainer
 from evatool.types import ParamGroup, Result
 
@@ -119,6 +121,15 @@ def check_world_size(recipe: TrainingRecipe, world_size: int) -> None:
         problems.append(
             f"train.global_batch_size = {batch} does not divide over {world_size} ranks; nearest that do: "
             + ", ".join(str(n) for n in near)
+        )
+    micro = recipe.train.micro_batch_size
+    if micro is not None and batch % world_size == 0 and (batch // world_size) % micro:
+        local = batch // world_size
+        fitting = [n for n in range(1, local + 1) if local % n == 0]
+        near = [max(n for n in fitting if n < micro), *[n for n in fitting if n > micro][:1]] if micro > 1 else [1]
+        problems.append(
+            f"train.micro_batch_size = {micro} does not divide a rank's share of the batch, {batch} / {world_size} = "
+            f"{local}; nearest that do: {', '.join(str(n) for n in near)}"
         )
     try:
         engine_kind(recipe.engine, world_size)
@@ -283,7 +294,8 @@ def build_hooks(job: Job, config: ModelConfig, *, contrastive_key: str | None = 
         contrastive_key: the contrastive loss among the objective's losses, watched for being stuck at ln(batch).
     """
     train, run_dir = job.recipe.train, job.run_dir
-    hooks: list[Hook] = [NonFiniteGuard()]
+    guard = train.guard
+    hooks: list[Hook] = [NonFiniteGuard(guard.budget, guard.window, guard.policy, run_dir.journal)]
     if contrastive_key is not None:
         warmup_steps = warmup_steps_of(
             job.recipe.schedule, num_steps=train.num_steps, global_batch_size=train.global_batch_size
@@ -297,11 +309,13 @@ def build_hooks(job: Job, config: ModelConfig, *, contrastive_key: str | None = 
         model_config=config.to_json(),
         resolved_toml=to_toml(job.recipe),
         keep=job.recipe.checkpoint.keep,
+        keep_every_steps=job.recipe.checkpoint.keep_every_steps,
     )
     return [
         *hooks,
         ConsoleLog(job.options.name),
         MetricsFile(run_dir.metrics),
+        StatusFile(run_dir.refresh_status),
         Checkpoints(save, job.recipe.checkpoint.every_steps),
         LossCurve(
             run_dir.metrics,
@@ -320,9 +334,17 @@ def build_trainer(
     groups: Sequence[ParamGroup],
     hooks: Sequence[Hook],
     state: TrainState,
+    flops_per_sample: float | None = None,
 ) -> Trainer:
-    """The loop with the recipe's length, schedule and batch."""
+    """The loop with the recipe's length, schedule, batch and policies.
+
+    Args:
+        flops_per_sample: model FLOPs of a sample's forward and backward pass; no MFU when None.
+    """
     train = job.recipe.train
+    every_minutes = job.recipe.checkpoint.every_minutes
+    peak = None if flops_per_sample is None else peak_flops(job.world.device, train.precision)
+    work = None if flops_per_sample is None or peak is None else Work(flops_per_sample, peak * job.world.world_size)
     return Trainer(
         objective,
         engine,
@@ -334,7 +356,20 @@ def build_trainer(
         train.num_steps,
         train.global_batch_size,
         log_every=train.log_every,
+        micro_batch_size=train.micro_batch_size,
+        gate=SpikeGate(train.guard.spike_sigma, train.guard.spike_window, state.recent_losses),
+        restore=partial(newest_checkpoint, job),
+        stop_file=job.run_dir.path / "STOP",
+        save_every_sec=None if every_minutes is None else 60 * every_minutes,
+        work=work,
     )
+
+
+def newest_checkpoint(job: Job) -> Checkpoint | None:
+    """The newest whole checkpoint of the run, the same one on every rank, which all call it; None if it has none."""
+    found = latest_checkpoint(job.run_dir.path) if job.world.is_main else None
+    newest = gather_objects(found)[0]
+    return None if newest is None else load_checkpoint(newest, is_verified=True)
 
 
 # -------------------------------------------------------------------------------------------------------- the end

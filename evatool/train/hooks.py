@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from evatool.distributed.collectives import rank
-from evatool.train.state import TrainState, describe_groups
+from evatool.distributed.held import HeldState
+from evatool.train.state import SavedRun, TrainState, describe_groups
 from evatool.types import LossDict
 
 if TYPE_CHECKING:
@@ -35,8 +36,21 @@ class Hook:
         The same figures as numbers, means over ranks, are in `trainer.record` when `trainer.is_log_step`.
         """
 
+    def on_save(self, trainer: Trainer) -> None:
+        """When a checkpoint is due by the clock."""
+
     def on_stop(self, trainer: Trainer) -> None:
-        """When a signal ends the run early."""
+        """When a signal or a STOP file ends the run early."""
+
+    def on_rollback(self, trainer: Trainer) -> None:
+        """When the run has gone back to a checkpoint, whose step is `trainer.state.step`."""
+
+    def held(self, trainer: Trainer) -> HeldState | None:
+        """Tensors of this hook that a checkpoint keeps, under names of their own."""
+        return None
+
+    def load(self, saved: SavedRun, trainer: Trainer) -> None:
+        """Take back what `held` gave, from a checkpoint that the run goes back to."""
 
     def at_end(self, trainer: Trainer) -> None:
         """After the last step."""
@@ -67,6 +81,9 @@ class ConsoleLog(Hook):
             total, done = (steps * trainer.global_batch_size for steps in (trainer.num_steps, state.step))
             self._bar = self._stack.enter_context(progress(self._description, total, unit="samples", initial=done))
 
+    def on_rollback(self, trainer: Trainer) -> None:
+        self._start, self._start_step = time.perf_counter(), trainer.state.step
+
     def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
         if rank() != 0:
             return
@@ -79,11 +96,12 @@ class ConsoleLog(Hook):
         record, step = trainer.record, trainer.state.step
         per_step_sec = (time.perf_counter() - self._start) / max(1, step - self._start_step)
         eta = timedelta(seconds=round((trainer.num_steps - step) * per_step_sec))
+        mfu = f"  MFU {record['throughput/mfu']:.0%}" if "throughput/mfu" in record else ""
         lrs = [f"{value:.2e}" for key, value in record.items() if key.startswith("optim/lr/")]
         return (
             f"step {step}/{trainer.num_steps}  loss {record['train/loss']:.4f}  lr {' '.join(lrs)}"
             f"  grad {record['optim/grad_norm']:.3g}  {record['throughput/samples_per_sec']:.0f} samples/s"
-            f"  data wait {record['throughput/data_wait_fraction']:.0%}"
+            f"{mfu}  data wait {record['throughput/data_wait_fraction']:.0%}"
             f"  {record['memory/peak_bytes'] / 2**30:.1f} GiB  ETA {eta}"
         )
 
@@ -101,6 +119,10 @@ class MetricsFile(Hook):
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: IO[str] | None = None
+
+    def on_rollback(self, trainer: Trainer) -> None:
+        self.close()
+        self.at_start(trainer)
 
     def at_start(self, trainer: Trainer) -> None:
         if rank() != 0:
@@ -124,6 +146,23 @@ class MetricsFile(Hook):
             self._file.close()
 
 
+class StatusFile(Hook):
+    """Keeps the run's status true to the step that was logged last.
+
+    Args:
+        refresh: writes it; called on rank 0 after the metrics of a step are on the disk, once a second at most.
+    """
+
+    def __init__(self, refresh: Callable[[], None]) -> None:
+        self._refresh, self._last = refresh, -math.inf
+
+    def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
+        now = time.monotonic()
+        if rank() == 0 and trainer.is_log_step and now - self._last >= 1:
+            self._last = now
+            self._refresh()
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; a last line that was cut short by a crash is left out."""
     records = []
@@ -138,12 +177,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Checkpoints(Hook):
-    """Saves every `every_steps` steps, when the run is stopped, and at its end.
+    """Saves every `every_steps` steps, when the clock asks for it, when the run is stopped, and at its end.
 
     Args:
         save: writes a checkpoint (`checkpoint.save.save_run` with the run's own values bound); called on every rank
             with step, objective_state, optimizer_state (as held there), groups and train_state.
-        every_steps: steps between two saves; only stop and end when None.
+        every_steps: steps between two saves; only clock, stop and end when None.
     Raises: CheckpointError, on every rank, where any of them could not save.
     """
 
@@ -155,9 +194,16 @@ class Checkpoints(Hook):
     def at_start(self, trainer: Trainer) -> None:
         self._saved_step = trainer.state.step if trainer.state.step else None
 
+    on_rollback = at_start
+
     def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
-        if self._every_steps is not None and state.step % self._every_steps == 0 and state.step < trainer.num_steps:
+        # Not while a rollback is due: it goes back to a checkpoint from before the steps that were skipped.
+        is_due = self._every_steps is not None and state.step % self._every_steps == 0
+        if is_due and state.step < trainer.num_steps and not trainer.rollback_reason:
             self._write(trainer)
+
+    def on_save(self, trainer: Trainer) -> None:
+        self._write(trainer)
 
     def on_stop(self, trainer: Trainer) -> None:
         self._write(trainer)
@@ -169,11 +215,15 @@ class Checkpoints(Hook):
         state, engine = trainer.state, trainer.engine
         if self._saved_step == state.step:
             return
+        objective_state = engine.held_model()
+        for hook in trainer.hooks:
+            held = hook.held(trainer)
+            objective_state = objective_state if held is None else objective_state.merged(held)
         self.latest = self._save(
             step=state.step,
-            objective_state=engine.held_model(),
+            objective_state=objective_state,
             optimizer_state=engine.held_optimizer(),
             groups=describe_groups(trainer.groups),
-            train_state=state.to_json(),
+            train_state=trainer.saved_state(),
         )
         self._saved_step = state.step

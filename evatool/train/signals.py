@@ -5,33 +5,45 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from evatool.distributed.collectives import all_reduce_max, world_size
+from evatool.distributed.collectives import all_reduce_max, rank, world_size
 
 log = logging.getLogger(__name__)
 
 REASONS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 if hasattr(signal, "SIGUSR1"):  # not on Windows
     REASONS[signal.SIGUSR1] = "SIGUSR1"
-_NAMES = [None, *REASONS.values()]
+SAVE, STOP_FILE = "save", "the STOP file"
+# The largest wins where ranks differ: a stop is more than a save.
+_NAMES = [None, SAVE, STOP_FILE, *REASONS.values()]
 
 
 class StopRequests:
     """While entered, the first Ctrl-C, SIGTERM or SIGUSR1 asks for a stop after the step; a second Ctrl-C is not held.
 
-    Signal handlers belong to the main thread: entered elsewhere, this catches nothing.
+    Signal handlers belong to the main thread: entered elsewhere, this catches none. Rank 0 also looks for a file and
+    at the clock.
+
+    Args:
+        stop_file: its appearing asks for a stop; it is removed then, so that the run can be resumed.
+        save_every_sec: asks for a checkpoint this long after the start or the one before, by rank 0's clock.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(
+        self, device: torch.device, *, stop_file: Path | None = None, save_every_sec: float | None = None
+    ) -> None:
+        self._device, self._stop_file, self._save_every_sec = device, stop_file, save_every_sec
         self._reason: str | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._pending: Tensor | None = None
+        self._last_save = time.monotonic()
 
     def __enter__(self) -> StopRequests:
         if threading.current_thread() is threading.main_thread():
@@ -52,12 +64,29 @@ class StopRequests:
         self._reason = self._reason or reason
 
     def agreed(self) -> str | None:
-        """Why to stop now, the same answer on every rank, or None; every rank must call it after every step."""
+        """What is asked for now, the same answer on every rank, or None; every rank must call it after every step.
+
+        Returns: `SAVE`, or why to stop.
+        """
+        asked = self._asked()
         if world_size() == 1:
-            return self._reason
-        code = _NAMES.index(self._reason)
-        flag = all_reduce_max(torch.tensor([code], dtype=torch.int32, device=self._device))
+            return asked
+        flag = all_reduce_max(torch.tensor([_NAMES.index(asked)], dtype=torch.int32, device=self._device))
         if self._device.type != "cpu":
             # Read the flags of the step before: they have arrived, so the CPU does not wait for this step's work.
             flag, self._pending = self._pending if self._pending is not None else torch.zeros_like(flag), flag
         return _NAMES[int(flag)]
+
+    def _asked(self) -> str | None:
+        if self._reason is not None or rank() != 0:
+            return self._reason
+        if self._stop_file is not None and self._stop_file.exists():
+            self._stop_file.unlink(missing_ok=True)
+            log.warning("%s is there: stopping after this step and saving", self._stop_file)
+            self._reason = STOP_FILE
+            return self._reason
+        now = time.monotonic()
+        if self._save_every_sec is not None and now - self._last_save >= self._save_every_sec:
+            self._last_save = now
+            return SAVE
+        return None

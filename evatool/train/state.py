@@ -26,7 +26,9 @@ class TrainState:
     samples_seen: int = 0
     position: int = 0  # the loader's
     data_order: str = ""  # the loader's name of the order of samples
-    skipped_steps: list[int] = field(default_factory=list)  # steps whose loss or gradient was not finite
+    skipped_steps: list[int] = field(default_factory=list)  # steps that were kept from the weights
+    rollbacks: list[dict[str, Any]] = field(default_factory=list)  # from where to where, and what was jumped over
+    recent_losses: list[float] = field(default_factory=list)  # what the spike gate compares with
     train_sec: float = 0.0  # wall-clock time in the loop, over all attempts
     notes: dict[str, str] = field(default_factory=dict)  # what the result should say, by topic
 

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 
 from evatool.distributed.collectives import all_reduce_mean, gather_objects, rank
 from evatool.distributed.engine import Engine
-from evatool.errors import Interrupted, Preempted
-from evatool.train.signals import StopRequests
-from evatool.train.state import TrainState
-from evatool.train.throughput import Throughput, peak_memory_bytes
+from evatool.errors import Interrupted, NumericalError, Preempted
+from evatool.train.accumulation import forward_backward
+from evatool.train.gate import SpikeGate
+from evatool.train.signals import SAVE, StopRequests
+from evatool.train.state import SavedRun, TrainState, resume_from
+from evatool.train.throughput import Throughput, Work, peak_memory_bytes
 from evatool.types import Batch, Loader, LossDict, ParamGroup
 
 if TYPE_CHECKING:
@@ -40,6 +43,11 @@ class Trainer:
         num_steps: optimiser steps of the whole run, the ones before a resume too.
         global_batch_size: samples of a step over all ranks.
         log_every: steps between two records of figures. Losses are fetched only then: a fetch makes a GPU wait.
+        micro_batch_size: samples of a rank that go through the model at once; all of its batch when None.
+        gate: sees each step's loss before its gradient is taken.
+        restore: the newest whole checkpoint to roll back to, the same on every rank; None where there is none yet.
+        stop_file, save_every_sec: as in `StopRequests`.
+        work: what a sample costs, for the share of the hardware's peak that is used.
     """
 
     def __init__(
@@ -54,35 +62,55 @@ class Trainer:
         num_steps: int,
         global_batch_size: int,
         log_every: int = 10,
+        *,
+        micro_batch_size: int | None = None,
+        gate: SpikeGate | None = None,
+        restore: Callable[[], SavedRun | None] | None = None,
+        stop_file: Path | None = None,
+        save_every_sec: float | None = None,
+        work: Work | None = None,
     ) -> None:
         self.objective, self.engine, self.loader, self.groups = objective, engine, loader, groups
         self.schedule, self.hooks, self.state = schedule, hooks, state
         self.num_steps, self.global_batch_size, self.log_every = num_steps, global_batch_size, log_every
+        self.gate = gate if gate is not None else SpikeGate(None)
+        self.restore = restore
+        self.rollback_reason = ""  # set by a hook: go back to the last checkpoint after this step
         self.batch: Batch | None = None  # of the step just done, for messages
         self.grad_norm: Tensor | None = None  # of the step just done, before clipping; not finite if it was skipped
         self.record: dict[str, float] = {}  # the last figures
-        self._throughput = Throughput()
+        self._micro_batch_size, self._work = micro_batch_size, work
+        self._stop_file, self._save_every_sec = stop_file, save_every_sec
+        self._throughput = Throughput(work)
 
     def fit(self) -> TrainState:
         """Train to the end; every rank must call it.
 
         Returns: the final state.
-        Raises: Preempted after SIGTERM or SIGUSR1 and Interrupted after Ctrl-C, once the hooks have saved;
+        Raises: Preempted after SIGTERM, SIGUSR1 or a STOP file and Interrupted after Ctrl-C, once the hooks have saved;
             NumericalError from the guard; whatever the loader and hooks raise.
         """
         self.objective.train()
         with ExitStack() as stack:
-            stops = stack.enter_context(StopRequests(self.engine.device))
+            requests = StopRequests(self.engine.device, stop_file=self._stop_file, save_every_sec=self._save_every_sec)
+            stack.enter_context(requests)
             for hook in self.hooks:
                 stack.callback(hook.close)
                 hook.at_start(self)
             batches = iter(self.loader)
-            self._throughput = Throughput()
+            self._throughput = Throughput(self._work)
             while self.state.step < self.num_steps:
                 self._one_step(batches)
-                reason = stops.agreed() if self.state.step < self.num_steps else None
-                if reason is not None:
-                    self._stop(reason)
+                if self.rollback_reason:
+                    del batches  # ends the loader's processes
+                    self._roll_back()
+                    batches = iter(self.loader)
+                asked = requests.agreed() if self.state.step < self.num_steps else None
+                if asked == SAVE:
+                    for hook in self.hooks:
+                        hook.on_save(self)
+                elif asked is not None:
+                    self._stop(asked)
             for hook in self.hooks:
                 hook.at_end(self)
         return self.state
@@ -95,10 +123,14 @@ class Trainer:
 
         factor = self.schedule(state.step)
         engine.set_lrs([group.lr * group.lr_scale * factor for group in self.groups])
-        torch.manual_seed(step_seed(state.seed, state.step, rank()))
-        losses = engine.forward(batch)
-        engine.backward(losses["loss"])
-        losses = {name: loss.detach() for name, loss in losses.items()}
+        losses = forward_backward(
+            engine,
+            self.objective,
+            batch,
+            micro_batch_size=self._micro_batch_size or len(batch.keys),
+            seed=step_seed(state.seed, state.step, rank()),
+            gate=self.gate,
+        )
         self.grad_norm = engine.step()
 
         state.step += 1
@@ -128,7 +160,8 @@ class Trainer:
         for group in self.groups:
             key = f"optim/lr/{group.tower}"
             figures[key] = max(figures.get(key, 0.0), group.lr * group.lr_scale * factor)
-        figures |= self._throughput.read()
+        samples_left = (self.num_steps - self.state.step) * self.global_batch_size
+        figures |= self._throughput.read(samples_left)
         figures |= self.data_figures()
         figures["memory/peak_bytes"] = peak_memory_bytes(self.engine.device)
         return figures
@@ -140,6 +173,38 @@ class Trainer:
         for figures in gather_objects(counted()):
             total.update(figures)
         return dict(total)
+
+    def _roll_back(self) -> None:
+        """Weights, moments and schedule of the last checkpoint, and the samples after those that were met since."""
+        before, reason, self.rollback_reason = self.state, self.rollback_reason, ""
+        saved = None if self.restore is None else self.restore()
+        if saved is None:
+            raise NumericalError(
+                f"{reason}; there is no checkpoint to go back to",
+                where=f"step {before.step}",
+                fix="lower optim.*.lr or lengthen schedule.warmup_samples; set checkpoint.every_steps to be able to go "
+                "back",
+            )
+        state = self.state = resume_from(saved, self.engine, self.groups)
+        jumped = {"from_step": before.step, "to_step": state.step, "jumped_over": [state.position, before.position]}
+        state.rollbacks = [*before.rollbacks, {**jumped, "reason": reason}]
+        state.position, state.train_sec = before.position, before.train_sec
+        self.loader.position = state.position
+        self.gate.reset(state.recent_losses)
+        log.warning(
+            "%s: back to the checkpoint of step %d; samples %d to %d are jumped over",
+            reason,
+            state.step,
+            *jumped["jumped_over"],
+        )
+        for hook in self.hooks:
+            hook.load(saved, self)
+            hook.on_rollback(self)
+
+    def saved_state(self) -> dict[str, object]:
+        """`state` as a checkpoint keeps it."""
+        self.state.recent_losses = self.gate.state()
+        return self.state.to_json()
 
     def _stop(self, reason: str) -> None:
         for hook in self.hooks:

@@ -12,6 +12,7 @@ import torch
 from toy_run import NUM_STEPS, B, make_trainer
 
 from evatool.errors import ExitCode, NumericalError
+from evatool.train.gate import SpikeGate
 from evatool.train.guards import NonFiniteGuard, StuckAtStart
 from evatool.train.hooks import Hook, read_metrics
 from evatool.train.state import TrainState
@@ -23,17 +24,30 @@ def _records_reach_caplog(monkeypatch):
     monkeypatch.setattr(logging.getLogger("evatool"), "propagate", True)
 
 
-def poison(trainer: Trainer, steps: set[int], value: float) -> None:
-    """Make the pictures of these steps (counted from 1) hold `value`."""
-    clean = iter(trainer.loader)
+class Poisoned:
+    """The trainer's loader, with pictures of `value` in the batches that begin at these positions."""
 
-    def batches():
-        for step, batch in enumerate(clean, start=trainer.state.step + 1):
-            if step in steps:
-                batch.image = torch.full(batch.image.shape, value)
+    def __init__(self, trainer: Trainer, positions: set[int], value: float) -> None:
+        self.clean, self.positions, self.value = trainer.loader, positions, value
+
+    @property
+    def position(self) -> int:
+        return self.clean.position
+
+    @position.setter
+    def position(self, value: int) -> None:
+        self.clean.position = value
+
+    def __iter__(self):
+        for batch in self.clean:
+            if batch.position - B in self.positions:
+                batch.image = torch.full(batch.image.shape, self.value)
             yield batch
 
-    trainer.loader = batches()
+
+def poison(trainer: Trainer, steps: set[int], value: float) -> None:
+    """Make the pictures of these steps (counted from 1, without rollbacks) hold `value`."""
+    trainer.loader = Poisoned(trainer, {(step - 1) * B for step in steps}, value)
 
 
 class Weights(Hook):
@@ -68,11 +82,11 @@ def test_bad_step_changes_nothing_and_is_reported(tmp_path, caplog, value):
 
 def test_a_finite_loss_with_a_gradient_that_is_not(tmp_path):
     """The square root's slope at 0: the loss says nothing, the gradient norm does."""
-    trainer = make_trainer(tmp_path, hooks=[NonFiniteGuard()])
+    trainer = make_trainer(tmp_path, hooks=[NonFiniteGuard()], restore=None)
     forward = trainer.engine.forward
 
-    def with_root(batch):
-        losses = forward(batch)
+    def with_root(batch, **options):
+        losses = forward(batch, **options)
         weight = trainer.objective.model.logit_scale
         return losses | {"loss": losses["loss"] + torch.sqrt((weight - weight.detach()).abs()).sum()}
 
@@ -82,8 +96,8 @@ def test_a_finite_loss_with_a_gradient_that_is_not(tmp_path):
     assert trainer.state.skipped_steps == list(range(1, 10))
 
 
-def test_too_many_bad_steps_end_the_run(tmp_path):
-    trainer = make_trainer(tmp_path, hooks=[NonFiniteGuard(budget=2, window=100)])
+def test_too_many_bad_steps_end_the_run_where_nothing_can_be_restored(tmp_path):
+    trainer = make_trainer(tmp_path, hooks=[NonFiniteGuard(budget=2, window=100)], restore=None)
     poison(trainer, {2, 5, 7}, math.nan)
     with pytest.raises(NumericalError, match="3 of the last 100 steps") as raised:
         trainer.fit()
@@ -101,10 +115,135 @@ def test_budget_counts_a_window_and_survives_a_resume(tmp_path):
     first.num_steps = 6
     poison(first, {6}, math.nan)
     first.fit()
-    resumed = make_trainer(tmp_path / "near", hooks=[NonFiniteGuard(budget=1, window=4)], resume=True)
+    guard = NonFiniteGuard(budget=1, window=4)
+    resumed = make_trainer(tmp_path / "near", hooks=[guard], resume=True, restore=None)
     poison(resumed, {8}, math.nan)
     with pytest.raises(NumericalError, match="2 of the last 4 steps"):
         resumed.fit()
+
+
+# ------------------------------------------------------------------------------------------------ rollback and stop
+
+
+def journal(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+
+
+def rolled(folder: Path, steps: set[int], policy: str = "skip", budget: int = 1, **settings) -> Trainer:
+    guard = NonFiniteGuard(budget=budget, window=100, policy=policy, journal=folder / "journal.jsonl")
+    trainer = make_trainer(folder, hooks=[guard], **settings)
+    poison(trainer, steps, math.nan)
+    return trainer
+
+
+def test_beyond_the_budget_the_run_goes_back_once_and_jumps_over_the_window(tmp_path, caplog):
+    trainer = rolled(tmp_path, {7, 8})
+    state = trainer.fit()
+    assert (state.step, state.samples_seen) == (NUM_STEPS, NUM_STEPS * B)
+    (rollback,) = state.rollbacks
+    assert (rollback["from_step"], rollback["to_step"]) == (8, 5)
+    assert rollback["jumped_over"] == [5 * B, 8 * B], "samples of the steps that were taken back are not seen again"
+    assert state.position == (NUM_STEPS + 3) * B
+    events = journal(tmp_path)
+    assert [(e["event"], e.get("step")) for e in events] == [("skipped", 7), ("skipped", 8), ("rollback", None)]
+    assert events[0]["cause"] == "not finite"
+    assert events[0]["ranks"][0]["samples"][0] == "sample48"
+    assert "back to the checkpoint of step 5; samples 40 to 64 are jumped over" in caplog.text
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, NUM_STEPS + 1))
+    again = rolled(tmp_path / "again", {7, 8})
+    again.fit()
+    for name, tensor in trainer.engine.model_state().items():
+        assert torch.equal(again.engine.model_state()[name], tensor), f"the same rerun reproduces it: {name}"
+
+
+def test_weights_after_a_rollback_are_the_checkpoints(tmp_path):
+    weights = Weights()
+    trainer = rolled(tmp_path, {7}, policy="rollback")
+    trainer.hooks = [weights, *trainer.hooks]
+    seen = []
+    roll_back = trainer._roll_back
+
+    def watched():
+        roll_back()
+        seen.append(
+            {n: t.clone() for n, t in (trainer.engine.model_state() | trainer.engine.optimizer_state()).items()}
+        )
+
+    trainer._roll_back = watched
+    trainer.fit()
+    (restored,) = seen
+    kept = weights.after
+    first_five = make_trainer(tmp_path / "five")
+    first_five.num_steps = 5
+    first_five.fit()
+    for name, tensor in (first_five.engine.model_state() | first_five.engine.optimizer_state()).items():
+        assert torch.equal(restored[name], tensor), name
+    assert max(kept) == NUM_STEPS
+
+
+def test_a_second_time_ends_the_run(tmp_path):
+    trainer = rolled(tmp_path, {7, 8, 12, 13})  # 12 and 13 are steps 9 and 10 of the run that went back
+    with pytest.raises(NumericalError, match="again, after the one rollback") as raised:
+        trainer.fit()
+    assert raised.value.exit_code == 80
+    assert [e["event"] for e in journal(tmp_path)] == ["skipped", "skipped", "rollback", "skipped", "skipped"]
+
+
+def test_a_run_killed_after_its_rollback_goes_on_as_if_it_had_not_been(tmp_path):
+    whole = rolled(tmp_path / "whole", {7, 8})
+    whole.fit()
+
+    class Crash(Hook):
+        def after_step(self, state, losses, trainer):
+            if state.step == 11:
+                raise RuntimeError("crash")
+
+    first = rolled(tmp_path / "parts", {7, 8})
+    first.hooks = [Crash(), *first.hooks]
+    with pytest.raises(RuntimeError, match="crash"):
+        first.fit()
+    resumed = rolled(tmp_path / "parts", {7, 8}, resume=True)
+    assert resumed.state.step == 10
+    assert resumed.fit().rollbacks == whole.state.rollbacks
+    for name, tensor in whole.engine.model_state().items():
+        assert torch.equal(resumed.engine.model_state()[name], tensor), name
+
+
+@pytest.mark.parametrize(("policy", "events"), [("stop", ["skipped"]), ("rollback", ["skipped", "rollback"])])
+def test_other_policies_act_at_the_first_bad_step(tmp_path, policy, events):
+    trainer = rolled(tmp_path, {7}, policy=policy)
+    if policy == "stop":
+        with pytest.raises(NumericalError, match="1 of the last 100 steps"):
+            trainer.fit()
+    else:
+        assert trainer.fit().rollbacks[0]["to_step"] == 5
+    assert [e["event"] for e in journal(tmp_path)] == events
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path):
+    with pytest.raises(NumericalError, match="no checkpoint to go back to") as raised:
+        rolled(tmp_path, {2, 3}).fit()
+    assert "checkpoint.every_steps" in raised.value.fix
+
+
+def test_a_spike_is_skipped_as_such(tmp_path):
+    guard, weights = NonFiniteGuard(journal=tmp_path / "journal.jsonl"), Weights()
+    trainer = make_trainer(tmp_path, hooks=[guard, weights], gate=SpikeGate(6.0, window=8))
+    forward = trainer.engine.forward
+
+    def spiking(batch, **options):
+        losses = forward(batch, **options)
+        return losses | {"loss": losses["loss"] * (100 if trainer.state.step == 9 else 1)}
+
+    trainer.engine.forward = spiking
+    assert trainer.fit().skipped_steps == [10]
+    for name, before in weights.after[9].items():
+        assert torch.equal(weights.after[10][name], before), name
+    (event,) = journal(tmp_path)
+    assert (event["cause"], event["step"]) == ("spike", 10)
+    assert event["ranks"][0]["loss"] > 100
+    saved = json.loads((tmp_path / "checkpoints/step_00000012/train_state.json").read_text())
+    assert len(saved["recent_losses"]) == 8
 
 
 class Losses(Hook):

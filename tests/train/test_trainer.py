@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +108,42 @@ def test_signal_stops_after_the_step_and_saves(tmp_path, number, error, exit_cod
     assert signal.getsignal(number) == before, "handlers are given back"
 
 
+def test_a_stop_file_stops_saves_and_is_gone(tmp_path):
+    class Touch(Hook):
+        def after_step(self, state, losses, trainer):
+            if state.step == 7:
+                (tmp_path / "STOP").touch()
+
+    with pytest.raises(Preempted, match="stopped by the STOP file after step 7 of 12") as raised:
+        make_trainer(tmp_path, hooks=[Touch()], stop_file=tmp_path / "STOP").fit()
+    assert raised.value.exit_code == 75
+    assert load_checkpoint(latest_checkpoint(tmp_path)).train_state["step"] == 7
+    assert not (tmp_path / "STOP").exists(), "or a resumed run would stop at once"
+    whole, resumed = make_trainer(tmp_path / "whole"), make_trainer(tmp_path, resume=True)
+    whole.fit(), resumed.fit()
+    assert_same_end(whole, resumed)
+
+
+def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    class Tick(Hook):
+        def after_step(self, state, losses, trainer):
+            now[0] += 30
+
+    trainer = make_trainer(tmp_path, hooks=[Tick()], every_steps=None, save_every_sec=100.0, keep_every_steps=4)
+    trainer.fit()
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_00000004", "step_00000008", "step_00000012"], "4 x 30 s; kept for good: multiples of 4"
+
+
+def test_old_checkpoints_go_but_for_every_kth(tmp_path):
+    make_trainer(tmp_path, every_steps=2, keep_every_steps=6).fit()
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_00000006", "step_00000010", "step_00000012"], "the newest two, and multiples of 6"
+
+
 def test_second_ctrl_c_stops_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         make_trainer(tmp_path, hooks=[SignalAt(3, signal.SIGINT, signal.SIGINT)], every_steps=None).fit()
@@ -186,6 +223,7 @@ def test_record_has_the_figures(tmp_path):
         "optim/lr/other",
         "throughput/samples_per_sec",
         "throughput/data_wait_fraction",
+        "throughput/eta_sec",
         "memory/peak_bytes",
     }
     assert (first["step"], first["samples_seen"]) == (1, B)
