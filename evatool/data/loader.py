@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -166,7 +167,7 @@ def build_train_loader(
         section.extras or (),
         partial(_decode, mode=section.decode, min_side=transform.min_side),
     )
-    shards, sources = _open_sources(section, seed, records)
+    shards, sources = _open_sources(section, seed, records, global_batch_size)
     decoded = [found.decoded_bytes for found in shards]
     keep_decoded = all(n is not None for n in decoded) and (
         sum(n or 0 for n in decoded) * max(1, section.num_workers) <= CACHE_BYTES
@@ -190,7 +191,9 @@ def build_train_loader(
     return TrainLoader(dataset, position=position, section=section, order_name=name)
 
 
-def _open_sources(section: TrainDataSection, seed: int, records: RecordReader) -> tuple[list[ShardList], list[Source]]:
+def _open_sources(
+    section: TrainDataSection, seed: int, records: RecordReader, global_batch_size: int
+) -> tuple[list[ShardList], list[Source]]:
     remote = section.remote
     patience = Patience(remote.attempts, remote.timeout_sec, remote.backoff_sec)
     cache = ShardCache(remote.cache_dir, remote.cache_bytes, patience)
@@ -208,7 +211,7 @@ def _open_sources(section: TrainDataSection, seed: int, records: RecordReader) -
             streams=section.streams,
             with_replacement=section.sampling == "with-replacement",
         )
-        _check_cache(shards, order.window, section)
+        _check_cache(shards, order.window, section, global_batch_size)
         reader = ShardReader(shards, cache, patience, records.wanted)
         found.append(shards)
         sources.append(Source(order, reader, seed_of(seed, number), shards.max_pixels))
@@ -222,18 +225,23 @@ def window_of(shards: ShardList, asked: int | None) -> int:
     return min(window, len(shards.urls))
 
 
-def _check_cache(shards: ShardList, window: int, section: TrainDataSection) -> None:
-    """Raises: RecipeError where the window being read and the next one do not fit the cache of fetched shards."""
+def _check_cache(shards: ShardList, window: int, section: TrainDataSection, global_batch_size: int) -> None:
+    """Raises: RecipeError where the shards that are read at once do not fit the cache of fetched ones."""
     known = shards.sizes[shards.sizes >= 0]
     if not shards.has_remote or not len(known):
         return
-    needed = int(known.max()) * min(2 * window, len(shards.urls))
+    # Two batches are under way in each worker. Beside their windows: the next one, and the one that spares come from.
+    ahead = 2 * max(1, section.num_workers) * global_batch_size / section.streams
+    windows = 2 + math.ceil(ahead * len(shards.urls) / (shards.num_samples * window))
+    num_shards = min(windows * window, len(shards.urls))
+    needed = int(known.max()) * num_shards
     if needed > section.remote.cache_bytes:
         raise RecipeError(
-            f"data.remote.cache_bytes = {section.remote.cache_bytes} does not hold two windows of {window} shards",
+            f"data.remote.cache_bytes = {section.remote.cache_bytes} does not hold the {num_shards} shards that are "
+            f"read at once ({windows} windows of {window})",
             where=f"source {shards.name!r}, whose largest shard has {int(known.max())} bytes",
             expected=f"at least {needed}",
-            fix="raise data.remote.cache_bytes, or lower data.window_shards",
+            fix="raise data.remote.cache_bytes, or lower data.window_shards or data.num_workers",
         )
 
 

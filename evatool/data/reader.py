@@ -16,7 +16,7 @@ from typing import Any
 
 from evatool.data.fetch import FetchError, Patience, display_url, is_remote, local_path
 from evatool.data.members import DUPLICATE, Place, ShardMembers
-from evatool.data.shard_cache import ShardCache
+from evatool.data.shard_cache import RETRY_SEC, ShardCache
 from evatool.data.sources import ShardList, read_members
 
 log = logging.getLogger(__name__)
@@ -29,8 +29,6 @@ MAX_OPEN = 256
 
 MAX_MEMBER_BYTES = 256 * 2**20
 """A larger member is refused by its header."""
-
-_RETRY_LOST_SEC = 900.0  # a shard that could not be read is tried again after this
 
 
 class UnreadableSample(Exception):
@@ -127,7 +125,7 @@ class ShardReader:
         """The shard's table, opened if it is not; what was not used longest is closed."""
         lost = self._lost.get(shard)
         if lost is not None:
-            if time.monotonic() - lost[0] < _RETRY_LOST_SEC:
+            if time.monotonic() - lost[0] < RETRY_SEC:
                 raise lost[1]
             del self._lost[shard]
         found = self._open.get(shard)

@@ -23,7 +23,11 @@ from evatool.errors import DataError
 
 log = logging.getLogger(__name__)
 
+RETRY_SEC = 900.0
+"""A shard that did not come after all tries is tried again after this."""
+
 _LOCKS = 512  # lock files; two shards may share one, which costs a wait and nothing else
+_LONGEST_FETCH_SEC = 600.0  # of another process, all its tries
 _STALE_SEC = 3600.0  # age at which an unfinished file is of a process that died
 
 
@@ -49,6 +53,7 @@ class ShardCache:
                 fix="set data.remote.cache_dir to a folder that can be written",
             ) from err
         self._ahead: _Ahead | None = None
+        self._failed: dict[str, tuple[float, FetchError]] = {}
 
     def path(self, url: str) -> Path:
         """Where a shard is, or would be."""
@@ -62,18 +67,24 @@ class ShardCache:
         Raises: FetchError after the last try.
         """
         path = self.path(url)
+        self._check_failed(url)
         if not self._touch(path):
-            # Another process's fetch may take its tries; then this one fetches for itself, which harms nobody.
-            with self._locked(path, self.patience.attempts * self.patience.timeout_sec):
+            # Where the process that fetches has been stopped, this one fetches for itself, which harms nobody.
+            with self._locked(path, _LONGEST_FETCH_SEC):
+                self._check_failed(url)
                 if not self._touch(path):
-                    self._fetch(url, path, size, sha256)
+                    try:
+                        self._fetch(url, path, size, sha256)
+                    except FetchError as err:
+                        self._failed[url] = (time.monotonic(), err)
+                        raise
         return path
 
     def fetch_ahead(self, shards: Sequence[tuple[str, int, str | None]]) -> None:
         """Fetch (url, size, sha256) of each in a thread of this process, in order. Errors are left to `get`."""
         if self._ahead is None or self._ahead.process != os.getpid():
             self._ahead = _Ahead(self)
-        self._ahead.add(shards)
+        self._ahead.add(list(dict.fromkeys(shards)))
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -87,6 +98,12 @@ class ShardCache:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ahead": None}
+
+    def _check_failed(self, url: str) -> None:
+        """Raises: FetchError where this process has lately had all its tries."""
+        failed = self._failed.get(url)
+        if failed is not None and time.monotonic() - failed[0] < RETRY_SEC:
+            raise failed[1]
 
     def _touch(self, path: Path) -> bool:
         try:

@@ -45,8 +45,8 @@ def iterate_steps(
                 yield made
                 has_failed = False
             return
-        except RuntimeError as err:
-            if not str(err).startswith(_DEATH):
+        except (RuntimeError, OSError, EOFError) as err:
+            if not attempt.is_death(err):
                 raise
             what = " ".join(str(err).split())
             if attempt.has_hung or has_failed:
@@ -104,6 +104,13 @@ class _Attempt:
             finally:
                 self._waiting_since = None
             yield made
+
+    def is_death(self, err: BaseException) -> bool:
+        """True where an error comes of a process that is gone, and not out of its work."""
+        if isinstance(err, RuntimeError):
+            return str(err).startswith(_DEATH)
+        # Tensors are handed over through the process that made them: its death in the middle is a broken connection.
+        return not str(err).startswith("Caught ") and not all(process.is_alive() for process in self._processes)
 
     def close(self) -> None:
         """End the processes."""
