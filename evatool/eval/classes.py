@@ -10,6 +10,7 @@ import numpy as np
 from evatool.eval.answers import ClassificationResult
 
 _SHOWN = 8  # classes at either end
+_COLUMNS = 6  # wrong answers told apart
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class ClassPanel:
     best: list[ClassRow]
     num_classes: int
     deciles: list[int]  # classes by accuracy: 0 to 10 %, 10 to 20 %, ... 90 to 100 %
-    confusion: list[list[int]]  # rows: the worst classes; columns: those, then all other classes
-    confused: list[str]  # names of the rows
+    confusion: list[list[int]]  # rows: the worst classes; columns: right, the commonest wrong answers, all others
+    wrong: list[str]  # names of those commonest wrong answers; empty where no two samples share one
 
 
 def class_panel(name: str, title: str, answers: ClassificationResult, classnames: Sequence[str]) -> ClassPanel | None:
@@ -51,6 +52,7 @@ def class_panel(name: str, title: str, answers: ClassificationResult, classnames
     downwards = shown[np.lexsort((shown, -counts[shown], -accuracy))]
     half = min(_SHOWN, len(shown) // 2 or 1)
     worst = upwards[:half]
+    confusion, wrong = _confusion(answers, worst)
     return ClassPanel(
         set=name,
         title=title,
@@ -58,8 +60,8 @@ def class_panel(name: str, title: str, answers: ClassificationResult, classnames
         best=[_row(k, answers, classnames, right, counts) for k in downwards[: min(_SHOWN, len(shown) - half)]],
         num_classes=len(shown),
         deciles=np.bincount(np.minimum((10 * accuracy).astype(int), 9), minlength=10).tolist(),
-        confusion=_confusion(answers, worst),
-        confused=[classnames[k] for k in worst],
+        confusion=confusion,
+        wrong=[classnames[k] for k in wrong],
     )
 
 
@@ -91,11 +93,15 @@ def _row(
     )
 
 
-def _confusion(answers: ClassificationResult, chosen: np.ndarray) -> list[list[int]]:
-    """How often each chosen class was taken for each chosen class, and in a last column for any other."""
-    table = np.zeros((len(chosen), len(chosen) + 1), dtype=int)
-    column = {int(k): i for i, k in enumerate(chosen)}
-    for row, k in enumerate(chosen):
-        for answer in answers.top[answers.labels == k, 0].tolist():
-            table[row, column.get(answer, len(chosen))] += 1
-    return table.tolist()
+def _confusion(answers: ClassificationResult, rows: np.ndarray) -> tuple[list[list[int]], list[int]]:
+    """How often each class was named right, as each of the commonest wrong answers, and as anything else."""
+    of_rows = np.isin(answers.labels, rows) & ~answers.correct(1)
+    named, times = np.unique(answers.top[of_rows, 0], return_counts=True)
+    order = np.lexsort((named, -times))
+    columns = [int(named[i]) for i in order if times[i] > 1][:_COLUMNS]
+    table = []
+    for k in rows:
+        answered = answers.top[answers.labels == k, 0]
+        counts = [int((answered == k).sum()), *(int((answered == c).sum()) if c != k else 0 for c in columns)]
+        table.append([*counts, len(answered) - sum(counts)])
+    return table, columns

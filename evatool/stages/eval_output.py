@@ -10,7 +10,7 @@ from evatool.eval.answers import ClassificationResult
 from evatool.eval.classes import ClassPanel, class_panel, missed_samples
 from evatool.eval.combine import add_averages, add_differences, add_seed_rows
 from evatool.eval.gallery import MissedPicture, missed_picture, write_gallery
-from evatool.eval.report import text_table, write_eval_report
+from evatool.eval.report import how_measured, text_table, write_eval_report
 from evatool.eval.results import EvalResults, compared_pairs, main_metrics, read_results, write_results
 from evatool.eval.tables import write_csv, write_markdown
 from evatool.stages.eval_measure import Evaluation, open_set
@@ -39,6 +39,7 @@ def write_outputs(evaluation: Evaluation) -> Result:
         log.debug("failed: %s", failure)
     if results.failures:
         _raise_failures(results, outputs)
+    log.info("measured with %s", how_measured(results))
     main = {(s.name, metric) for s in results.sets for metric in main_metrics(s.kind)}
     return Result(
         stage="eval",
