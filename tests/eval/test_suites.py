@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from evatool.errors import DataError, RecipeError
-from evatool.eval.suite import find_sets, list_suites, load_suite
+from evatool.eval import published
+from evatool.eval.published import published_value
+from evatool.eval.suite import check_counts, find_set, find_sets, list_suites, load_suite
 
 
 @pytest.mark.parametrize("name", list_suites())
@@ -70,3 +72,75 @@ def test_a_folder_without_any_set_says_what_it_holds(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none of the evaluation sets") as caught:
         find_sets(tmp_path, suite, suite.sets)
     assert "holiday" in (caught.value.expected or "")
+
+
+def test_eva27_pins_27_benchmarks_with_their_counts() -> None:
+    suite = load_suite("eva27")
+    assert len(suite.sets) == 27
+    assert all(s.num_samples and s.num_classes and s.metric for s in suite.sets)
+    assert suite.partial == "refused"
+    assert suite.set("sun397").num_samples == 108_754
+    assert suite.set("caltech101").metric == "mean_per_class"
+    assert suite.set("cifar10").hub_repo == "clip-benchmark/wds_vtab-cifar10"
+
+
+def test_another_count_is_not_that_benchmark() -> None:
+    suite = load_suite("eva27")
+    entry = suite.set("imagenet1k")
+    counts = {"pictures": 49_999, "classes": 1000, "captions": None}
+    with pytest.raises(DataError, match="this is not ImageNet-1K: 49999 of 50000 pictures") as caught:
+        check_counts(suite, entry, counts, Path("/data/imagenet1k"), allow_partial=False)
+    assert "hf download" in str(caught.value.fix)
+    assert check_counts(suite, entry, counts, Path(), allow_partial=True) == "49999 of 50000 pictures"
+    assert check_counts(suite, entry, counts | {"pictures": 50_000}, Path(), allow_partial=False) == ""
+    drawings = load_suite("drawings")
+    assert check_counts(drawings, drawings.sets[0], counts, Path(), allow_partial=False).startswith("49999 of 729")
+
+
+def test_included_sets_are_the_other_suites_own() -> None:
+    assert load_suite("imagenet-robustness").sets == load_suite("eva27").sets[:6]
+
+
+def test_a_set_is_looked_for_under_all_its_names(tmp_path: Path) -> None:
+    entry = load_suite("eva27").set("cifar10")
+    assert find_set(tmp_path, entry) == tmp_path / "cifar10"
+    (tmp_path / "vtab" / "cifar10").mkdir(parents=True)
+    assert find_set(tmp_path, entry) == tmp_path / "vtab" / "cifar10"
+    (tmp_path / "cifar10").mkdir()
+    assert find_set(tmp_path, entry) == tmp_path / "cifar10"
+
+
+def test_a_suite_file_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    head = 'name = "mine"\ntitle = "Mine"\nabout = "x"\nprepare = "make it"\n'
+    path.write_text(head + '[include]\nsuite = "drawings"\nsets = ["new-artist", "new-shading"]\n')
+    assert [s.name for s in load_suite(str(path)).sets] == ["new-artist", "new-shading"]
+    path.write_text(head + '[[averages]]\nname = "a"\ntitle = "A"\nmetric = "top1"\nsets = ["gone"]\n')
+    with pytest.raises(RecipeError) as caught:
+        load_suite(str(path))
+    assert "no evaluation set 'gone'" in caught.value.problems[0]
+    path.write_text(head + "colour = 1\n")
+    with pytest.raises(RecipeError, match="colour"):
+        load_suite(str(path))
+
+
+def test_published_numbers_are_those_of_the_papers() -> None:
+    found = published_value("EVA02-CLIP-B-16", "imagenet1k", "top1", "shortest")
+    assert found is not None
+    assert (found.value, "openclip_results.csv" in found.source) == (pytest.approx(0.7472), True)
+    squash = published_value("EVA02-CLIP-bigE-14-plus", "flickr30k", "text_to_image_recall@1", "squash")
+    crop = published_value("EVA02-CLIP-bigE-14-plus", "flickr30k", "text_to_image_recall@1", "shortest")
+    assert squash is not None
+    assert crop is not None
+    assert (squash.value, crop.value) == (pytest.approx(0.797), pytest.approx(0.789))
+    average = published_value("EVA-CLIP-18B", "average-27", "average", "shortest")
+    assert average is not None
+    assert average.value == pytest.approx(0.807)
+    assert published_value("EVA02-CLIP-toy", "imagenet1k", "top1", "shortest") is None
+
+
+def test_every_published_set_is_in_a_suite() -> None:
+    known = {s.name for name in list_suites() for s in load_suite(name).sets}
+    known |= {a.name for name in list_suites() for a in load_suite(name).averages}
+    named = {key.partition("/")[0] for entry in published._table() for key in entry["values"]}
+    assert named <= known

@@ -1,0 +1,114 @@
+"""The six bundled classification sets: `evatool eval` against clip-benchmark's own evaluation, wall clock.
+
+    python tests/benchmarks/eval_suite.py MODEL DATA [--sets new-artist ...] [--bf16]
+
+MODEL is what `load_clip` reads, DATA a run folder of data-prepare. Both sides run in this process, one after the other,
+with the same threads, float32 and exact decoding; clip-benchmark creates its model for every set, as its command does.
+Gate: the same answer for every sample, except where the two best logits differ by less than 1e-4. With `--bf16` also
+the difference in top-1 of bf16 weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from clip_benchmark.datasets.builder import build_dataset
+from clip_benchmark.metrics.zeroshot_classification import run_classification, zero_shot_classifier
+from torch.utils.data import DataLoader
+
+from evatool.api import load_clip
+from evatool.eval.answers import ClassificationResult
+from evatool.eval.predictions import prediction_path, read_predictions
+from evatool.eval.results import read_results
+from evatool.recipe.schema import EvalRecipe, EvalSection
+from evatool.stages import eval as stage
+from evatool.stages.run_dir import RunOptions
+
+SETS = ["new-artist", "new-shading", "black-and-white", "never-seen", "coarse-group", "coarse-subgroup"]
+BATCH = 64  # clip-benchmark's own default
+
+
+def clip_benchmark(model: str, data: Path, sets: list[str], device: str) -> tuple[dict[str, np.ndarray], float, float]:
+    """Answers by set, seconds in all, seconds of loading models."""
+    answers, loading = {}, 0.0
+    started = time.perf_counter()
+    for name in sets:
+        before = time.perf_counter()
+        clip = load_clip(model, device=device)
+        loading += time.perf_counter() - before
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dataset = build_dataset(
+                f"wds/{name}", root=str(data / name), transform=clip.preprocess, split="test", download=False
+            )
+            loader = DataLoader(dataset, batch_size=BATCH, num_workers=0)
+            weights = zero_shot_classifier(clip, clip.tokenizer, dataset.classes, dataset.templates, device, amp=False)
+            logits, _ = run_classification(clip, weights, loader, device, amp=False)
+        answers[name] = logits.argmax(dim=1).numpy()
+    return answers, time.perf_counter() - started, loading
+
+
+def evatool(
+    model: str, data: Path, sets: list[str], folder: Path, precision: str
+) -> tuple[dict[str, ClassificationResult], float]:
+    """Answers by set, and seconds, report included."""
+    section = EvalSection(
+        models={"m": model},
+        data=data,
+        sets=sets,
+        batch_size=BATCH,
+        cache_dir=folder / "cache",
+        precision=precision,  # type: ignore[arg-type]
+    )
+    started = time.perf_counter()
+    stage.run(EvalRecipe(eval=section), RunOptions(name="benchmark", run_dir=folder / precision))
+    taken = time.perf_counter() - started
+    read_results(folder / precision / "results.json")
+    return {name: read_predictions(prediction_path(folder / precision, "m", name)).answers for name in sets}, taken  # type: ignore[return-value]
+
+
+def main() -> None:
+    """Print both times, the share of loading, and the ratio."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--sets", nargs="+", default=SETS)
+    parser.add_argument("--bf16", action="store_true")
+    asked = parser.parse_args()
+    data = asked.data / "eval" if (asked.data / "eval").is_dir() else asked.data
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    load_clip(asked.model)  # imports and the disk's cache are the same for both
+    with tempfile.TemporaryDirectory() as folder:
+        ours, taken = evatool(asked.model, data, asked.sets, Path(folder), "fp32")
+        before = time.perf_counter()
+        load_clip(asked.model, device=device)
+        loading = time.perf_counter() - before
+        theirs, reference, their_loading = clip_benchmark(asked.model, data, asked.sets, device)
+        flips = 0
+        for name in asked.sets:
+            differ = np.flatnonzero(ours[name].top[:, 0] != theirs[name])
+            assert set(differ) <= set(ours[name].near_ties), f"{name}: answers differ beyond near ties"
+            flips += len(differ)
+        samples = sum(len(answers.labels) for answers in ours.values())
+        print(
+            f"{asked.model} on {device}: {len(asked.sets)} sets, {samples:,} pictures, "
+            f"{torch.get_num_threads()} threads"
+        )
+        print(f"clip-benchmark {reference:7.2f} s, of that {their_loading:.2f} s loading the model")
+        print(f"evatool        {taken:7.2f} s, of that {loading:.2f} s loading the model   {reference / taken:5.1f} x")
+        print(f"answers that differ: {flips} of {samples:,}, all near ties")
+        if asked.bf16:
+            half, _ = evatool(asked.model, data, asked.sets, Path(folder), "bf16")
+            change = sum(int(half[n].correct(1).sum()) - int(ours[n].correct(1).sum()) for n in asked.sets) / samples
+            flipped = sum(int((half[n].top[:, 0] != ours[n].top[:, 0]).sum()) for n in asked.sets)
+            print(f"bf16: top-1 {100 * change:+.3f} points over all pictures, {flipped} answers differ")
+
+
+if __name__ == "__main__":
+    main()
