@@ -49,12 +49,14 @@ def run(recipe: EvalRecipe, options: RunOptions) -> Result:
     _check_names(section)
     folders = find_sets(section.data, suite, chosen, may_be_empty=section.fetch)
     world = init_world()
-    run_dir = open_run_dir(recipe, options, world.rank)
     if world.is_main:
+        run_dir = open_run_dir(recipe, options)
         for stale in ("results.json", "gallery.json", "report.html"):  # of an earlier start that failed in part
             (run_dir.path / stale).unlink(missing_ok=True)
         folders = _fetch(section, folders, suite.sets) if section.fetch else folders
-    folders = gather_objects(folders)[0]
+    folders = gather_objects(folders)[0]  # rank 0 opens the run folder, the others follow
+    if not world.is_main:
+        run_dir = open_run_dir(recipe, options, world.rank)
     started = time.perf_counter()
     results = EvalResults(
         suite=suite.name,
