@@ -1,9 +1,9 @@
 """CPU time of reading the samples of tars, undecoded, against webdataset's own iteration.
 
 `python tests/benchmarks/data_tars.py [--rounds N] [--json FILE]`, on an idle machine. Plain tars of webdataset's writer
-(picture, txt, json a sample), read through the reader of the training loader. When a run first names plain tars it walks
-their headers and leaves an index beside them; each pass then reads that index anew and every member. The first pass, with
-walk and index, is shown as well.
+(picture, txt, json a sample), read through the reader of the training loader. When a run first names plain tars it
+walks their headers and leaves an index beside them; each pass then reads that index anew and every member. The first
+pass, with walk and index, is shown as well.
 
 Gates: both sides give the same members with the same bytes; ratio of CPU time of later passes.
 """
