@@ -53,7 +53,7 @@ def text_batches(
     budget = _TOKENS_ON_GPU if how.device.startswith("cuda") else _TOKENS_ON_CPU
     batches = _by_length(lengths, budget)
     own = batches[collectives.rank() :: collectives.world_size()]
-    with torch.inference_mode():
+    with torch.no_grad():
         for numbers in own:
             rows = tokens[numbers, : int(lengths[numbers].max())].to(how.device)
             yield numbers, unit(model.encode_text(rows), where, "text features")
@@ -75,7 +75,7 @@ def image_batches(
     """This rank's batches as (unit features (B, E) float32 on the model's device, what the loader says of them)."""
     shape: torch.Size | None = None
     done = 0
-    with torch.inference_mode():
+    with torch.no_grad():
         for pictures, targets in loader:
             shape = pictures.shape
             yield unit(model.encode_image(pictures.to(how.device, non_blocking=True)), where, "image features"), targets

@@ -51,7 +51,7 @@ def localise(
     scenes: list[tuple[float, float, float, float]] = []
     best = torch.full((2, weights.shape[1]), -torch.inf, device=device)  # own patches, others'
     counts = torch.zeros(weights.shape[1], device=device)
-    with together(), torch.inference_mode():
+    with together(), torch.no_grad():
         for pictures, masks in eval_set.loader:
             tokens = unit(patch_tokens(pictures.to(device)), eval_set.name, "patch tokens")
             logits = tokens @ weights  # (B, N, C)

@@ -55,7 +55,7 @@ def test_trimmed_prompts_give_the_same_classifier_for_fewer_tokens(clip: Clip) -
     of_whole, clip.tokens = clip.tokens, 0
     trimmed = build(clip, trim=True)
     torch.testing.assert_close(trimmed, whole, atol=1e-6, rtol=0)
-    assert clip.tokens < 0.3 * of_whole
+    assert clip.tokens < 0.5 * of_whole
 
 
 @pytest.mark.parity
