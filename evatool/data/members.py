@@ -116,7 +116,9 @@ def index_json(members: ShardMembers, **extra: Any) -> bytes:
         for extension, place in members.members(number):
             # A second member of one name makes the sample bad; two places would not fit one key of JSON.
             known = list(place) if place.crc32 >= 0 else list(place[:2])
-            sample[extension if extension not in sample else f"{extension}{DUPLICATE}"] = known
+            while extension in sample:
+                extension += DUPLICATE
+            sample[extension] = known
         samples.append(sample)
     table = {
         **extra,

@@ -89,7 +89,7 @@ class ShardReader:
             raise UnreadableSample("truncated-shard", f"{found}; sample {number} is not there")
         out: dict[str, bytes] = {}
         for extension, place in members.members(number):
-            name = extension.removesuffix(DUPLICATE)
+            name = extension.partition(DUPLICATE)[0]
             if not self.wanted(name):
                 continue
             if name in out or name != extension:

@@ -109,8 +109,9 @@ class _Attempt:
         """True where an error comes of a process that is gone, and not out of its work."""
         if isinstance(err, RuntimeError):
             return str(err).startswith(_DEATH)
-        # Tensors are handed over through the process that made them: its death in the middle is a broken connection.
-        return not str(err).startswith("Caught ") and not all(process.is_alive() for process in self._processes)
+        # Tensors are handed over by the process that made them: its death in the middle is a broken connection.
+        is_broken = isinstance(err, ConnectionError | EOFError | FileNotFoundError)
+        return is_broken and bool(self._processes) and not str(err).startswith("Caught ")
 
     def close(self) -> None:
         """End the processes."""

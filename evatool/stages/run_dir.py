@@ -36,10 +36,10 @@ RESUMABLE_KEYS = (
     *("run_dir", "source", "train.log_every", "train.micro_batch_size", "data.num_workers"),
     *(f"eval.{key}" for key in ("num_threads", "processes", "shard_model", "use_cache", "cache_dir", "fetch")),
 )
-RESUMABLE_TABLES = ("engine.", "checkpoint.", "train.guard.")
+RESUMABLE_TABLES = ("engine.", "checkpoint.", "evaluate.", "train.guard.", "train.trackers")
 
 # What a run leaves behind before it has made anything.
-_BOOKKEEPING = {"resolved.toml", "environment.json", "status.json", "logs"}
+_BOOKKEEPING = {"resolved.toml", "environment.json", "status.json", "logs", "parameter_groups.tsv"}
 _STATES = {ExitCode.DONE: "done", ExitCode.PREEMPTED: "preempted", ExitCode.INTERRUPTED: "interrupted"}
 _PACKAGES = (
     *("torch", "torchvision", "timm", "open_clip_torch", "webdataset", "deepspeed", "clip-benchmark"),

