@@ -24,6 +24,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 
 from evatool.checkpoint import load as checkpoints
+from evatool.checkpoint.layout import AVERAGE
 from evatool.data.tokenizer import Tokenizer, build_tokenizer
 from evatool.errors import CheckpointError, RecipeError, UsageError
 from evatool.export.open_clip import CONFIG as OPEN_CLIP_CONFIG
@@ -245,7 +246,9 @@ def read_weights(source: str | Path) -> Weights:
     if not path.exists():
         raise CheckpointError("there is no such file or folder", where=str(path))
     if path.is_file():
-        return _read_foreign(path)
+        # A checkpoint's moving average has the configuration of the model beside it.
+        is_average = path.name == AVERAGE and path.with_name("model_config.json").is_file()
+        return _read_checkpoint(path.parent, AVERAGE) if is_average else _read_foreign(path)
     if (path / OPEN_CLIP_CONFIG).is_file():
         return _read_open_clip_folder(path)
     if (path / "model_config.json").is_file():
@@ -268,10 +271,10 @@ def read_weights(source: str | Path) -> Weights:
     )
 
 
-def _read_checkpoint(path: Path) -> Weights:
+def _read_checkpoint(path: Path, name: str = "model.safetensors") -> Weights:
     checkpoints.verify(path)
     config = ModelConfig.from_json(_read_json(path / "model_config.json"))
-    return Weights(open_weights(path / "model.safetensors"), [config], str(path))
+    return Weights(open_weights(path / name), [config], str(path if name == "model.safetensors" else path / name))
 
 
 def _read_described(path: Path) -> Weights:

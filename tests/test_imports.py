@@ -25,7 +25,7 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # On the same level, but not siblings: a stage may use the api, and an engine is built from a typed recipe section.
-ALSO_ALLOWED = {("stages", "api"), ("distributed", "recipe")}
+ALSO_ALLOWED = {("stages", "api"), ("stages", "plan"), ("distributed", "recipe")}
 TORCH_FREE = ("cli", "recipe", "plan", "errors", "log", "types", "progress")
 
 

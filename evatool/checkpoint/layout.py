@@ -35,6 +35,7 @@ from torch import Tensor
 from evatool.distributed.held import HeldPiece, HeldState
 
 MODEL, EXTRA, OPTIMIZER = "model.safetensors", "extra.safetensors", "optimizer.safetensors"
+AVERAGE = "ema.safetensors"  # the moving average of the model's weights, by its own names
 GROUPS, TRAIN_STATE, MODEL_CONFIG = "groups.json", "train_state.json", "model_config.json"
 RESOLVED, MANIFEST = "resolved.toml", "MANIFEST.json"
 ALWAYS_THERE = frozenset({MODEL, OPTIMIZER, GROUPS, TRAIN_STATE, MODEL_CONFIG, RESOLVED})
@@ -43,6 +44,8 @@ READABLE_FORMATS = (1, 2)  # format 1 had one SHA-256 for every file
 
 MODEL_PREFIX = "model."
 """The trained model's prefix in the objective's `state_dict()`; left out in model.safetensors."""
+AVERAGE_PREFIX = "ema.model."
+"""The prefix of its moving average in what is saved; left out in ema.safetensors."""
 
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 _PART_NAME = re.compile(r"\.step_\d{8,}\.part-.*")

@@ -25,6 +25,7 @@ class Checkpoint:
     path: Path
     step: int
     objective_state: Mapping[str, Tensor]  # the objective's `state_dict()`
+    averaged_state: Mapping[str, Tensor]  # the moving average, `ema.model.<name>`; empty where none was kept
     optimizer_state: Mapping[str, Tensor]
     groups: list[dict[str, Any]]
     train_state: dict[str, Any]
@@ -132,10 +133,13 @@ def load_checkpoint(checkpoint: Path, *, is_verified: bool = False) -> Checkpoin
     objective = {layout.MODEL_PREFIX: _open_tensors(checkpoint / layout.MODEL)}
     if (checkpoint / layout.EXTRA).exists():
         objective[""] = _open_tensors(checkpoint / layout.EXTRA)
+    has_average = (checkpoint / layout.AVERAGE).exists()
+    average = {layout.AVERAGE_PREFIX: _open_tensors(checkpoint / layout.AVERAGE)} if has_average else {}
     return Checkpoint(
         path=checkpoint,
         step=read_manifest(checkpoint)["step"],
         objective_state=_Prefixed(objective),
+        averaged_state=_Prefixed(average),
         optimizer_state=_open_tensors(checkpoint / layout.OPTIMIZER),
         groups=_read_json(checkpoint / layout.GROUPS),
         train_state=_read_json(checkpoint / layout.TRAIN_STATE),

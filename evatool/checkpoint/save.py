@@ -73,11 +73,13 @@ def save_run(
 
 
 def _tensor_files(objective: HeldState, optimizer: HeldState) -> dict[str, HeldState]:
-    prefix = layout.MODEL_PREFIX
+    prefix, average = layout.MODEL_PREFIX, layout.AVERAGE_PREFIX
     model = objective.renamed({name: name.removeprefix(prefix) for name in objective.shapes if name.startswith(prefix)})
-    extra = objective.renamed({name: name for name in objective.shapes if not name.startswith(prefix)})
-    files = {layout.MODEL: model, layout.EXTRA: extra, layout.OPTIMIZER: optimizer}
-    return {name: held for name, held in files.items() if held.shapes or name != layout.EXTRA}
+    rest = [name for name in objective.shapes if not name.startswith(prefix)]
+    extra = objective.renamed({name: name for name in rest if not name.startswith(average)})
+    averaged = objective.renamed({name: name.removeprefix(average) for name in rest if name.startswith(average)})
+    files = {layout.MODEL: model, layout.EXTRA: extra, layout.AVERAGE: averaged, layout.OPTIMIZER: optimizer}
+    return {name: held for name, held in files.items() if held.shapes or name in layout.ALWAYS_THERE}
 
 
 def _create(folder: Path, part: Path, tensors: Mapping[str, HeldState]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +24,23 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+_waited = [0.0]
+
+
+def waited_sec() -> float:
+    """Seconds this process has spent in the exchanges of this module, for telling a slow rank from its neighbours."""
+    return _waited[0]
+
+
+@contextmanager
+def _timed() -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        _waited[0] += time.perf_counter() - start
+
+
 class _AllGather(torch.autograd.Function):
     """Concatenate over ranks; backward adds up what every rank wants of this rank's rows."""
 
@@ -29,7 +48,8 @@ class _AllGather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.num_rows = x.shape[0]
         everyone = x.new_empty(dist.get_world_size() * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(everyone, x.contiguous())
+        with _timed():
+            dist.all_gather_into_tensor(everyone, x.contiguous())
         return everyone
 
     @staticmethod
@@ -73,7 +93,8 @@ def all_reduce_mean(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x.detach()
     total = x.detach().clone()
-    dist.all_reduce(total)
+    with _timed():
+        dist.all_reduce(total)
     return total / world_size()
 
 
@@ -82,7 +103,8 @@ def all_reduce_max(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x.detach()
     largest = x.detach().clone()
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    with _timed():
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest
 
 
@@ -91,7 +113,8 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x.detach()
     total = x.detach().clone()
-    dist.all_reduce(total)
+    with _timed():
+        dist.all_reduce(total)
     return total
 
 
@@ -133,8 +156,9 @@ def _pass_on(tensors: Sequence[Tensor], first_tag: int) -> Callable[[], list[Ten
     works = dist.batch_isend_irecv(steps) if steps else []
 
     def wait() -> list[Tensor]:
-        for work in works:
-            work.wait()
+        with _timed():
+            for work in works:
+                work.wait()
         del sent[:]  # kept until they have left
         return received
 
@@ -146,5 +170,6 @@ def gather_objects(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    with _timed():
+        dist.all_gather_object(values, value)
     return values

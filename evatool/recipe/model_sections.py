@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from evatool.recipe.section import Fraction, Positive, Section
+from evatool.recipe.section import Fraction, NonNegative, Positive, Section
 
 
 class NoInit(Section):
@@ -70,6 +70,15 @@ class TowersInit(Section):
 ClipInit = Annotated[NoInit | ImageTowerInit | TowersInit | WholeModelInit, Field(discriminator="kind")]
 
 
+class LockSection(Section):
+    """Frozen parts of the towers (LiT, arXiv 2111.07991), counted from the input; projections always learn."""
+
+    visual: NonNegative | Literal["all"] | None = None
+    """Blocks of the image tower that are frozen, with its embeddings; `all`: everything before the projection."""
+    text: NonNegative | Literal["all"] | None = None
+    """The same of the text tower."""
+
+
 class ClipModelSection(Section):
     """The CLIP model to train."""
 
@@ -80,9 +89,33 @@ class ClipModelSection(Section):
     init: ClipInit = NoInit()
     """Where the first weights come from."""
     patch_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Share of patches dropped in training (FLIP)."""
+    """Share of patches dropped in training (FLIP); of N patches max(1, int((1 - share) N)) stay, as EVA keeps them."""
+    patch_dropout_schedule: list[tuple[Positive, Annotated[float, Field(ge=0.0, lt=1.0)]]] = []
+    """`[samples_seen, share]` pairs: from there on that share is dropped, for instance `[[3_800_000_000, 0.0]]`."""
+    lock: LockSection = LockSection()
+    """What stays as `[model.init]` brought it."""
     drop_path_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Stochastic depth at the last block of the image tower, linear from 0 at the first."""
+
+    @model_validator(mode="after")
+    def _schedule_rises(self) -> ClipModelSection:
+        starts = [start for start, _ in self.patch_dropout_schedule]
+        if starts != sorted(set(starts)):
+            raise ValueError(f"patch_dropout_schedule begins at {starts}: give each start once, in rising order")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_frozen_is_not_regularised(self) -> ClipModelSection:
+        if self.lock.visual == "all" and self.drop_path_rate > 0:
+            raise ValueError(
+                f"drop_path_rate = {self.drop_path_rate} only disturbs a frozen tower: set it to 0 with "
+                'model.lock.visual = "all", or freeze fewer blocks'
+            )
+        if self.lock != LockSection() and self.init.kind == "none":
+            raise ValueError(
+                "model.lock freezes random weights: say in [model.init] where they come from, or unset model.lock"
+            )
+        return self
 
 
 class MimModelSection(Section):

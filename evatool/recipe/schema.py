@@ -33,6 +33,7 @@ from evatool.recipe.model_sections import ClipInit as ClipInit
 from evatool.recipe.model_sections import ClipModelSection as ClipModelSection
 from evatool.recipe.model_sections import ImageTowerInit as ImageTowerInit
 from evatool.recipe.model_sections import ImageTowerSource as ImageTowerSource
+from evatool.recipe.model_sections import LockSection as LockSection
 from evatool.recipe.model_sections import MimModelSection as MimModelSection
 from evatool.recipe.model_sections import NoInit as NoInit
 from evatool.recipe.model_sections import TeacherSection as TeacherSection
@@ -53,6 +54,7 @@ from evatool.recipe.optim_sections import OptimSection as OptimSection
 from evatool.recipe.optim_sections import ScheduleSection as ScheduleSection
 from evatool.recipe.section import Section, by_kind
 from evatool.recipe.train_sections import CheckpointSection as CheckpointSection
+from evatool.recipe.train_sections import EvaluateSection as EvaluateSection
 from evatool.recipe.train_sections import GuardSection as GuardSection
 from evatool.recipe.train_sections import TrainSection as TrainSection
 
@@ -113,35 +115,45 @@ class PretrainMimRecipe(TrainingRecipe):
     objective: MimObjective = MimObjective()
 
 
-class TrainClipRecipe(TrainingRecipe):
+class ClipTrainingRecipe(TrainingRecipe):
+    """What the stages have that train a CLIP model."""
+
+    model: ClipModelSection
+    evaluate: EvaluateSection | None = None
+    """Zero-shot evaluation while the model trains; none when absent."""
+
+    @model_validator(mode="after")
+    def _text_tower_has_settings(self) -> ClipTrainingRecipe:
+        if self.optim.text is None:
+            raise ValueError("optim.text is missing: a CLIP model has a text tower, give it at least `lr`")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluations_are_logged(self) -> ClipTrainingRecipe:
+        every, logged = self.evaluate.every_steps if self.evaluate else 0, self.train.log_every
+        if every % logged:
+            raise ValueError(
+                f"evaluate.every_steps = {every} is no multiple of train.log_every = {logged}, and figures are written "
+                f"on those steps only; nearest that are: {every // logged * logged or logged}, {-(-every // logged) * logged}"
+            )
+        return self
+
+
+class TrainClipRecipe(ClipTrainingRecipe):
     """Contrastive image-text training."""
 
     stage: Literal["train-clip"] = "train-clip"
-    model: ClipModelSection
     objective: Annotated[
         Annotated[InfoNceObjective, Tag("infonce")] | Annotated[SigmoidObjective, Tag("sigmoid")], by_kind("infonce")
     ] = InfoNceObjective()
 
-    @model_validator(mode="after")
-    def _text_tower_has_settings(self) -> TrainClipRecipe:
-        if self.optim.text is None:
-            raise ValueError("optim.text is missing: a CLIP model has a text tower, give it at least `lr`")
-        return self
 
-
-class DistillRecipe(TrainingRecipe):
+class DistillRecipe(ClipTrainingRecipe):
     """A student CLIP learns from the data and from a frozen teacher."""
 
     stage: Literal["distill"] = "distill"
-    model: ClipModelSection
     teacher: TeacherSection
     objective: DistillObjective = DistillObjective()
-
-    @model_validator(mode="after")
-    def _text_tower_has_settings(self) -> DistillRecipe:
-        if self.optim.text is None:
-            raise ValueError("optim.text is missing: a CLIP model has a text tower, give it at least `lr`")
-        return self
 
 
 Recipe = DataPrepareRecipe | PretrainMimRecipe | TrainClipRecipe | DistillRecipe | ExportRecipe | EvalRecipe

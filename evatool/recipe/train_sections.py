@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -46,6 +47,10 @@ class TrainSection(Section):
     """Steps between two log lines."""
     guard: GuardSection = GuardSection()
     """Steps that go wrong."""
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Decay of a moving average of the weights, kept in checkpoints as `ema.safetensors`; none when absent."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Where the figures go beside `metrics.jsonl`; needs the extra `track`."""
 
     @model_validator(mode="after")
     def _at_least_one_step(self) -> TrainSection:
@@ -65,6 +70,21 @@ class TrainSection(Section):
     def num_steps(self) -> int:
         """Optimiser steps of the whole run: samples_seen / global_batch_size, rounded down."""
         return self.samples_seen // self.global_batch_size
+
+
+class EvaluateSection(Section):
+    """Zero-shot evaluation of the model while it trains, sharded over ranks."""
+
+    every_steps: Positive
+    """Steps between two evaluations, a multiple of `train.log_every`; the end of the run is always evaluated."""
+    data: Path
+    """Folder with the evaluation sets, as `[eval]` has it."""
+    suite: str = "drawings"
+    """Name of a suite of evaluation sets (docs/eval.md)."""
+    sets: list[str] | None = None
+    """Only these sets of the suite."""
+    batch_size: Positive = 256
+    """Pictures a forward pass on each rank."""
 
 
 class CheckpointSection(Section):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from evatool.objective.distill import DistillObjective
+from evatool.plan.towers import image_flops, text_flops
 from evatool.recipe.schema import DistillRecipe
-from evatool.stages import chain, wiring
+from evatool.stages import chain, training_loop, wiring
 from evatool.stages.run_dir import RunOptions
 from evatool.types import Result
 
@@ -28,9 +29,10 @@ def run(recipe: DistillRecipe, run: RunOptions) -> Result:
         groups = wiring.build_groups(recipe, objective, config)
         engine = wiring.build_job_engine(job, objective, groups)
         state = wiring.start_state(job, engine, groups, loader)
-        hooks = wiring.build_hooks(job, config, contrastive_key="contrastive_loss")
-        trainer = wiring.build_trainer(job, objective, engine, loader, groups, hooks, state)
+        hooks = training_loop.build_hooks(job, config, model=model, contrastive_key="contrastive_loss")
+        flops = 3 * (image_flops(config, recipe.model.patch_dropout) + text_flops(config))
+        trainer = training_loop.build_trainer(job, objective, engine, loader, groups, hooks, state, flops)
         trainer.fit()
         path = job.run_dir.path
         following = chain.next_in_chain(recipe, run.name, path) or chain.use_clip(recipe, path)
-        return wiring.training_result(job, trainer, next_command=following)
+        return training_loop.training_result(job, trainer, next_command=following)

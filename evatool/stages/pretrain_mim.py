@@ -10,8 +10,9 @@ from evatool.errors import RecipeError
 from evatool.model.mim import build_mim
 from evatool.model.presets import ModelConfig, resolve_preset
 from evatool.objective.mim import MimObjective
+from evatool.plan.towers import image_flops, mim_flops
 from evatool.recipe.schema import PretrainMimRecipe
-from evatool.stages import chain, wiring
+from evatool.stages import chain, training_loop, wiring
 from evatool.stages.mim_pictures import masked_cosines, save_mim_pictures
 from evatool.stages.run_dir import RunOptions
 from evatool.types import Result
@@ -37,14 +38,16 @@ def run(recipe: PretrainMimRecipe, run: RunOptions) -> Result:
         groups = wiring.build_groups(recipe, objective, model.config)
         engine = wiring.build_job_engine(job, objective, groups)
         state = wiring.start_state(job, engine, groups, loader)
-        hooks = wiring.build_hooks(job, model.config)
-        trainer = wiring.build_trainer(job, objective, engine, loader, groups, hooks, state)
+        hooks = training_loop.build_hooks(job, model.config)
+        masked = round(recipe.objective.mask_ratio * shape.grid[0] * shape.grid[1])
+        flops = 3 * mim_flops(model.config, masked) + image_flops(teacher.config, all_tokens=True)
+        trainer = training_loop.build_trainer(job, objective, engine, loader, groups, hooks, state, flops)
         trainer.fit()
         pictures = draw_pictures(job, shape, mask, teacher, objective)
         path = job.run_dir.path
         following = chain.next_in_chain(recipe, run.name, path)
         following = following or chain.use_image_tower(recipe, recipe.model.preset, path)
-        return wiring.training_result(job, trainer, next_command=following, pictures={"mim_pictures": pictures})
+        return training_loop.training_result(job, trainer, next_command=following, pictures={"mim_pictures": pictures})
 
 
 def check_grids(student: ModelConfig, teacher: ModelConfig) -> None:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from open_clip import CustomTextCLIP
+from open_clip.transformer import PatchDropout as ClipPatchDropout
+from timm.layers import PatchDropout, PatchDropoutWithIndices
 from torch import nn
 
 from evatool.api import LoadedClip, load_clip, read_weights
-from evatool.checkpoint.layout import MODEL_PREFIX
 from evatool.checkpoint.load import Checkpoint, latest_checkpoint, load_checkpoint
-from evatool.checkpoint.save import save_run
 from evatool.data.loader import TrainLoader, build_train_loader
 from evatool.data.masking import MaskSpec
 from evatool.distributed.collectives import gather_objects
@@ -28,8 +26,8 @@ from evatool.model.clip import build_clip
 from evatool.model.presets import ModelConfig, resolve_preset
 from evatool.model.weights import init_image_tower, init_text_tower, load_clip_weights
 from evatool.optim.build import build_optimizer
+from evatool.optim.locking import lock
 from evatool.optim.param_groups import build_param_groups, group_table
-from evatool.optim.schedules import build_schedule, warmup_steps_of
 from evatool.recipe.schema import (
     ClipModelSection,
     DistillRecipe,
@@ -43,16 +41,10 @@ from evatool.recipe.schema import (
     TrainingRecipe,
     WholeModelInit,
 )
-from evatool.recipe.write import to_toml
-from evatool.stages.run_dir import RunDir, RunOptions, open_run_dir
-from evatool.train.gate import SpikeGate
-from evatool.train.guards import NonFiniteGuard, StuckAtStart
-from evatool.train.hooks import Checkpoints, ConsoleLog, Hook, MetricsFile, StatusFile, read_metrics
-from evatool.train.loss_curve import LossCurve
+from evatool.stages.run_dir import RunDir, RunOptions, open_run_dir, write_text
 from evatool.train.state import TrainState, resume_from
-from evatool.train.throughput import Work, peak_flops
-from evatool.train.trainer import Trainer
-from evatool.types import ParamGroup, Result
+from evatool.train.tower_norms import TowerNorms
+from evatool.types import ParamGroup
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +62,8 @@ class Job:
     run_dir: RunDir
     saved: Checkpoint | None
     """The newest whole checkpoint of a resumed run."""
+    tower_norms: TowerNorms | None = None
+    """Set with the engine."""
 
 
 # ------------------------------------------------------------------------------------------------------ the start
@@ -201,9 +195,26 @@ def build_clip_model(config: ModelConfig, section: ClipModelSection, *, is_resum
         is_resumed: leave `[model.init]` out: the checkpoint replaces all weights, and the source may be gone by now.
     Raises: CheckpointError where the source's weights do not fit.
     """
-    clip = build_clip(config, patch_dropout=section.patch_dropout, drop_path_rate=section.drop_path_rate)
-    if is_resumed:
-        return clip
+    # timm makes no module for a share of 0, which a schedule could not raise.
+    shares = [section.patch_dropout, *(share for _, share in section.patch_dropout_schedule)]
+    clip = build_clip(config, patch_dropout=max(shares), drop_path_rate=section.drop_path_rate)
+    if not is_resumed:
+        _init_clip(clip, section)
+    depths = {"visual": config.depth, "text": config.text_depth}
+    for tower, layers in (("visual", section.lock.visual), ("text", section.lock.text)):
+        if layers is not None:
+            named = [(f"model.{name}", param) for name, param in clip.named_parameters()]
+            frozen = lock(named, tower, layers, depths[tower])  # type: ignore[arg-type]
+            log.info("%s tower: %d tensors are frozen, its projection learns", tower, len(frozen))
+    return clip
+
+
+def patch_dropouts(model: nn.Module) -> list[nn.Module]:
+    """The modules that drop patches, timm's and open_clip's."""
+    return [m for m in model.modules() if isinstance(m, PatchDropout | PatchDropoutWithIndices | ClipPatchDropout)]
+
+
+def _init_clip(clip: CustomTextCLIP, section: ClipModelSection) -> None:
     match section.init:
         case ImageTowerInit(path=path):
             report = init_image_tower(clip, read_weights(path).state, where=str(path))
@@ -213,7 +224,6 @@ def build_clip_model(config: ModelConfig, section: ClipModelSection, *, is_resum
         case WholeModelInit(path=path):
             report = load_clip_weights(clip, read_weights(path).state, where=str(path))
             log.info("all weights from %s: %s", path, report)
-    return clip
 
 
 def init_towers(clip: CustomTextCLIP, image: ImageTowerSource | None, text: TextTowerSource | None) -> None:
@@ -250,13 +260,18 @@ def build_groups(recipe: TrainingRecipe, objective: nn.Module, config: ModelConf
         counts[group.tower] = counts.get(group.tower, 0) + sum(p.numel() for p in group.params)
     log.info("parameters: %s", ", ".join(f"{tower} {count:,}" for tower, count in counts.items()))
     for row in group_table(groups):
-        log.debug("  ".join(row))
+        log.info("  %s", "  ".join(row))
     return groups
 
 
 def build_job_engine(job: Job, objective: nn.Module, groups: Sequence[ParamGroup]) -> Engine:
-    """The recipe's engine around the objective, on this rank's device."""
+    """The recipe's engine around the objective, on this rank's device; the table of groups goes to the run folder."""
     optim = job.recipe.optim
+    if job.world.is_main:
+        rows = ["\t".join(row) for row in group_table(groups)]
+        write_text(job.run_dir.path / "parameter_groups.tsv", "\n".join([*rows, ""]))
+    optimizer = build_optimizer(optim, groups)
+    job.tower_norms = TowerNorms(optimizer, groups)
     return build_engine(
         job.recipe.engine,
         job.world,
@@ -264,7 +279,7 @@ def build_job_engine(job: Job, objective: nn.Module, groups: Sequence[ParamGroup
         groups,
         precision=job.recipe.train.precision,
         grad_clip_norm=optim.grad_clip_norm,
-        optimizer=build_optimizer(optim, groups),
+        optimizer=optimizer,
     )
 
 
@@ -281,136 +296,3 @@ def start_state(job: Job, engine: Engine, groups: Sequence[ParamGroup], loader: 
     loader.position = state.position
     log.info("resumed from %s: step %d, %d samples seen", job.saved.path, state.step, state.samples_seen)
     return state
-
-
-# -------------------------------------------------------------------------------------------------- hooks, trainer
-
-
-def build_hooks(job: Job, config: ModelConfig, *, contrastive_key: str | None = None) -> list[Hook]:
-    """What every training stage does around the loop, in this order.
-
-    Args:
-        config: of the trained model, for its checkpoints.
-        contrastive_key: the contrastive loss among the objective's losses, watched for being stuck at ln(batch).
-    """
-    train, run_dir = job.recipe.train, job.run_dir
-    guard = train.guard
-    hooks: list[Hook] = [NonFiniteGuard(guard.budget, guard.window, guard.policy, run_dir.journal)]
-    if contrastive_key is not None:
-        warmup_steps = warmup_steps_of(
-            job.recipe.schedule, num_steps=train.num_steps, global_batch_size=train.global_batch_size
-        )
-        hooks.append(
-            StuckAtStart(global_batch_size=train.global_batch_size, warmup_steps=warmup_steps, loss_key=contrastive_key)
-        )
-    save = partial(
-        save_run,
-        run_dir.checkpoints,
-        model_config=config.to_json(),
-        resolved_toml=to_toml(job.recipe),
-        keep=job.recipe.checkpoint.keep,
-        keep_every_steps=job.recipe.checkpoint.keep_every_steps,
-    )
-    return [
-        *hooks,
-        ConsoleLog(job.options.name),
-        MetricsFile(run_dir.metrics),
-        StatusFile(run_dir.refresh_status),
-        Checkpoints(save, job.recipe.checkpoint.every_steps),
-        LossCurve(
-            run_dir.metrics,
-            loss_curve_path(run_dir),
-            title=job.options.name,
-            reference=(math.log(train.global_batch_size), "ln(batch)") if contrastive_key == "loss" else None,
-        ),
-    ]
-
-
-def build_trainer(
-    job: Job,
-    objective: nn.Module,
-    engine: Engine,
-    loader: TrainLoader,
-    groups: Sequence[ParamGroup],
-    hooks: Sequence[Hook],
-    state: TrainState,
-    flops_per_sample: float | None = None,
-) -> Trainer:
-    """The loop with the recipe's length, schedule, batch and policies.
-
-    Args:
-        flops_per_sample: model FLOPs of a sample's forward and backward pass; no MFU when None.
-    """
-    train = job.recipe.train
-    every_minutes = job.recipe.checkpoint.every_minutes
-    peak = None if flops_per_sample is None else peak_flops(job.world.device, train.precision)
-    work = None if flops_per_sample is None or peak is None else Work(flops_per_sample, peak * job.world.world_size)
-    return Trainer(
-        objective,
-        engine,
-        loader,
-        groups,
-        build_schedule(job.recipe.schedule, num_steps=train.num_steps, global_batch_size=train.global_batch_size),
-        hooks,
-        state,
-        train.num_steps,
-        train.global_batch_size,
-        log_every=train.log_every,
-        micro_batch_size=train.micro_batch_size,
-        gate=SpikeGate(train.guard.spike_sigma, train.guard.spike_window, state.recent_losses),
-        restore=partial(newest_checkpoint, job),
-        stop_file=job.run_dir.path / "STOP",
-        save_every_sec=None if every_minutes is None else 60 * every_minutes,
-        work=work,
-    )
-
-
-def newest_checkpoint(job: Job) -> Checkpoint | None:
-    """The newest whole checkpoint of the run, the same one on every rank, which all call it; None if it has none."""
-    found = latest_checkpoint(job.run_dir.path) if job.world.is_main else None
-    newest = gather_objects(found)[0]
-    return None if newest is None else load_checkpoint(newest, is_verified=True)
-
-
-# -------------------------------------------------------------------------------------------------------- the end
-
-
-def training_result(
-    job: Job, trainer: Trainer, *, next_command: str, pictures: dict[str, Path] | None = None
-) -> Result:
-    """What a finished training stage hands back: where things are, the last figures, and what to run next."""
-    run_dir, state, train = job.run_dir, trainer.state, job.recipe.train
-    # A run that was resumed at its last step has no figures of its own.
-    record = trainer.record or (read_metrics(run_dir.metrics) or [{}])[-1]
-    metrics: dict[str, float | int | str] = {
-        "steps": state.step,
-        "samples_seen": state.samples_seen,
-        "samples_per_sec": round(state.samples_seen / state.train_sec, 2) if state.train_sec else 0.0,
-        "skipped_steps": len(state.skipped_steps),
-        "parameters": sum(
-            p.numel() for name, p in trainer.objective.named_parameters() if name.startswith(MODEL_PREFIX)
-        ),
-    }
-    metrics |= {key: value for key, value in record.items() if key.startswith("train/") and value is not None}
-    if isinstance(job.recipe, TrainClipRecipe | DistillRecipe) and job.recipe.objective.kind != "sigmoid":
-        metrics["stuck_at_start"] = int("stuck_at_start" in state.notes)
-    metrics |= {key.replace("data/", ""): int(count) for key, count in trainer.data_figures().items()}
-    if state.notes:
-        metrics["warning"] = "; ".join(state.notes.values())
-    outputs = {
-        "checkpoint": run_dir.checkpoints / f"step_{train.num_steps:08d}",
-        "metrics": run_dir.metrics,
-        "loss_curve": loss_curve_path(run_dir),
-    }
-    return Result(
-        stage=job.recipe.stage,
-        run_dir=run_dir.path,
-        outputs=outputs | (pictures or {}),
-        metrics=metrics,
-        next_command=next_command,
-    )
-
-
-def loss_curve_path(run_dir: RunDir) -> Path:
-    """Where the picture of the loss is."""
-    return run_dir.path / "loss_curve.png"

@@ -50,6 +50,9 @@ class SavedRun(Protocol):
     def objective_state(self) -> Mapping[str, Tensor]: ...
 
     @property
+    def averaged_state(self) -> Mapping[str, Tensor]: ...
+
+    @property
     def optimizer_state(self) -> Mapping[str, Tensor]: ...
 
     @property

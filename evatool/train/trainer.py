@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from evatool.distributed.collectives import all_reduce_mean, gather_objects, rank
+from evatool.distributed.collectives import all_reduce_mean, gather_objects, rank, waited_sec
 from evatool.distributed.engine import Engine
 from evatool.errors import Interrupted, NumericalError, Preempted
 from evatool.train.accumulation import forward_backward
@@ -21,6 +21,7 @@ from evatool.train.gate import SpikeGate
 from evatool.train.signals import SAVE, StopRequests
 from evatool.train.state import SavedRun, TrainState, resume_from
 from evatool.train.throughput import Throughput, Work, peak_memory_bytes
+from evatool.train.tower_norms import TowerNorms
 from evatool.types import Batch, Loader, LossDict, ParamGroup
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Trainer:
         restore: the newest whole checkpoint to roll back to, the same on every rank; None where there is none yet.
         stop_file, save_every_sec: as in `StopRequests`.
         work: what a sample costs, for the share of the hardware's peak that is used.
+        tower_norms: finds the gradient norm of each tower.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Trainer:
         stop_file: Path | None = None,
         save_every_sec: float | None = None,
         work: Work | None = None,
+        tower_norms: TowerNorms | None = None,
     ) -> None:
         self.objective, self.engine, self.loader, self.groups = objective, engine, loader, groups
         self.schedule, self.hooks, self.state = schedule, hooks, state
@@ -79,7 +82,8 @@ class Trainer:
         self.batch: Batch | None = None  # of the step just done, for messages
         self.grad_norm: Tensor | None = None  # of the step just done, before clipping; not finite if it was skipped
         self.record: dict[str, float] = {}  # the last figures
-        self._micro_batch_size, self._work = micro_batch_size, work
+        self._micro_batch_size, self._work, self._tower_norms = micro_batch_size, work, tower_norms
+        self._busy_sec, self._busy_steps = 0.0, 0
         self._stop_file, self._save_every_sec = stop_file, save_every_sec
         self._throughput = Throughput(work)
 
@@ -116,7 +120,7 @@ class Trainer:
         return self.state
 
     def _one_step(self, batches: Iterator[Batch]) -> None:
-        start = time.perf_counter()
+        start, waited = time.perf_counter(), waited_sec()
         batch = self.batch = next(batches)
         data_wait_sec = time.perf_counter() - start
         state, engine = self.state, self.engine
@@ -131,6 +135,10 @@ class Trainer:
             seed=step_seed(state.seed, state.step, rank()),
             gate=self.gate,
         )
+        self._busy_sec += time.perf_counter() - start - (waited_sec() - waited)
+        self._busy_steps += 1
+        if self._tower_norms is not None:
+            self._tower_norms.is_wanted = self._is_logged(state.step + 1)
         self.grad_norm = engine.step()
 
         state.step += 1
@@ -146,8 +154,16 @@ class Trainer:
     @property
     def is_log_step(self) -> bool:
         """True after a step whose figures are in `record`: every `log_every`-th, the first and the last."""
-        step = self.state.step
+        return self._is_logged(self.state.step)
+
+    def _is_logged(self, step: int) -> bool:
         return step % self.log_every == 0 or step == 1 or step == self.num_steps
+
+    def read_busy_sec(self) -> float:
+        """How long this rank was busy by itself, a step, since the last reading; see `stragglers`."""
+        busy = self._busy_sec / max(1, self._busy_steps)
+        self._busy_sec, self._busy_steps = 0.0, 0
+        return busy
 
     def _figures(self, losses: LossDict, factor: float) -> dict[str, float]:
         # One exchange and one fetch for all losses, which are means over the global batch.
@@ -157,6 +173,9 @@ class Trainer:
         figures: dict[str, float] = {"step": self.state.step, "samples_seen": self.state.samples_seen}
         figures |= {f"train/{name}": value for name, value in zip(losses, means, strict=False)}
         figures["optim/grad_norm"] = means[-1]
+        if self._tower_norms is not None:
+            norms = self._tower_norms.read(self.grad_norm)
+            figures |= {f"optim/grad_norm/{tower}": float(norm) for tower, norm in norms.items()}
         for group in self.groups:
             key = f"optim/lr/{group.tower}"
             figures[key] = max(figures.get(key, 0.0), group.lr * group.lr_scale * factor)

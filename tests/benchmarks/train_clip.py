@@ -19,7 +19,6 @@ import sys
 import time
 from dataclasses import dataclass, field
 from importlib import metadata
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +181,7 @@ def baseline(
     if gate_steps:
         return Run(0.0, list(enumerate(losses, start=1)), peak, shlex.join(command))
     # A line tells the mean time since the line before; the first is of step 1 alone.
-    timed = times[1 + WARM_UP // LOG_EVERY :]
+    timed = times[1 + min(WARM_UP, steps // 2) // LOG_EVERY :]
     seen = [(1 + LOG_EVERY * i, loss) for i, loss in enumerate(losses)]
     return Run(bench.batch / statistics.mean(timed), seen, peak, shlex.join(command))
 
@@ -222,7 +221,7 @@ def ours(bench: Bench, data: Path, *, precision: str, workers: int, gate_steps: 
     if not metrics.exists():
         raise SystemExit(f"evatool's trainer wrote no metrics:\n{output[-3000:]}")
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    speeds = [r["throughput/samples_per_sec"] for r in records if r["step"] > WARM_UP]
+    speeds = [r["throughput/samples_per_sec"] for r in records if r["step"] > min(WARM_UP, steps // 2)]
     losses = [(r["step"], r["train/loss"]) for r in records]
     shown = f"evatool train-clip RECIPE  # {json.dumps(table)} {' '.join(bench.settings)}"
     return Run(statistics.harmonic_mean(speeds) if speeds else 0.0, losses, peak, shown)
@@ -366,14 +365,25 @@ def _best_baseline(bench: Bench, data: Path, options: argparse.Namespace) -> tup
     if not options.search_steps:
         precision, workers, mode = options.baseline.split(",")
         return precision, int(workers), mode == "compile"
-    found = {}
+    # Kept beside the data, so that a search that was cut short goes on where it was.
+    path = bench.folder / f"search-{bench.preset}-{bench.batch}-{bench.accumulate}-{bench.device}.json"
+    found: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
     short = Bench(**{**vars(bench), "steps": options.search_steps})
-    for precision, workers, compiled in product(("fp32", "amp_bf16"), (0, 1, 2), (False, True)):
-        run = baseline(short, data, precision=precision, workers=workers, compiled=compiled)
-        found[precision, workers, compiled] = run.samples_per_sec
-        mode = "compile" if compiled else "eager"
-        print(f"open_clip_train {precision:8s} {workers} workers {mode:7s} {run.samples_per_sec:8.1f}/s", flush=True)
-    return max(found, key=found.__getitem__)
+
+    def speed(precision: str, workers: int, mode: str) -> float:
+        key = f"{precision},{workers},{mode}"
+        if key not in found:
+            run = baseline(short, data, precision=precision, workers=workers, compiled=mode == "compile")
+            found[key] = run.samples_per_sec
+            path.write_text(json.dumps(found))
+        print(f"open_clip_train {key:20s} {found[key]:8.1f}/s", flush=True)
+        return found[key]
+
+    for precision in ("fp32", "amp_bf16"):
+        best = max((0, 1, 2), key=lambda workers: speed(precision, workers, "eager"))
+        speed(precision, best, "compile")  # compiling takes minutes and does not change how data is read
+    precision, number, mode = max(found, key=found.__getitem__).split(",")
+    return precision, int(number), mode == "compile"
 
 
 def summary(name: str, runs: list[Run]) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import evatool
 from evatool.errors import CheckpointError, Preempted, RecipeError, UsageError
 from evatool.recipe.load import load_recipe
-from evatool.stages import wiring
+from evatool.stages import training_loop, wiring
 from evatool.train.hooks import Hook, read_metrics
 from evatool.types import Result
 
@@ -104,8 +104,8 @@ class StopAfter(Hook):
 
 @pytest.fixture
 def stop_after_two(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    build = wiring.build_hooks
-    monkeypatch.setattr(wiring, "build_hooks", lambda *args, **kw: [*build(*args, **kw), StopAfter(2)])
+    build = training_loop.build_hooks
+    monkeypatch.setattr(training_loop, "build_hooks", lambda *args, **kw: [*build(*args, **kw), StopAfter(2)])
     return monkeypatch
 
 
@@ -138,7 +138,9 @@ def test_resumed_equals_uninterrupted(stage, run_training, clip_run, tmp_path, s
 def test_a_run_that_died_after_its_last_save_gives_its_result(run_training, tmp_path, monkeypatch) -> None:
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(wiring, "training_result", lambda *args, **kw: (_ for _ in ()).throw(RuntimeError("power cut")))
+        patch.setattr(
+            training_loop, "training_result", lambda *args, **kw: (_ for _ in ()).throw(RuntimeError("power cut"))
+        )
         with pytest.raises(RuntimeError, match="power cut"):
             run_training("train-clip", folder)
     result = run_training("train-clip", folder, resume=True)
