@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from evatool.recipe.section import NonNegative, Positive, PositiveFloat, Section
+from evatool.recipe.section import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 
 
 class GuardSection(Section):
@@ -22,9 +22,9 @@ class GuardSection(Section):
     """Skipped steps that `skip` bears in any `window` steps."""
     window: Positive = 100
     """Steps over which they are counted."""
-    spike_sigma: PositiveFloat | None = 6.0
-    """A loss this many standard deviations above the mean of the last `spike_window` is a spike; absent from TOML by
-    `unset`: only what is not finite is skipped."""
+    spike_sigma: NonNegativeFloat = 6.0
+    """A loss this many standard deviations above the mean of the last `spike_window` is a spike; 0: only what is not
+    finite is skipped."""
     spike_window: Annotated[int, Field(ge=8)] = 128
     """Losses that a new one is compared with; no spike is seen before there are so many."""
 

@@ -130,7 +130,7 @@ def build_trainer(
         train.global_batch_size,
         log_every=train.log_every,
         micro_batch_size=train.micro_batch_size,
-        gate=SpikeGate(train.guard.spike_sigma, train.guard.spike_window, state.recent_losses),
+        gate=SpikeGate(train.guard.spike_sigma or None, train.guard.spike_window, state.recent_losses),
         restore=partial(newest_checkpoint, job),
         stop_file=job.run_dir.path / "STOP",
         save_every_sec=None if every_minutes is None else 60 * every_minutes,
