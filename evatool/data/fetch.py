@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +124,7 @@ def _with_patience(url: str, patience: Patience, once: Any) -> Any:
             time.sleep(pause)
 
 
-def _chunks(url: str, timeout_sec: float, max_bytes: int) -> Iterator[bytes]:
+def _chunks(url: str, timeout_sec: float, max_bytes: int) -> Generator[bytes, None, None]:
     source = _http_chunks(url, timeout_sec) if url.startswith(("http://", "https://")) else _fsspec_chunks(url)
     if not url.startswith(("http://", "https://")):
         source = _watched(source, timeout_sec)
@@ -142,7 +142,7 @@ def _chunks(url: str, timeout_sec: float, max_bytes: int) -> Iterator[bytes]:
             yield chunk
 
 
-def _http_chunks(url: str, timeout_sec: float) -> Iterator[bytes]:
+def _http_chunks(url: str, timeout_sec: float) -> Generator[bytes, None, None]:
     request = urllib.request.Request(url, headers={"User-Agent": "evatool", "Accept-Encoding": "identity"})
     try:
         # The timeout holds for connecting and for each wait for bytes, not for the whole file.
@@ -175,7 +175,7 @@ def _http_cause(code: int) -> str:
     return "server-error" if code >= 500 or code in (408, 425, 429) else "unreachable"
 
 
-def _fsspec_chunks(url: str) -> Iterator[bytes]:
+def _fsspec_chunks(url: str) -> Generator[bytes, None, None]:
     import fsspec
 
     try:
@@ -198,7 +198,7 @@ def _fsspec_chunks(url: str) -> Iterator[bytes]:
         raise FetchError("connection", f"{type(err).__name__}: {err}") from err
 
 
-def _watched(source: Iterator[bytes], timeout_sec: float) -> Iterator[bytes]:
+def _watched(source: Generator[bytes, None, None], timeout_sec: float) -> Generator[bytes, None, None]:
     """The same chunks from a thread, because a file system's read may never come back. Raises: FetchError."""
     chunks: queue.Queue[bytes | BaseException | None] = queue.Queue(maxsize=2)
     given_up = threading.Event()

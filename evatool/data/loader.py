@@ -264,7 +264,7 @@ def _phases(section: TrainDataSection, shards: Sequence[ShardList]) -> list[MixP
 
 def _order_name(section: TrainDataSection, shards: Sequence[ShardList], sources: Sequence[Source]) -> str:
     """Version, and a hash of everything but the seed and the batch size that the order depends on."""
-    parts = [section.sampling, section.mixing, section.streams]
+    parts: list[object] = [section.sampling, section.mixing, section.streams]
     parts += [phase.model_dump_json() for phase in section.phases or []]
     for found, source in zip(shards, sources, strict=True):
         parts += [found.digest(), source.order.window]

@@ -24,7 +24,7 @@ from evatool.data.tokenizer import CaptionMemory, Tokenizer
 from evatool.data.transforms import TrainTransform
 from evatool.types import Batch
 
-_MAX_SPARES = 16  # tries for one place of a batch
+_MAX_SPARES = 64  # tries for one place of a batch
 _MAX_REMEMBERED_BAD = 100_000  # bad samples a process remembers, so as not to read them again
 
 
