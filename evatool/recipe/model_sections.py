@@ -90,7 +90,7 @@ class ClipModelSection(Section):
     """Where the first weights come from."""
     patch_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of patches dropped in training (FLIP); of N patches max(1, int((1 - share) N)) stay, as EVA keeps them."""
-    patch_dropout_schedule: list[tuple[Positive, Annotated[float, Field(ge=0.0, lt=1.0)]]] = []
+    patch_dropout_schedule: tuple[tuple[Positive, Annotated[float, Field(ge=0.0, lt=1.0)]], ...] = ()
     """`[samples_seen, share]` pairs: from there on that share is dropped, for instance `[[3_800_000_000, 0.0]]`."""
     lock: LockSection = LockSection()
     """What stays as `[model.init]` brought it."""

@@ -132,9 +132,10 @@ class ClipTrainingRecipe(TrainingRecipe):
     def _evaluations_are_logged(self) -> ClipTrainingRecipe:
         every, logged = self.evaluate.every_steps if self.evaluate else 0, self.train.log_every
         if every % logged:
+            near = sorted({max(1, every // logged) * logged, -(-every // logged) * logged})
             raise ValueError(
                 f"evaluate.every_steps = {every} is no multiple of train.log_every = {logged}, and figures are written "
-                f"on those steps only; nearest that are: {every // logged * logged or logged}, {-(-every // logged) * logged}"
+                f"on those steps only; nearest that are: {', '.join(map(str, near))}"
             )
         return self
 

@@ -49,7 +49,7 @@ class TrainSection(Section):
     """Steps that go wrong."""
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Decay of a moving average of the weights, kept in checkpoints as `ema.safetensors`; none when absent."""
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Where the figures go beside `metrics.jsonl`; needs the extra `track`."""
 
     @model_validator(mode="after")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evatool.distributed.collectives import rank
 from evatool.train.hooks import Hook, read_metrics
+from evatool.train.state import TrainState
+from evatool.types import LossDict
 
 if TYPE_CHECKING:
     from evatool.train.trainer import Trainer
@@ -16,17 +19,31 @@ INK, FAINT, ACCENT, GRID = "#1f2933", "#9fb3c8", "#0b6e99", "#e4e7eb"
 
 
 class LossCurve(Hook):
-    """Draws `metrics.jsonl` as a PNG when the run stops or ends.
+    """Draws `metrics.jsonl` as a PNG while the run goes, and when it stops or ends.
 
     Args:
         metrics: the file that `MetricsFile` writes, listed before this hook.
         picture: PNG to write.
         title: above the curve.
         reference: a value to mark and its label, for instance (6.24, "ln(batch)").
+        every_sec: on the first logging step after so long it is drawn anew; it takes a second.
     """
 
-    def __init__(self, metrics: Path, picture: Path, title: str, reference: tuple[float, str] | None = None) -> None:
+    def __init__(
+        self,
+        metrics: Path,
+        picture: Path,
+        title: str,
+        reference: tuple[float, str] | None = None,
+        every_sec: float = 120.0,
+    ) -> None:
         self._metrics, self._picture, self._title, self._reference = metrics, picture, title, reference
+        self._every_sec, self._last = every_sec, time.monotonic()
+
+    def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
+        if trainer.is_log_step and time.monotonic() - self._last >= self._every_sec:
+            self._draw()
+            self._last = time.monotonic()
 
     def on_stop(self, trainer: Trainer) -> None:
         self._draw()
@@ -42,14 +59,26 @@ class LossCurve(Hook):
 def draw_loss_curve(
     records: list[dict[str, Any]], picture: Path, title: str, reference: tuple[float, str] | None = None
 ) -> None:
-    """Write a PNG of `train/loss` over `samples_seen`, as recorded and smoothed, with the learning rate below it."""
+    """Write a PNG of `train/loss` over `samples_seen`, as recorded and smoothed, with the learning rate below it.
+
+    Evaluations while training, where there are any, stand between the two.
+    """
     # The object interface of matplotlib: no global state, no display, and no backend is chosen for the host program.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    figure = Figure(figsize=(8, 5), dpi=120, facecolor="white", layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [4, 1]})
+    evaluated = sorted({key for r in records for key in r if key.startswith("eval/")})
+    heights = [4, 2, 1] if evaluated else [4, 1]
+    figure = Figure(figsize=(8, 7 if evaluated else 5), dpi=120, facecolor="white", layout="constrained")
+    every = figure.subplots(len(heights), 1, sharex=True, gridspec_kw={"height_ratios": heights})
+    top, bottom = every[0], every[-1]
+    for key in evaluated:
+        points = [(r["samples_seen"], r[key]) for r in records if r.get(key) is not None]
+        every[1].plot([p[0] for p in points], [p[1] for p in points], marker=".", label=key.removeprefix("eval/"))
+    if evaluated:
+        every[1].set_ylabel("zero-shot", color=INK)
+        every[1].legend(frameon=False, fontsize=8)
     points = [(r["samples_seen"], r["train/loss"]) for r in records if r.get("train/loss") is not None]
     samples, losses = [p[0] for p in points], [p[1] for p in points]
     top.plot(samples, losses, color=FAINT, linewidth=1, label="as recorded")
@@ -68,7 +97,7 @@ def draw_loss_curve(
     if bottom.lines:
         bottom.legend(frameon=False, fontsize=8, loc="upper right")
     bottom.xaxis.set_major_formatter(EngFormatter(sep=""))
-    for axes in (top, bottom):
+    for axes in every:
         axes.grid(color=GRID)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)

@@ -318,7 +318,7 @@ def main() -> None:
     parser.add_argument("--preset", default=TINY)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=70)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2, help="0: only the search")
     parser.add_argument("--search-steps", type=int, default=35, help="0: use --baseline as it is")
     parser.add_argument("--gate-steps", type=int, default=60, help="0: no gate")
     parser.add_argument("--baseline", default="fp32,1,eager", help="precision,workers,eager|compile where not searched")
@@ -350,6 +350,8 @@ def main() -> None:
         theirs_runs.append(baseline(bench, data, precision=precision, workers=workers, compiled=compiled))
         my_runs.append(ours(bench, data, precision=mine, workers=options.workers))
         print(f"open_clip {theirs_runs[-1].samples_per_sec:8.1f}/s   evatool {my_runs[-1].samples_per_sec:8.1f}/s")
+    if not my_runs:
+        return
     summary("open_clip_train", theirs_runs)
     summary("evatool", my_runs)
     medians = [statistics.median(run.samples_per_sec for run in runs) for runs in (my_runs, theirs_runs)]

@@ -259,6 +259,25 @@ def test_loss_curve_is_a_picture(tmp_path):
         assert sum(count > 0 for count in picture.convert("L").histogram()) > 50, "something is drawn"
 
 
+def test_loss_curve_is_there_while_the_run_goes_and_shows_evaluations(tmp_path):
+    curve = LossCurve(tmp_path / "metrics.jsonl", tmp_path / "c.png", "toy", every_sec=0.0)
+
+    class Look(Hook):
+        def after_step(self, state, losses, trainer):
+            seen.append((tmp_path / "c.png").exists())
+            if state.step == 3:
+                raise RuntimeError("crash")
+
+    seen: list[bool] = []
+    with pytest.raises(RuntimeError, match="crash"):
+        make_trainer(tmp_path, hooks=[curve, Look()]).fit()
+    assert seen == [True] * 3
+    records = [{"samples_seen": i, "train/loss": 2.0 - i, "eval/new/top1": 0.1 * i} for i in range(4)]
+    draw_loss_curve(records, tmp_path / "eval.png", "toy")
+    with Image.open(tmp_path / "eval.png") as picture:
+        assert picture.size == (960, 840), "taller by the panel of evaluations"
+
+
 def test_loss_curve_bears_missing_values(tmp_path):
     draw_loss_curve([], tmp_path / "empty.png", "none")
     draw_loss_curve([{"samples_seen": 8, "train/loss": None}], tmp_path / "nan.png", "nan", (2.0, "ln(batch)"))
