@@ -174,7 +174,7 @@ class RemoteSection(Section):
     cache_dir: Path | None = None
     """Folder of fetched shards, shared by a machine's processes; one in the system's temporary folder when absent."""
     cache_bytes: Positive = 64 * 2**30
-    """Most bytes kept there; what was not used longest goes first. Two windows of shards must fit."""
+    """Most bytes kept there; what was not used longest goes first. The windows under way must fit."""
     attempts: Positive = 4
     """Tries to fetch a shard before its samples count as bad."""
     timeout_sec: PositiveFloat = 30.0
@@ -197,7 +197,7 @@ class TrainDataSection(Section):
     phases: Annotated[list[DataPhase], Field(min_length=1)] | None = None
     """Changes of the sources' weights at stated samples seen."""
     window_shards: Positive | None = None
-    """Shards shuffled together. When absent: all where shards are local, 16 where any is remote."""
+    """Shards shuffled together; when absent 64, or 16 where any shard is remote."""
     streams: Positive = 1
     """Places of an epoch read at once. As many as ranks (or a multiple): each rank fetches only its own shards."""
     caption: Literal["txt", "json-captions"] | Annotated[list[CaptionChoice], Field(min_length=1)] = "txt"
