@@ -85,7 +85,7 @@ def memory(job: Job) -> Memory:
         ]
         blocks.append(towers.text_blocks(job.model))
         loss = mem.contrastive_bytes(
-            batch,
+            batch * job.accumulation,  # the loss is taken over all micro-batches at once
             batch * job.num_gpus * job.accumulation,
             job.model.embed_dim or 0,
             numerics,
@@ -245,11 +245,6 @@ class Choice:
     job: Job
     memory_bytes: int
     step_sec: float
-
-    @property
-    def is_available(self) -> bool:
-        """Whether this version of evatool can do it: it has neither checkpointing nor accumulation."""
-        return not self.job.checkpointing and self.job.accumulation == 1
 
 
 def choices(job: Job, gpu: Hardware, assumed: Assumptions) -> list[Choice]:

@@ -23,8 +23,8 @@ class Job:
         model, teacher: configurations; the teacher is None where there is none, or its shape is not known.
         numerics: a key of `memory.NUMERICS`.
         engine: "single", "ddp" or "zero", with `zero_stage` for the last.
-        accumulation: forward passes of one optimiser step; 1 in every recipe of this version.
-        checkpointing: recompute blocks in the backward pass; no recipe of this version can ask for it.
+        accumulation: micro-batches of one optimiser step.
+        checkpointing: recompute whole blocks in the backward pass.
         text_tokens: tokens of a trimmed batch of captions; None is the whole context.
         masked: hidden patches of a MIM picture.
         notes: what was assumed on the way from the recipe.
@@ -98,6 +98,10 @@ def job_of_recipe(recipe: Recipe, name: str, num_gpus: int) -> Job:
     if isinstance(recipe, PretrainMimRecipe | DistillRecipe):
         teacher, note = _teacher(recipe.teacher.model)
         notes += [note] if note else []
+    if recipe.engine.activation_checkpointing == "selective":
+        notes.append("selective checkpointing is counted as none: activations are an upper bound")
+    if recipe.engine.offload != "none":
+        notes.append(f'engine.offload = "{recipe.engine.offload}" is not counted: memory is an upper bound')
     job = Job(
         name=name,
         stage=recipe.stage,
@@ -109,6 +113,8 @@ def job_of_recipe(recipe: Recipe, name: str, num_gpus: int) -> Job:
         numerics="fp32" if train.precision == "fp32" else "autocast",
         engine=engine,
         zero_stage=3 if is_fsdp2 else recipe.engine.zero_stage,
+        accumulation=_accumulation(train.micro_batch_size, train.global_batch_size // num_gpus),
+        checkpointing=recipe.engine.activation_checkpointing == "full",
         kept_checkpoints=recipe.checkpoint.keep,
         notes=tuple(notes),
     )
@@ -126,6 +132,11 @@ def job_of_recipe(recipe: Recipe, name: str, num_gpus: int) -> Job:
         distils_logits=isinstance(recipe, DistillRecipe) and recipe.objective.logit_weight > 0,
         notes=(*notes, f"captions are counted at {model.context_length} tokens; trimmed batches need less"),
     )
+
+
+def _accumulation(micro_batch_size: int | None, samples: int) -> int:
+    """Micro-batches of a rank's `samples`."""
+    return 1 if micro_batch_size is None else -(-samples // micro_batch_size)
 
 
 def _teacher(name: str) -> tuple[ModelConfig | None, str | None]:

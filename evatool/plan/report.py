@@ -169,34 +169,36 @@ def _checkpoints(job: Job, gpu: Hardware, assumed: Assumptions, likely: Pace) ->
 
 
 def _best(fitting: list[Choice], job: Job) -> list[Choice]:
-    """The fastest that this version can run, the recipe itself if nothing beats it; then the fastest of all."""
-    available = [choice for choice in fitting if choice.is_available]
-    today = available[0] if available else None
-    own = next((choice for choice in available if choice.job == job), None)
-    if own is not None and today is not None and own.step_sec <= 1.02 * today.step_sec:
-        today = own
-    best = fitting[:1]
-    return ([today] if today else []) + [c for c in best if today is None or c.step_sec < 0.98 * today.step_sec]
+    """The fastest; the recipe itself if nothing beats it by more than 2 %."""
+    own = next((choice for choice in fitting if choice.job == job), None)
+    if own is not None and own.step_sec <= 1.02 * fitting[0].step_sec:
+        return [own]
+    return fitting[:1]
 
 
 def _choice(choice: Choice, job: Job) -> dict[str, Any]:
     chosen = choice.job
     return {
-        "settings": _settings(chosen),
+        "settings": _settings(chosen, job),
         "memory_bytes": choice.memory_bytes,
         "step_sec": choice.step_sec,
         "micro_batch_size": chosen.micro_batch_size,
         "grad_accum_steps": chosen.accumulation,
         "grad_checkpointing": chosen.checkpointing,
-        "is_available": choice.is_available,
         "is_the_recipe": chosen == job,
     }
 
 
-def _settings(job: Job) -> list[str]:
-    if job.engine == "zero":
-        return ["engine.kind=deepspeed", f"engine.zero_stage={job.zero_stage}"]
-    return [f"engine.kind={job.engine}"]
+def _settings(chosen: Job, job: Job) -> list[str]:
+    """What `--set` must say to turn `job` into `chosen`."""
+    settings = [f"engine.kind={chosen.engine}"]
+    if chosen.engine == "zero":
+        settings = ["engine.kind=deepspeed", f"engine.zero_stage={chosen.zero_stage}"]
+    if chosen.checkpointing != job.checkpointing:
+        settings.append(f"engine.activation_checkpointing={'full' if chosen.checkpointing else 'none'}")
+    if chosen.accumulation != job.accumulation:
+        settings.append(f"train.micro_batch_size={chosen.micro_batch_size}")
+    return settings
 
 
 # ---------------------------------------------------------------------------------------------------------- refusal
@@ -207,25 +209,15 @@ def _refusal(job: Job, gpu: Hardware, fitting: list[Choice]) -> EvatoolError | N
     if need <= room:
         return None
     fixes = []
-    today = next((choice for choice in fitting if choice.is_available), None)
-    if today:
-        fixes.append(
-            " ".join(f"--set {key}" for key in _settings(today.job)) + f" needs {_gib(today.memory_bytes)} a rank"
-        )
+    if fitting:
+        keys = " ".join(f"--set {key}" for key in _settings(fitting[0].job, job))
+        fixes.append(f"{keys} needs {_gib(fitting[0].memory_bytes)} a rank")
     ranks = enough_gpus(job, gpu)
     if ranks and ranks > job.num_gpus:
         fixes.append(f"--gpus {ranks} fits as it is")
     batch = _batch_that_fits(job, gpu)
     if batch:
         fixes.append(f"train.global_batch_size = {batch} fits on {job.num_gpus}, as another run")
-    other = next((choice for choice in fitting if not choice.is_available), None)
-    if other and not today:
-        parts = ["block checkpointing"] if other.job.checkpointing else []
-        parts += [f"{other.job.accumulation} accumulation steps"] if other.job.accumulation > 1 else []
-        fixes.append(
-            f"{' and '.join(parts)} with {', '.join(_settings(other.job))} would need {_gib(other.memory_bytes)},"
-            " but this version has no recipe key for it"
-        )
     return EvatoolError(
         f"{job.name} needs {_gib(need)} a rank, {_gib(need - room)} more than one {gpu.name} has",
         expected=f"at most {_gib(room)} on each of {job.num_gpus} ranks",
@@ -266,7 +258,7 @@ def _text(job: Job, data: dict[str, Any]) -> str:
         ),
         (
             "rank",
-            f"{r['micro_batch_size']} samples a step; engine {r['engine']}"
+            f"{r['micro_batch_size']} samples a pass, {_times(r['grad_accum_steps'])} a step; engine {r['engine']}"
             + (f" stage {r['zero_stage']}" if job.is_zero else "")
             + f", {r['numerics']}, checkpointing {'on' if r['grad_checkpointing'] else 'off'}",
         ),
@@ -312,10 +304,7 @@ def _lines(job: Job, gpu: Hardware, data: dict[str, Any]) -> list[str]:
     ]
     for each in data["advice"]:
         words = "this recipe" if each["is_the_recipe"] else " ".join(f"--set {key}" for key in each["settings"])
-        extra = [] if not each["grad_checkpointing"] else ["block checkpointing"]
-        extra += [f"{each['grad_accum_steps']} accumulation steps"] if each["grad_accum_steps"] > 1 else []
-        tail = f" with {' and '.join(extra)} (no recipe key yet)" if extra else ""
-        lines.append(f"advice: {words}{tail}: {_gib(each['memory_bytes'])} a rank, {_seconds(each['step_sec'])} a step")
+        lines.append(f"advice: {words}: {_gib(each['memory_bytes'])} a rank, {_seconds(each['step_sec'])} a step")
     if not data["advice"]:
         lines.append("advice: nothing fits on these ranks")
     lines.append(f"largest micro-batch of this engine: {data['largest_micro_batch']}")
@@ -326,6 +315,10 @@ def _lines(job: Job, gpu: Hardware, data: dict[str, Any]) -> list[str]:
         f"a failure every {a['gpu_hours_per_failure']:,.0f} GPU-hours"
     )
     return [*lines, *(f"note: {note}" for note in job.notes)]
+
+
+def _times(number: int) -> str:
+    return "one" if number == 1 else str(number)
 
 
 def _count(value: float) -> str:

@@ -116,10 +116,21 @@ def test_a_refusal_says_by_how_much_and_what_would_fit() -> None:
     over = memory(big).total / GIB - gpu.memory_gib
     assert f"{over:.1f} GiB more" in plan.refusal.what
     assert "--gpus" in (plan.refusal.fix or "")
-    assert "no recipe key" in (plan.refusal.fix or "")
+    settings = re.search(r"(--set .*) needs", plan.refusal.fix or "").group(1)
+    assert "--set train.micro_batch_size=64" in settings
     batch = int(re.search(r"global_batch_size = (\d+) fits", plan.refusal.fix or "").group(1))
     assert batch % big.num_gpus == 0
     assert make_plan(replace(big, global_batch_size=batch), gpu).refusal is None
+
+
+def test_checkpointing_and_micro_batches_come_from_the_recipe() -> None:
+    settings = ["engine.activation_checkpointing=full", "train.micro_batch_size=16"]
+    resolved = load_recipe("demo/train-clip", settings)
+    planned = job_of_recipe(resolved.recipe, resolved.name, 2)
+    assert planned.checkpointing
+    assert (planned.accumulation, planned.micro_batch_size) == (4, 16)
+    selective = load_recipe("demo/train-clip", ["engine.activation_checkpointing=selective"])
+    assert any("upper bound" in note for note in job_of_recipe(selective.recipe, "x", 1).notes)
 
 
 def test_what_fits_is_not_refused_and_parts_add_up() -> None:
