@@ -202,6 +202,7 @@ def test_r18_beyond_the_limit_a_silent_store_is_transient_and_a_missing_shard_is
         assert caught.value.exit_code == code
 
 
+@pytest.mark.e2e
 def test_r18_no_rank_waits_alone(tmp_path: Path) -> None:
     """A shard that stalls holds each rank up for its tries and no longer, and all get all of their batches."""
     folder = write_prepared(tmp_path / "set", 64, 8)

@@ -364,6 +364,7 @@ for batch in found:
 """
 
 
+@pytest.mark.e2e
 def test_after_kill_minus_nine_the_rest_is_the_same(two: list[dict[str, Any]]) -> None:
     folder = two[0]["shards"]
 

@@ -1,0 +1,63 @@
+"""What a training stage says of bad samples, and that it does not go on in another order."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from evatool.errors import BadDataLimitError, CheckpointError
+from evatool.train.hooks import read_metrics
+from evatool.types import Result
+
+pytestmark = pytest.mark.e2e
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def damaged(drawings: Path, tmp_path: Path) -> Path:
+    """The drawings with one byte of one picture changed."""
+    folder = shutil.copytree(drawings / "train", tmp_path / "train")
+    index = json.loads((folder / "00000.index.json").read_text())
+    offset, _, _ = index["members"][3]["png" if "png" in index["members"][3] else "webp"]
+    tar = folder / "00000.tar"
+    data = bytearray(tar.read_bytes())
+    data[offset + 40] ^= 1
+    tar.write_bytes(data)
+    return folder
+
+
+def test_bad_samples_stand_in_log_metrics_and_result(
+    damaged: Path, run_training: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("WARNING", logger="evatool")
+    samples = "train.samples_seen=200"  # more than two epochs of the few drawings
+    data = f"data.train={json.dumps(str(damaged))}"
+    result = run_training("train-clip", tmp_path / "run", data, samples, "data.max_bad_fraction=0.1")
+    key = json.loads((damaged / "00000.index.json").read_text())["keys"][3]
+    assert caplog.text.count(f"00000.tar {key}: corrupt-member") == 1
+    records = read_metrics(result.outputs["metrics"])
+    assert records[-1]["data/bad_samples"] == records[-1]["data/bad/corrupt-member"] == 1
+    assert records[-1]["data/spares"] >= 1
+    assert (result.metrics["bad_samples"], result.metrics["bad/corrupt-member"]) == (1, 1)
+    with pytest.raises(BadDataLimitError, match="1 corrupt-member"):
+        run_training("train-clip", tmp_path / "strict", data, samples, "data.max_bad_fraction=0.0")
+    assert json.loads((tmp_path / "strict" / "status.json").read_text())["exit_code"] == 78
+
+
+def test_a_run_of_another_order_is_not_resumed(
+    run_training: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evatool.data import loader
+
+    overrides = ("checkpoint.every_steps=2",)
+    result = run_training("train-clip", tmp_path / "run", *overrides)
+    status = tmp_path / "run" / "status.json"
+    status.write_text(json.dumps({**json.loads(status.read_text()), "state": "preempted", "exit_code": 75}))
+    monkeypatch.setattr(loader, "ORDER_VERSION", 3)
+    with pytest.raises(CheckpointError, match="begun with samples in another order: 2:"):
+        run_training("train-clip", tmp_path / "run", *overrides, resume=True)
+    assert result.outputs["checkpoint"].exists()
