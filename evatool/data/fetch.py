@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import logging
 import queue
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from evatool.errors import DependencyError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 CHUNK_BYTES = 1 << 20
 _MIN_BYTES = 1 << 16  # a try that brings less than this in its time is as good as stalled
@@ -106,10 +111,7 @@ def fetch_file(url: str, path: Path, patience: Patience, *, max_bytes: int, size
     _with_patience(url, patience, once)
 
 
-def _with_patience(url: str, patience: Patience, once: Any) -> Any:
-    import logging
-
-    log = logging.getLogger(__name__)
+def _with_patience(url: str, patience: Patience, once: Callable[[], T]) -> T:
     pauses = patience.pauses()
     attempt = 1
     while True:
