@@ -16,6 +16,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -274,21 +275,17 @@ def _feed_synthetic(table: dict[str, Any]) -> None:
 
 
 def _run(command: list[str]) -> tuple[str, int]:
-    """Output of a command, and the most memory it held."""
-    before = resource_peak()
+    """Output of a command, and the most memory that one process of it held."""
     env = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(["/usr/bin/env", *command], capture_output=True, text=True, env=env, check=False)
-    output = done.stdout + done.stderr
-    if done.returncode:
-        raise SystemExit(f"{shlex.join(command)} ended with {done.returncode}:\n{output[-3000:]}")
-    return output, max(resource_peak() - before, 0) or resource_peak()
-
-
-def resource_peak() -> int:
-    """Most memory of any child so far, in bytes."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    with tempfile.TemporaryFile("w+") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        file.seek(0)
+        output = file.read()
+    if process.returncode:
+        raise SystemExit(f"{shlex.join(command)} ended with {process.returncode}:\n{output[-3000:]}")
+    return output, usage.ru_maxrss * 1024
 
 
 def gate(bench: Bench, steps: int) -> None:
