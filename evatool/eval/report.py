@@ -90,8 +90,11 @@ def pairs_of(results: EvalResults) -> list[tuple[str, str]]:
 def how_measured(results: EvalResults) -> str:
     """Precision, resizing and decoding, which change the numbers."""
     found = sorted({(row.precision, row.resize, row.decode) for row in results.results})
-    resize = {"shortest": "shorter side and centre crop", "squash": "squashed to a square"}
-    return "; ".join(f"{p}, pictures by {resize.get(r, r)}, {d} decoding" for p, r, d in found) + "."
+    resize = {
+        "shortest": "pictures resized by their shorter side and cropped",
+        "squash": "pictures squashed to a square",
+    }
+    return "; ".join(f"{p}, {resize.get(r, r)}, {d} decoding" for p, r, d in found) + "."
 
 
 def seed_rows(results: EvalResults) -> list[list[str]]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from evatool.api import DTYPES, LoadedClip, UnloadedClip, find_clip, load_clip
 from evatool.data.tokenizer import build_tokenizer
@@ -23,7 +24,7 @@ from evatool.eval.results import ModelRecord
 from evatool.model.clip import build_clip
 from evatool.model.config import fingerprint_text
 from evatool.model.vision import match_key_biases, restore_buffers
-from evatool.objective.text import encode_text, is_trimmable
+from evatool.objective.text import is_trimmable
 from evatool.pixels import CLIP_MEAN, CLIP_STD, normalize_images
 from evatool.recipe.schema import EvalSection
 from evatool.stages.training_recipes import recipe_of
@@ -93,7 +94,7 @@ def load_model(name: str, source: str, section: EvalSection, world: World, cache
         in_step=in_step,
         origin=json.dumps([fingerprint, section.precision]),
         encode_image=clip.encode_image,
-        encode_text=lambda tokens: encode_text(clip.model, tokens.to(clip.device)),
+        encode_text=lambda tokens: _encode_text(clip.model, tokens.to(clip.device)),
         patch_tokens=None if in_step else clip.visual_tokens,
     )
 
@@ -169,6 +170,18 @@ def _digest(clip: LoadedClip) -> str:
     return digest.hexdigest()
 
 
+def _encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Text features of tokens (B, L) of any L up to the context, through the tower's own call: divided weights come
+    together there."""
+    tower = model.text
+    assert isinstance(tower, nn.Module)
+    length = tokens.shape[1]
+    if not is_trimmable(tower):
+        return tower(tokens)
+    # open_clip slices the position table to the text but not the causal mask, so the mask is handed in sliced
+    return functional_call(tower, {"attn_mask": tower.attn_mask[:length, :length]}, (tokens,))  # type: ignore[index]
+
+
 def _files(source: str) -> list[Path]:
     """Files of weights at a path; none for random weights."""
     path = Path(source)
@@ -236,6 +249,6 @@ def _open_clip_model(name: str, source: str, section: EvalSection, world: World)
         in_step=False,
         origin=json.dumps([fingerprint, section.precision]),
         encode_image=lambda image: model.encode_image(normalize_images(image, mean, std, dtype)).float(),
-        encode_text=lambda tokens: (encode_text(model, tokens) if trims else model.encode_text(tokens)).float(),
+        encode_text=lambda tokens: (_encode_text(model, tokens) if trims else model.encode_text(tokens)).float(),
         patch_tokens=None,
     )

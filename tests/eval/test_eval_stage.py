@@ -9,10 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evatool.errors import CheckpointError, DataError, EvatoolError, ExitCode, RecipeError
+from evatool.errors import CheckpointError, DataError, EvatoolError, ExitCode, RecipeError, UsageError
 from evatool.eval.gallery import read_gallery
 from evatool.eval.results import EvalResults, read_results
-from evatool.recipe.schema import DataPrepareRecipe, DrawingsSource, EvalRecipe, EvalSection
+from evatool.recipe.schema import (
+    DataPrepareRecipe,
+    DrawingsSource,
+    EvalRecipe,
+    EvalSection,
+    FewShotSection,
+    LinearProbeSection,
+)
 from evatool.stages import data_prepare
 from evatool.stages import eval as eval_stage
 from evatool.stages.run_dir import RunOptions
@@ -174,3 +181,117 @@ def test_results_of_an_earlier_start_do_not_survive_a_failure(drawings: Path, tm
         eval_stage.run(recipe, options)
     assert not (tmp_path / "run" / "results.json").exists()
     assert not (tmp_path / "run" / "report.html").exists()
+
+
+def kept_times(run_dir: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_mtime_ns for p in (run_dir / "predictions").rglob("*.npz")}
+
+
+def test_a_resumed_run_evaluates_only_what_is_missing(drawings: Path, tmp_path: Path) -> None:
+    data = tmp_path / "sets"
+    for name in ("new-artist", "never-seen", "retrieval"):
+        shutil.copytree(drawings / "eval" / name, data / name)
+    (data / "never-seen" / "classnames.txt").rename(tmp_path / "names")
+    section = {
+        "models": {"m": TOY},
+        "data": data,
+        "sets": ["new-artist", "never-seen", "retrieval"],
+        "num_bootstrap": 50,
+    }
+    recipe = EvalRecipe(eval=EvalSection(**section, use_cache=False))  # type: ignore[arg-type]
+    options = RunOptions(name="test", run_dir=tmp_path / "run")
+    with pytest.raises(EvatoolError, match="never-seen"):
+        eval_stage.run(recipe, options)
+    before = read_results(tmp_path / "run" / "results.json")
+    times = kept_times(tmp_path / "run")
+    assert set(times) == {"new-artist.npz", "retrieval.npz"}
+    (tmp_path / "names").rename(data / "never-seen" / "classnames.txt")
+    options.resume = True
+    result = eval_stage.run(recipe, options)
+    after = read_results(result.outputs["results"])
+    assert {name: t for name, t in kept_times(tmp_path / "run").items() if name in times} == times
+    assert [r for r in after.results if r.set != "never-seen"] == before.results
+    assert after.failures == []
+    assert "retrieval" in read_gallery(result.outputs["gallery"]).set
+
+
+def test_a_set_that_was_written_since_is_evaluated_again(drawings: Path, tmp_path: Path) -> None:
+    data = tmp_path / "sets"
+    shutil.copytree(drawings / "eval" / "new-artist", data / "new-artist")
+    recipe = EvalRecipe(
+        eval=EvalSection(models={"m": TOY}, data=data, sets=["new-artist"], num_bootstrap=50, use_cache=False)
+    )
+    options = RunOptions(name="test", run_dir=tmp_path / "run")
+    eval_stage.run(recipe, options)
+    times = kept_times(tmp_path / "run")
+    shutil.copy(data / "new-artist" / "test" / "0.tar", tmp_path / "copy.tar")
+    shutil.copy(tmp_path / "copy.tar", data / "new-artist" / "test" / "0.tar")
+    options.resume = True
+    eval_stage.run(recipe, options)
+    assert kept_times(tmp_path / "run") != times
+
+
+def test_settings_are_in_every_row_and_in_the_report(drawings: Path, tmp_path: Path) -> None:
+    changes = {"precision": "bf16", "resize": "squash", "decode": "fast", "sets": ["new-artist"]}
+    result = run(drawings, tmp_path / "run", **changes)
+    rows = read_results(result.outputs["results"]).results
+    assert {(r.precision, r.resize, r.decode, len(r.prompts)) for r in rows} == {("bf16", "squash", "fast", 64)}
+    said = "bf16, pictures squashed to a square, fast decoding"
+    assert said in result.outputs["report"].read_text()
+    assert "precision bf16, resize squash, decoding fast" in result.outputs["markdown"].read_text()
+    assert result.outputs["csv"].read_text().splitlines()[0].startswith("model,fingerprint,set")
+
+
+def test_scenes_probes_and_few_shot_have_rows(drawings: Path, tmp_path: Path) -> None:
+    result = run(drawings, tmp_path / "scenes", suite="drawings-localised")
+    rows = read_results(result.outputs["results"]).results
+    assert [r.metric for r in rows] == ["patch_top1", "segmentation_miou", "patch_retrieval@1"]
+    assert all(0 <= r.low <= r.value <= r.high <= 1 and 0 < r.chance < 1 for r in rows)
+    probes = {
+        "linear_probe": LinearProbeSection(weight_decays=[1e-3], max_iterations=20),
+        "few_shot": FewShotSection(shots=[1], draws=2, max_iterations=20),
+    }
+    changes = {"sets": ["new-artist"], "use_cache": True, "cache_dir": tmp_path / "cache", **probes}
+    found = [read_results(run(drawings, tmp_path / name, **changes).outputs["results"]).results for name in "ab"]
+    assert [r.metric for r in found[0]] == ["top1", "top5", "linear_probe_top1", "few_shot_1_top1"]
+    assert [r.value for r in found[0]] == [r.value for r in found[1]]  # the second time from the cache
+    assert len(list((tmp_path / "cache" / "features").rglob("*.npy"))) == 2
+
+
+def test_a_stock_open_clip_model_is_evaluated(drawings: Path, tmp_path: Path) -> None:
+    result = run(drawings, tmp_path / "run", models={"stock": "open_clip:ViT-S-32-alt"}, sets=["never-seen"])
+    results = read_results(result.outputs["results"])
+    assert results.models[0].weights == "open_clip ViT-S-32-alt, random weights"
+    assert results.models[0].image_size == 224
+    with pytest.raises(UsageError, match="open_clip has no model 'ViT-nope'"):
+        run(drawings, tmp_path / "other", models={"stock": "open_clip:ViT-nope"})
+
+
+def test_missing_sets_are_fetched_from_the_hub(drawings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the network is made up: the hub's client writes a set where it is told to."""
+    asked = []
+
+    def snapshot_download(repo: str, *, repo_type: str, local_dir: Path, allow_patterns: list[str]) -> None:
+        asked.append((repo, repo_type, allow_patterns))
+        shutil.copytree(drawings / "eval" / "never-seen", local_dir)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    changes = {"suite": "eva27", "sets": ["dtd"], "fetch": True}
+    with pytest.raises(EvatoolError, match="this is not DTD: 6 of 1880 pictures"):
+        run(tmp_path / "data", tmp_path / "run", **changes)
+    assert asked == [("clip-benchmark/wds_vtab-dtd", "dataset", ["*.txt", "test/*"])]
+    assert (tmp_path / "data" / "dtd" / "classnames.txt").is_file()
+    result = run(tmp_path / "data", tmp_path / "part", **changes, allow_partial=True)
+    results = read_results(result.outputs["results"])
+    assert results.sets[0].variant == "eva27/dtd, VTAB's test split (6 of 1880 pictures, 6 of 47 classes)"
+    assert all(r.published is None and r.kind != "average" for r in results.results)
+
+
+def test_a_model_of_another_input_size_decodes_to_its_own(drawings: Path, tmp_path: Path) -> None:
+    results = read_results(
+        run(drawings, tmp_path / "run", models={"a": TOY, "b": "EVA02-CLIP-debug"}, sets=["never-seen"]).outputs[
+            "results"
+        ]
+    )
+    assert [m.image_size for m in results.models] == [48, 32]
+    assert results.failures == []
