@@ -21,6 +21,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--record", type=Path, help="write the result of a complete, passing run to this Markdown page")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What evaluations keep between runs stays out of the user's cache folder, of subprocesses too."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 def tree_fingerprint() -> str:
     """Hash of every tracked or new file's content: a result holds for exactly this tree."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", ":!docs/test-full.md"]
