@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 # One thread a test process: the tests run two at a time, and tiny tensors gain nothing from more.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest
 
-.PHONY: demo test test-full lint format quickstart install clean
+.PHONY: demo test test-full lint format quickstart reference install clean
 
 demo: $(STAMP)
 	$(VENV)/bin/evatool demo
@@ -33,6 +33,11 @@ format: $(STAMP)
 # The commands of docs/quickstart.md, at debug size.
 quickstart: $(STAMP)
 	$(PY) tests/run_quickstart.py
+
+# The pages that are made from the code.
+reference: $(STAMP)
+	$(VENV)/bin/evatool recipe reference > docs/recipes.md
+	$(VENV)/bin/evatool recipe schema > docs/recipe.schema.json
 
 install: $(STAMP)
 

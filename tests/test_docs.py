@@ -45,7 +45,27 @@ def test_every_demo_recipe_has_its_debug_form() -> None:
     names = {name for name, _, _ in list_recipes()}
     demo = {name.removeprefix("demo/") for name in names if name.startswith("demo/")}
     assert demo
-    assert demo == {name.removeprefix("debug/") for name in names if name.startswith("debug/")}
+    debug = {name.removeprefix("debug/") for name in names if name.startswith("debug/")}
+    assert demo == {name for name in debug if "/" not in name}
+
+
+def test_every_published_training_recipe_has_its_debug_form() -> None:
+    recipes = {name: stage for name, stage, _ in list_recipes()}
+    published = {
+        name
+        for name, stage in recipes.items()
+        if not name.startswith(("demo/", "debug/")) and stage in ("pretrain-mim", "train-clip", "distill")
+    }
+    # The overlay of printed commands is the same everywhere: L/14 stands for it.
+    own = {name for name in published if not name.endswith("-faithful") or name.startswith("eva02-clip-l-14/")}
+    assert own
+    assert {f"debug/{name}" for name in own} <= set(recipes)
+
+
+def test_the_readme_names_every_published_model() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    folders = {name.rpartition("/")[0] for name, stage, _ in list_recipes() if stage == "train-clip"}
+    assert [f for f in sorted(folders) if not f.startswith(("demo", "debug")) and f"`{f}/`" not in text] == []
 
 
 def test_every_page_can_be_reached_from_the_readme() -> None:

@@ -7,33 +7,34 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 import evatool
 from evatool.cli import compare as compare_command
 from evatool.cli import options as opt
 from evatool.cli.console import Report, answer_usage_error, execute, open_closed_streams
+from evatool.cli.recipe import recipe_app
 from evatool.cli.suites import suites_app
-from evatool.errors import ExitCode, RecipeError
+from evatool.errors import ExitCode
 
+class _PipelineOrder(typer.core.TyperGroup):
+    """Typer lists groups of commands last; `recipe` belongs beside `demo`, before what only looks at results."""
 
-def _examples(*commands: str) -> str:
-    """The last part of a help page; the first character keeps Typer from joining the lines."""
-    return "\n".join(["\b", "Examples:", *(f"  {command}" for command in commands)])
+    def list_commands(self, ctx: Any) -> list[str]:
+        names = [name for name in super().list_commands(ctx) if name != "recipe"]
+        names.insert(names.index("demo") + 1, "recipe")
+        return names
 
 
 app = typer.Typer(
     name="evatool",
+    cls=_PipelineOrder,
     help="Train EVA-style CLIP models: from pictures and captions to an exported, evaluated model.",
-    epilog=_examples("evatool demo", "evatool train-clip demo/train-clip --dry-run"),
+    epilog=opt.examples("evatool demo", "evatool train-clip demo/train-clip --dry-run"),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help costs a third of the CPU time
-)
-recipe_app = typer.Typer(
-    help="List, show and check recipes.",
-    epilog=_examples("evatool recipe list", "evatool recipe show demo/train-clip"),
-    no_args_is_help=True,
 )
 
 
@@ -68,7 +69,7 @@ def _root(
 
 @app.command(
     "data-prepare",
-    epilog=_examples(
+    epilog=opt.examples(
         "evatool data-prepare demo/data-prepare",
         "evatool data-prepare photos/ --captions photos/captions.csv --run-dir runs/photos",
     ),
@@ -95,7 +96,7 @@ def data_prepare(
 
 @app.command(
     "pretrain-mim",
-    epilog=_examples(
+    epilog=opt.examples(
         "evatool pretrain-mim demo/pretrain-mim",
         "evatool pretrain-mim EVA02-CLIP-toy --teacher runs/demo/train-clip --data runs/demo/data-prepare "
         "--samples-seen 60000",
@@ -124,7 +125,7 @@ def pretrain_mim(
 
 @app.command(
     "train-clip",
-    epilog=_examples(
+    epilog=opt.examples(
         "evatool train-clip demo/train-clip --set train.seed=1 --run-dir runs/seed1",
         "evatool train-clip EVA02-CLIP-toy --data runs/demo/data-prepare --samples-seen 120000",
     ),
@@ -152,7 +153,7 @@ def train_clip(
 
 @app.command(
     "distill",
-    epilog=_examples(
+    epilog=opt.examples(
         "evatool distill demo/distill",
         "evatool distill EVA02-CLIP-toy-small --teacher runs/demo/train-clip-mim --data runs/demo/data-prepare",
     ),
@@ -180,7 +181,7 @@ def distill(
 
 @app.command(
     "export",
-    epilog=_examples(
+    epilog=opt.examples(
         "evatool export demo/export", "evatool export runs/demo/distill --to open_clip --out exported/student"
     ),
 )
@@ -220,7 +221,7 @@ def export(
 
 @app.command(
     "eval",
-    epilog=_examples(
+    epilog=opt.examples(
         "evatool eval demo/eval --json", "evatool eval runs/demo/distill --suite drawings --data runs/demo/data-prepare"
     ),
 )
@@ -281,7 +282,7 @@ def _stage(
 # ---------------------------------------------------------------------------------------------- demo, plan, recipe
 
 
-@app.command("demo", epilog=_examples("evatool demo", "evatool demo --out runs/seed1 --seed 1"))
+@app.command("demo", epilog=opt.examples("evatool demo", "evatool demo --out runs/seed1 --seed 1"))
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the whole chain.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of every training stage.")] = 0,
@@ -314,7 +315,7 @@ app.add_typer(suites_app, name="suites")
 
 @app.command(
     "plan",
-    epilog=_examples(
+    epilog=opt.examples(
         "evatool plan demo/train-clip --gpu cpu", "evatool plan demo/train-clip --gpus 8 --gpu h100 --json"
     ),
 )
@@ -344,72 +345,3 @@ def plan(
         return plan_report(recipe, overrides or [], gpus, gpu, price)
 
     execute(action, json_output=json_output, debug=debug)
-
-
-@recipe_app.command("list", epilog=_examples("evatool recipe list", "evatool recipe list --json"))
-def recipe_list(json_output: opt.Json = False, debug: opt.Debug = False) -> None:
-    """List the recipes that ship with evatool."""
-
-    def action() -> Report:
-        from evatool.cli.reports import recipe_list_report
-        from evatool.recipe.load import list_recipes
-
-        return recipe_list_report(list_recipes())
-
-    execute(action, json_output=json_output, debug=debug)
-
-
-@recipe_app.command(
-    "show",
-    epilog=_examples(
-        "evatool recipe show demo/train-clip", "evatool recipe show demo/train-clip --set train.seed=1 --docs"
-    ),
-)
-def recipe_show(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A .toml file or a shipped recipe's name.")],
-    overrides: opt.Overrides = None,
-    docs: Annotated[bool, typer.Option("--docs", help="Say above each key what it means.")] = False,
-    json_output: opt.Json = False,
-    debug: opt.Debug = False,
-) -> None:
-    """Print the resolved recipe with the origin of each value."""
-
-    def action() -> Report:
-        from evatool.cli.reports import recipe_report
-        from evatool.recipe.load import load_recipe
-
-        return recipe_report(load_recipe(recipe, overrides or []), docs)
-
-    execute(action, json_output=json_output, debug=debug)
-
-
-@recipe_app.command(
-    "check", epilog=_examples("evatool recipe check mine.toml", "evatool recipe check recipes/demo/*.toml")
-)
-def recipe_check(
-    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help=".toml files or shipped recipes' names.")],
-    json_output: opt.Json = False,
-    debug: opt.Debug = False,
-) -> None:
-    """Check recipes and report all their problems at once."""
-    execute(lambda: _check(recipes), json_output=json_output, debug=debug)
-
-
-def _check(recipes: list[str]) -> Report:
-    from evatool.cli.figures import derived_figures
-    from evatool.recipe.load import load_recipe
-
-    good: list[list[str]] = []
-    problems: list[str] = []
-    for name in recipes:
-        try:
-            recipe = load_recipe(name).recipe
-            derived_figures(recipe)
-            good.append([name, recipe.stage])
-        except RecipeError as error:
-            own = error.problems or [f"{name}: " + ": ".join([error.what, *(text for _, text in error.details())])]
-            problems += own
-    if problems:
-        raise RecipeError(f"{len(recipes) - len(good)} of {len(recipes)} recipes have problems", problems=problems)
-    data = {"recipes": [{"recipe": name, "stage": stage, "ok": True} for name, stage in good]}
-    return Report(data=data, lines=[f"{name}: a good recipe for {stage}" for name, stage in good])

@@ -30,9 +30,9 @@ def compare(
     json_output: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Compare evaluated models from their kept answers; no model is run.
+    """Compare evaluated models, sample by sample.
 
-    Each model against the first, paired over the same samples; models of one recipe also over their seeds.
+    No model is run: evaluations keep their answers. Each model against the first, paired over the same samples; models of one recipe also over their seeds.
     """
     execute(lambda: _compare(runs, out, resamples), json_output=json_output, debug=debug)
 

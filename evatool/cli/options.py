@@ -1,4 +1,4 @@
-"""Options that commands share."""
+"""Options that commands share, and the form of their examples."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+def examples(*commands: str) -> str:
+    """The last part of a help page; the first character keeps Typer from joining the lines."""
+    return "\n".join(["\b", "Examples:", *(f"  {command}" for command in commands)])
+
 
 Overrides = Annotated[
     list[str] | None,

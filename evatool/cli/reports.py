@@ -7,6 +7,7 @@ from typing import Any
 
 from evatool.cli.console import Report
 from evatool.cli.figures import derived_figures
+from evatool.recipe.difference import recipe_differences
 from evatool.recipe.load import Resolved
 from evatool.recipe.write import format_value, to_table, to_toml
 from evatool.types import Result
@@ -41,6 +42,22 @@ def recipe_list_report(rows: list[tuple[str, str, str]]) -> Report:
     """The shipped recipes."""
     data = [{"name": name, "stage": stage, "source": source} for name, stage, source in rows]
     return Report(data={"recipes": data}, table=[["recipe", "stage", "source of its figures"], *map(list, rows)])
+
+
+def recipe_diff_report(first: Resolved, second: Resolved) -> Report:
+    """The keys that two recipes set differently."""
+    differences = recipe_differences(first, second)
+    table = [["key", first.name, second.name, "from", "from"]]
+    for each in differences:
+        shown = ["" if value is None else format_value(value) for value in each.values]
+        table.append([each.key, *shown, *(origin or "" for origin in each.origins)])
+    data = [{"key": d.key, "values": list(d.values), "origins": list(d.origins)} for d in differences]
+    lines = [] if differences else [f"{first.name} and {second.name} set the same"]
+    return Report(
+        data={"recipes": [first.name, second.name], "differences": data},
+        table=table if differences else [],
+        lines=lines,
+    )
 
 
 def _recipe_json(resolved: Resolved) -> dict[str, Any]:

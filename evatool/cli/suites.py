@@ -11,7 +11,7 @@ from evatool.cli import options as opt
 from evatool.cli.console import Report, execute
 
 suites_app = typer.Typer(
-    help="List suites of evaluation sets, and show what is present of one.",
+    help="List suites of evaluation sets, and what is present of them.",
     epilog="\b\nExamples:\n  evatool suites list\n  evatool suites show eva27 --data /data/eval",
     no_args_is_help=True,
 )

@@ -1,4 +1,4 @@
-"""The tables of docs/plan.md: what `evatool plan` says beside what was measured or published.
+"""The tables of docs/plan.md and of the README: what `evatool plan` says beside what was measured or published.
 
 python tests/benchmarks/plan_tables.py            # print all of them; minutes, models on the meta device
 python tests/benchmarks/plan_tables.py --write    # and put them into the page
@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "plan.md"
+PAGE, README = ROOT / "docs" / "plan.md", ROOT / "README.md"
 sys.path.insert(0, str(ROOT / "tests" / "plan"))
 
 from published_jobs import job_of  # noqa: E402
@@ -20,10 +20,11 @@ from published_jobs import job_of  # noqa: E402
 from evatool.model.presets import PRESETS, resolve_preset  # noqa: E402
 from evatool.plan.estimate import failures, memory, pace  # noqa: E402
 from evatool.plan.hardware import Assumptions, hardware  # noqa: E402
-from evatool.plan.job import Job  # noqa: E402
+from evatool.plan.job import Job, job_of_recipe  # noqa: E402
 from evatool.plan.memory import GIB, NUMERICS, image_activations, text_activations  # noqa: E402
 from evatool.plan.published import PARAMETERS, PUBLISHED_RUNS  # noqa: E402
 from evatool.plan.towers import count_parameters, image_flops, text_flops  # noqa: E402
+from evatool.recipe.load import load_recipe  # noqa: E402
 
 CLIP = [name for name in PARAMETERS if PRESETS[name].task == "clip"]
 TOWERS = ["EVA02-CLIP-B-16", "EVA02-CLIP-L-14", "EVA02-CLIP-L-14-336", "EVA02-CLIP-bigE-14-plus"]
@@ -136,11 +137,40 @@ INSTANT = {"parameters": parameters_table, "fit": fit_table, "18b": big_table}
 MEASURED = {"operations": operations_table, "activations": activations_table}
 
 
+def models_table() -> str:
+    """README's table: one row a published model, with the planned hours on the hardware it was published with."""
+    rows = [["model", "parameters", "recipe", "published ImageNet-1K zero-shot", "ours", "GPU-hours planned"]]
+    for folder, (preset, gpu, num_gpus, accuracy) in PUBLISHED_MODELS.items():
+        name = f"{folder}/train-clip"
+        job = job_of_recipe(load_recipe(name).recipe, name, num_gpus)
+        likely = pace(job, hardware(gpu), Assumptions(), hardware(gpu).mfu[1])
+        parameters = f"{count_parameters(resolve_preset(preset)).total / 1e6:,.0f}M"
+        hours = f"{float(f'{likely.gpu_hours:.2g}'):,.0f} ({num_gpus} x {gpu})"
+        rows.append([preset, parameters, f"`{folder}/`", accuracy, "not trained here", hours])
+    return table(rows)
+
+
+# Accuracy as arXiv 2402.04252 (table 2) gives it; B/16, L/14, L/14-336 and E/14: EVA-CLIP README.
+PUBLISHED_MODELS = {
+    "eva01-clip-g-14": ("EVA01-CLIP-g-14", "a100-40", 256, "78.5 %"),
+    "eva01-clip-g-14-plus": ("EVA01-CLIP-g-14-plus", "a100-40", 112, "79.3 %"),
+    "eva02-clip-b-16": ("EVA02-CLIP-B-16", "a100-40", 64, "74.7 %"),
+    "eva02-clip-l-14": ("EVA02-CLIP-L-14", "a100-40", 128, "79.8 %"),
+    "eva02-clip-l-14-336": ("EVA02-CLIP-L-14-336", "a100-40", 128, "80.4 %"),
+    "eva02-clip-e-14": ("EVA02-CLIP-bigE-14", "a100-80", 144, "81.9 %"),
+    "eva02-clip-e-14-plus": ("EVA02-CLIP-bigE-14-plus", "a100-80", 144, "82.0 %"),
+    "eva-clip-8b": ("EVA-CLIP-8B", "a100-40", 384, "83.5 %"),
+    "eva-clip-8b-448": ("EVA-CLIP-8B-448", "a100-40", 384, "83.8 %"),
+    "eva-clip-18b": ("EVA-CLIP-18B", "a100-40", 360, "83.8 %"),
+    "eva-clip-18b-336": ("EVA-CLIP-18B-336", "a100-40", 360, "83.9 %"),
+}
+
+
 def replaced(page: str, name: str, text: str) -> str:
     """The page with the table between the markers of `name`."""
     start, end = f"<!-- table: {name} -->", "<!-- end -->"
     pattern = re.compile(re.escape(start) + r"\n.*?" + re.escape(end), re.DOTALL)
-    assert pattern.search(page), f"docs/plan.md has no place for {name}"
+    assert pattern.search(page), f"the page has no place for {name}"
     return pattern.sub(lambda _: f"{start}\n{text}\n{end}", page)
 
 
@@ -150,8 +180,11 @@ def main() -> None:
         text = build()
         print(f"{name}\n{text}\n")
         page = replaced(page, name, text)
+    models = models_table()
+    print(f"models\n{models}")
     if "--write" in sys.argv:
         PAGE.write_text(page, encoding="utf-8")
+        README.write_text(replaced(README.read_text(encoding="utf-8"), "models", models), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from evatool.errors import BadDataLimitError, DataError, NumericalError, Preempt
 from evatool.recipe.load import load_recipe
 from evatool.recipe.schema import RECIPES
 
-COMMANDS = [*RECIPES, "demo", "plan", "recipe"]
+COMMANDS = [*RECIPES, "demo", "recipe", "compare", "plan", "suites"]
 
 
 def test_help_lists_the_stages_in_pipeline_order(invoke: Invoke) -> None:
@@ -286,3 +286,18 @@ def test_a_stopped_demo_can_be_typed_again_as_it_was(invoke: Invoke, stage: Fake
     stage.body = stop
     said = only_json(invoke("demo", "--out", "here", "--seed", "1", "--debug-size", "--json"))
     assert said["error"]["next"].startswith("run the same command again")
+
+
+def test_recipe_diff_names_keys_values_and_where_they_come_from(invoke: Invoke) -> None:
+    result = invoke("recipe", "diff", "eva02-clip-l-14/train-clip", "eva02-clip-l-14/train-clip-faithful", "--json")
+    assert result.exit_code == 0
+    found = {each["key"]: each for each in json.loads(result.stdout)["differences"]}
+    assert found["optim.betas"]["values"] == [[0.9, 0.98], [0.9, 0.999]]
+    assert found["optim.betas"]["origins"][1].endswith("base/eva-clip-faithful.toml")
+    assert found["optim.virtual_world_size"]["values"] == [None, 128]
+    assert "model.preset" not in found
+
+
+def test_recipe_diff_of_a_recipe_and_itself(invoke: Invoke) -> None:
+    result = invoke("recipe", "diff", "demo/train-clip", "demo/train-clip")
+    assert "set the same" in result.stdout
