@@ -101,6 +101,18 @@ class TransientError(EvatoolError):
     exit_code = ExitCode.TRANSIENT
 
 
+class TransientError(EvatoolError):
+    """Something outside of the run failed and may work again: start the same command with --resume after a while."""
+
+    exit_code = ExitCode.TRANSIENT
+
+
+class UnhealthyNodeError(EvatoolError):
+    """A machine computes something else than the others: leave it out and go on with --resume."""
+
+    exit_code = ExitCode.UNHEALTHY_NODE
+
+
 class NumericalError(EvatoolError):
     """Training met values that are not finite beyond its budget."""
 

@@ -15,7 +15,8 @@ from typing import IO, Any
 import typer
 
 from evatool import log as logs
-from evatool.errors import EvatoolError, ExitCode, RecipeError
+from evatool.distributed.environment import read_environment
+from evatool.errors import EvatoolError, ExitCode, RecipeError, UsageError
 
 
 @dataclass
@@ -68,6 +69,8 @@ def execute(action: Callable[[], Report], *, json_output: bool, debug: bool, go_
     """
     global _has_answered
     _has_answered = True
+    with contextlib.suppress(UsageError):  # the stage reads it again, and tells
+        read_environment()
     rank = logs.env_rank()
     failure: Failure | None = None
     report: Report | None = None

@@ -1,5 +1,5 @@
 """The transformer blocks of an objective: the units in which weights come together, activations are recomputed and
-code is compiled."""
+code is compiled; and objectives whose weights are still to come."""
 
 from __future__ import annotations
 
@@ -30,6 +30,23 @@ def blocks_of(objective: nn.Module) -> list[nn.Module]:
     """Every block of every tower, in the order of the modules; blocks stand in lists called `blocks`, `resblocks`."""
     lists = (part for name, part in objective.named_modules() if name.rpartition(".")[2] in ("blocks", "resblocks"))
     return [block for part in lists if isinstance(part, nn.ModuleList) for block in part]
+
+
+def has_no_weights(objective: nn.Module) -> bool:
+    """True for an objective that was built on the meta device: `load_model_state` is to give it its weights."""
+    return any(param.is_meta for param in objective.parameters())
+
+
+def give_memory(objective: nn.Module, device: torch.device) -> None:
+    """Memory on `device` for parameters on the meta device, for what this rank holds of them; buffers move with their
+    values."""
+    buffers = dict(objective.named_buffers())
+    stale = sorted(name for name, buffer in buffers.items() if buffer.is_meta)
+    assert not stale, f"buffers without values: {stale[:5]}"
+    objective.to_empty(device=device)
+    with torch.no_grad():
+        for name, buffer in objective.named_buffers():
+            buffer.copy_(buffers[name])
 
 
 def checkpoint_blocks(objective: nn.Module, kind: str) -> None:

@@ -73,6 +73,10 @@ class Engine(ABC):
         """
 
     @abstractmethod
+    def replicas(self) -> list[Tensor]:
+        """Tensors that must be the same, bit for bit, on every rank after a step; none where all is divided."""
+
+    @abstractmethod
     def held_model(self) -> HeldState:
         """Parameters and persistent buffers under the objective's `state_dict()` names; may alias live weights."""
 

@@ -49,6 +49,13 @@ class LayerwiseOptimizer(torch.optim.Optimizer, ABC):
         """
 
 
+def step_instead(optimizer: torch.optim.Optimizer, groups: Sequence[ParamGroup], tensors: Mapping[str, Tensor]) -> None:
+    """Let the optimiser step these tensors, by name, instead of the groups' parameters; the groups hold them after."""
+    for settings, group in zip(optimizer.param_groups, groups, strict=True):
+        group.params[:] = [tensors[name] for name in group.param_names]
+        settings["params"] = list(group.params)
+
+
 def whole_pieces(groups: Sequence[ParamGroup]) -> dict[Tensor, list[Piece]]:
     """Where every parameter is stepped as it is."""
     named = (pair for group in groups for pair in zip(group.param_names, group.params, strict=True))

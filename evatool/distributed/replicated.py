@@ -12,9 +12,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
+from evatool.distributed.blocks import give_memory, has_no_weights
 from evatool.distributed.face import Bounds, Engine
 from evatool.distributed.held import HeldState, check_names, checked_shape
-from evatool.distributed.optimizer import Pieces, held_moments, load_moments, whole_pieces
+from evatool.distributed.optimizer import (
+    LayerwiseOptimizer,
+    Pieces,
+    held_moments,
+    load_moments,
+    step_instead,
+    whole_pieces,
+)
 from evatool.distributed.precision import LossScale, autocast, poisoned_if_not_finite
 from evatool.distributed.world import World
 from evatool.types import Batch, LossDict, ParamGroup
@@ -51,6 +59,11 @@ class ReplicatedEngine(Engine):
 
     def _wrap(self, world: World, groups: Sequence[ParamGroup]) -> tuple[nn.Module, Pieces]:
         """The module that computes on all ranks, and what the optimiser steps."""
+        if has_no_weights(self.module):
+            give_memory(self.module, world.device)
+            step_instead(self._optimizer, groups, dict(self.module.named_parameters()))
+            if isinstance(self._optimizer, LayerwiseOptimizer):
+                self._optimizer.place(whole_pieces(groups), is_shared=False)
         self.module.to(world.device)
         return (_replicated(self.module) if world.world_size > 1 else self.module), whole_pieces(groups)
 
@@ -109,6 +122,9 @@ class ReplicatedEngine(Engine):
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
         yield
+
+    def replicas(self) -> list[Tensor]:
+        return [tensor.detach() for tensor in self.module.state_dict().values()]
 
     def held_model(self) -> HeldState:
         return HeldState.whole(self.module.state_dict(), is_writer=self._is_writer)

@@ -17,10 +17,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.utils import get_total_norm
 
-from evatool.distributed.blocks import blocks_of
+from evatool.distributed.blocks import blocks_of, give_memory, has_no_weights
 from evatool.distributed.collectives import all_reduce_sum
 from evatool.distributed.held import HeldState, check_names, read_piece
-from evatool.distributed.optimizer import LayerwiseOptimizer, Piece, Pieces, create_moments, held_moments
+from evatool.distributed.optimizer import LayerwiseOptimizer, Piece, Pieces, create_moments, held_moments, step_instead
 from evatool.distributed.replicated import ReplicatedEngine
 from evatool.distributed.world import World
 from evatool.types import ParamGroup
@@ -33,18 +33,20 @@ class ShardedEngine(ReplicatedEngine):
 
     def _wrap(self, world: World, groups: Sequence[ParamGroup]) -> tuple[nn.Module, Pieces]:
         mesh = init_device_mesh(world.device.type, (world.world_size,))
-        self.module.to(world.device)
+        is_empty = has_no_weights(self.module)
+        if not is_empty:
+            self.module.to(world.device)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self.module.state_dict().items()}
         for part in [*blocks_of(self.module), self.module]:
             fully_shard(part, mesh=mesh, shard_placement_fn=lambda param: _placement(param, mesh.size()))
+        if is_empty:
+            give_memory(self.module, world.device)
         assert isinstance(self.module, FSDPModule)
         self._root = self.module
         # Outside of forward and backward passes these are the module's parameters; the objects stay the same.
         self._sharded: dict[str, DTensor] = dict(self.module.named_parameters())  # type: ignore[arg-type]
         self._local = {name: param.to_local().detach() for name, param in self._sharded.items()}
-        for number, group in enumerate(groups):
-            group.params[:] = [self._local[name] for name in group.param_names]
-            self._optimizer.param_groups[number]["params"] = list(group.params)
+        step_instead(self._optimizer, groups, self._local)
         pieces: dict[Tensor, list[Piece]] = {
             self._local[name]: [piece] if (piece := self._piece(name, mesh)).numel else []
             for group in groups
@@ -95,6 +97,9 @@ class ShardedEngine(ReplicatedEngine):
             yield
         finally:
             self._root.reshard()
+
+    def replicas(self) -> list[Tensor]:
+        return [buffer.detach() for buffer in self.module.buffers()]
 
     def _own_tensors(self) -> Iterator[tuple[str, Tensor, Piece | None]]:
         """State names with this rank's tensor, and which numbers it is of a parameter; buffers are whole."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from evatool.distributed.environment import read_environment
 from evatool.errors import UsageError
 
 
@@ -30,15 +30,16 @@ class World:
 def init_world(device: str | None = None, timeout_sec: float = 600.0) -> World:
     """Join the job that the environment describes; every rank must call it.
 
-    `torchrun` sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them this is a job of one
-    process and no process group is made. Several processes talk over nccl on GPUs and gloo on CPUs.
+    Started by torchrun, DeepSpeed's launcher or srun (see `environment`); without them this is a job of one process and
+    no process group is made. Several processes talk over nccl on GPUs and gloo on CPUs.
 
     Args:
         device: "cpu" or "cuda"; a GPU where there is one when absent.
         timeout_sec: a collective that waits longer than this fails instead of hanging.
     Raises: UsageError if the environment is incomplete or names more local ranks than there are GPUs.
     """
-    world_size, rank, local_rank = (_from_env(k, d) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    job = read_environment()
+    world_size, rank, local_rank = job.world_size, job.rank, job.local_rank
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda":
         if local_rank >= torch.cuda.device_count():
@@ -50,13 +51,6 @@ def init_world(device: str | None = None, timeout_sec: float = 600.0) -> World:
         torch.cuda.set_device(local_rank)
     where = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     if world_size > 1 and not dist.is_initialized():
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if missing:
-            raise UsageError(
-                f"WORLD_SIZE is {world_size} but {', '.join(missing)} is not set",
-                where="environment",
-                fix="start with `torchrun --nproc-per-node N -m evatool ...`, or unset WORLD_SIZE",
-            )
         backend = "nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_sec))
     return World(rank=rank, world_size=world_size, local_rank=local_rank, device=where)
@@ -66,11 +60,3 @@ def close_world() -> None:
     """Leave the job; harmless where no process group was made."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _from_env(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    try:
-        return int(text)
-    except ValueError as error:
-        raise UsageError(f"{name} = {text!r} is not a number", where="environment", expected="an integer") from error

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from evatool.distributed.blocks import give_memory, has_no_weights
 from evatool.distributed.face import Bounds, Engine
 from evatool.distributed.held import HeldState, check_names, read_piece
 from evatool.distributed.optimizer import (
@@ -26,6 +27,7 @@ from evatool.distributed.optimizer import (
     create_moments,
     held_moments,
     load_moments,
+    step_instead,
     whole_pieces,
 )
 from evatool.distributed.precision import LossScale, autocast, poisoned_if_not_finite
@@ -63,20 +65,32 @@ class ZeroEngine(Engine):
         bounds: Bounds,
     ) -> None:
         self.device = world.device
-        self.module = objective.to(world.device)
+        self.module = objective
+        is_empty = has_no_weights(objective)
         self._is_writer = world.is_main
         self._stage, self._grad_clip_norm = zero_stage, grad_clip_norm
         self._scale = LossScale(world.device) if precision == "fp16" else None
-        self._named = dict(objective.named_parameters())
         self._shapes = {name: tensor.shape for name, tensor in objective.state_dict().items()}
         self._trained = {name: self._shapes[name] for group in groups for name in group.param_names}
         self._bounds = bounds
         self._optimizer = optimizer
+        config = zero_config(zero_stage, grad_clip_norm, world.device, offload)
         with _deepspeed(world) as deepspeed:
+            if is_empty and zero_stage == 3:
+                _divide_without_weights(deepspeed, objective, config, world.device)
+            elif is_empty:
+                give_memory(objective, world.device)
+            else:
+                objective.to(world.device)
+            self._named = dict(objective.named_parameters())
+            if is_empty:
+                step_instead(optimizer, groups, self._named)
+                if isinstance(optimizer, LayerwiseOptimizer):
+                    optimizer.place(whole_pieces(groups), is_shared=False)
             self._engine, zero, _, _ = deepspeed.initialize(
                 model=_Autocasting(objective, precision, world.device),
                 optimizer=optimizer,
-                config=zero_config(zero_stage, grad_clip_norm, world.device, offload),
+                config=config,
                 dist_init_required=False,
             )
         self._zero: Any = zero if zero_stage > 0 else None
@@ -129,6 +143,10 @@ class ZeroEngine(Engine):
         beside = {id(p): p for m in self.module.modules() if any(m.children()) for p in m.parameters(recurse=False)}
         with self._gathered(list(beside.values())):
             yield
+
+    def replicas(self) -> list[Tensor]:
+        state = self.module.state_dict(keep_vars=True).values()
+        return [tensor.detach() for tensor in state if not self._is_divided(tensor)]
 
     def held_model(self) -> HeldState:
         held = HeldState()
@@ -244,6 +262,19 @@ class ZeroEngine(Engine):
 
         with deepspeed.zero.GatheredParameters(tensors):
             yield
+
+
+def _divide_without_weights(deepspeed: Any, objective: nn.Module, config: dict[str, Any], device: torch.device) -> None:
+    """Divide parameters that are on the meta device over the ranks: memory for one whole tensor at a time."""
+    divide = deepspeed.zero.Init(config_dict_or_path=config, dtype=torch.float32)
+    for module in objective.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+        for name, param in list(module.named_parameters(recurse=False)):
+            if param.is_meta:
+                zeros = torch.zeros(param.shape, dtype=param.dtype, device=device)
+                module._parameters[name] = nn.Parameter(zeros, requires_grad=param.requires_grad)
+                divide._convert_to_zero_parameters([module._parameters[name]])
 
 
 def zero_config(

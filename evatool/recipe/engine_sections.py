@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from evatool.recipe.section import Positive, Section
+from evatool.recipe.section import Positive, PositiveFloat, Section
 
 
 class EngineSection(Section):
@@ -27,6 +27,9 @@ class EngineSection(Section):
     attention, or everything."""
     compile: bool = False
     """Compile every block with torch.compile, where a compiler is found."""
+
+    hang_timeout_sec: PositiveFloat = 600.0
+    """Longest time without a finished step, saves and evaluations included, before the run ends with exit code 76."""
 
     @model_validator(mode="after")
     def _settings_reach_the_engine(self) -> EngineSection:
@@ -62,7 +65,7 @@ class EngineSection(Section):
             (
                 is_zero and self.activation_checkpointing == "selective" and self.zero_stage == 3,
                 # its linear layers add biases in place to the very products that are kept: gradients come out wrong
-                'activation_checkpointing = "selective" is wrong under ZeRO-3, whose linear layers change what is kept: '
+                'activation_checkpointing = "selective" is wrong under ZeRO-3, whose layers change what is kept: '
                 'set activation_checkpointing = "full", zero_stage to 0, 1 or 2, or kind = "fsdp2"',
             ),
             (

@@ -26,6 +26,7 @@ from evatool.stages.wiring import Job
 from evatool.train.ema import WeightAverage
 from evatool.train.gate import SpikeGate
 from evatool.train.guards import NonFiniteGuard, StuckAtStart
+from evatool.train.health import HangWatch, ReplicaCheck
 from evatool.train.hooks import Checkpoints, ConsoleLog, Hook, MetricsFile, StatusFile, read_metrics
 from evatool.train.loss_curve import LossCurve
 from evatool.train.patch_dropout import PatchDropoutSchedule
@@ -44,12 +45,15 @@ def build_hooks(
 
     Args:
         config: of the trained model, for its checkpoints.
-        model: the CLIP model, where it is one: evaluated as the recipe's `[evaluate]` says, its patch dropout scheduled.
+        model: the CLIP model, where it is one: evaluated and its patch dropout scheduled as the recipe says.
         contrastive_key: the contrastive loss among the objective's losses, watched for being stuck at ln(batch).
     """
     train, run_dir = job.recipe.train, job.run_dir
     guard = train.guard
-    hooks: list[Hook] = [NonFiniteGuard(guard.budget, guard.window, guard.policy, run_dir.journal)]
+    hooks: list[Hook] = [
+        HangWatch(job.recipe.engine.hang_timeout_sec, run_dir.logs, run_dir.fail),
+        NonFiniteGuard(guard.budget, guard.window, guard.policy, run_dir.journal),
+    ]
     if contrastive_key is not None:
         warmup_steps = warmup_steps_of(
             job.recipe.schedule, num_steps=train.num_steps, global_batch_size=train.global_batch_size
@@ -73,6 +77,7 @@ def build_hooks(
     return [
         *hooks,
         Stragglers(),
+        ReplicaCheck(),
         ConsoleLog(job.options.name),
         MetricsFile(run_dir.metrics),
         *(Tracker(kind, run_dir.path, job.options.name, settings) for kind in train.trackers),

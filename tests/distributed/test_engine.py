@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from toy_run import ToyLoader, ToyObjective, toy_engine, toy_groups
 
 from evatool.distributed.engine import engine_kind
+from evatool.distributed.zero import zero_config
 from evatool.errors import CheckpointError, DependencyError, RecipeError
 from evatool.recipe.load import resolve_table
 from evatool.recipe.schema import EngineSection
@@ -139,6 +140,21 @@ def test_offload_with_lamb():
         resolve_table(table, "train-clip")
     assert "works with AdamW only" in str(error.value)
     assert 'engine.kind = "fsdp2"' in str(error.value)
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("offload", ["none", "optimizer", "optimizer-and-weights"])
+def test_deepspeed_knows_every_key_of_its_configuration(monkeypatch, stage, offload):
+    """EVA's file had keys of stage 3 outside of their section, where nothing read them (eva.md 3.6)."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    config = zero_config(stage, 1.0, torch.device("cpu"), offload)
+    parsed = DeepSpeedZeroConfig(**config["zero_optimization"])
+    assert int(parsed.stage) == stage
+    assert (parsed.offload_optimizer is not None) == (offload != "none")
+    assert not parsed.model_extra
+    assert {"gradient_clipping", "zero_optimization", "zero_allow_untested_optimizer"} <= set(config)
 
 
 def test_missing_deepspeed(monkeypatch):

@@ -1,0 +1,139 @@
+"""Faults of single ranks: overflow, flipped bits, hangs, kill -9 (rows R3, R12, R14, R15 of scale.md 5.2)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from toy_run import NUM_STEPS, ToyLoader, ToyObjective, make_trainer, toy_engine, toy_groups
+
+from evatool.checkpoint.load import latest_checkpoint, load_checkpoint
+from evatool.distributed.collectives import rank, world_size
+from evatool.errors import ExitCode, UnhealthyNodeError
+from evatool.train.health import HangWatch, ReplicaCheck
+from evatool.train.hooks import Hook
+from evatool.train.state import TrainState
+
+pytestmark = pytest.mark.dist
+
+
+def overflow(kind: str) -> tuple[list[bool], list[float], bool, float]:
+    """fp16 steps from a scale that overflows: whether each was finite, the scales, whether weights stayed at first."""
+    torch.manual_seed(0)
+    objective = ToyObjective(dropout=0.0)
+    groups = toy_groups(objective)
+    engine = toy_engine(objective, groups, kind, precision="fp16")
+    high = {"loss_scale": torch.tensor([2.0**24]), "loss_scale_good_steps": torch.zeros(1, dtype=torch.int32)}
+    engine.load_optimizer_state({"num_updates": torch.zeros(1, dtype=torch.int64)} | high)
+    before = {name: tensor.clone() for name, tensor in engine.model_state().items()}
+    batches = iter(ToyLoader(rank=rank(), world_size=world_size()))
+    finite, scales, stayed = [], [], True
+    for _ in range(20):
+        engine.set_lrs([group.lr for group in groups])
+        engine.backward(engine.forward(next(batches))["loss"])
+        finite.append(bool(torch.isfinite(engine.step())))
+        scales.append(float(engine.held_optimizer().pieces[-2].values) if rank() == 0 else 0.0)
+        if not any(finite):
+            stayed &= all(torch.equal(before[name], tensor) for name, tensor in engine.model_state().items())
+    return finite, scales, stayed, float(engine.optimizer_state()["loss_scale"])
+
+
+@pytest.mark.parametrize(("kind", "num_ranks"), [("single", 1), ("fsdp2", 2)])
+def test_an_overflow_in_fp16_skips_the_step_and_halves_the_scale_on_all_ranks(run_on_ranks, kind, num_ranks):
+    answers = run_on_ranks(overflow, num_ranks, kind)
+    finite, scales, stayed, last = answers[0]
+    assert not finite[0]
+    assert finite[-1], "it finds a scale that fits"
+    assert stayed, "no skipped step changes a weight"
+    for step, (was_finite, scale) in enumerate(zip(finite, scales, strict=True)):
+        before = scales[step - 1] if step else 2.0**24
+        assert scale == (before if was_finite else before / 2)
+    for other in answers[1:]:
+        assert (other[0], other[3]) == (finite, last), "the same on every rank, and in the checkpoint"
+
+
+def flip_a_bit(kind: str, zero_stage: int) -> str:
+    torch.manual_seed(0)
+    objective = ToyObjective(dropout=0.0)
+    engine = toy_engine(objective, toy_groups(objective), kind, zero_stage)
+    trainer = SimpleNamespace(engine=engine)
+    check = ReplicaCheck(every_steps=5)
+    check.after_step(TrainState(step=5), {}, trainer)
+    if rank() == 1:
+        objective.model.text.token_embedding.weight.data.view(torch.int32)[3, 2] ^= 1
+    check.after_step(TrainState(step=9), {}, trainer)
+    try:
+        check.after_step(TrainState(step=10), {}, trainer)
+    except UnhealthyNodeError as error:
+        return f"{int(error.exit_code)} {error.where} {error.what}"
+    return "not found"
+
+
+@pytest.mark.parametrize(("kind", "zero_stage"), [("ddp", 0), ("deepspeed", 1)])
+def test_a_flipped_bit_in_one_replica_is_found_and_the_rank_named(run_on_ranks, kind, zero_stage):
+    for answer in run_on_ranks(flip_a_bit, 3, kind, zero_stage):
+        assert answer.startswith("79 step 10 weights differ between ranks that hold the same: rank 1 on ")
+        assert "rank 2" not in answer
+
+
+class SignalItself(Hook):
+    """Sends one rank's own process a signal that it cannot hold."""
+
+    def __init__(self, number: int, step: int, which: int) -> None:
+        self.number, self.step, self.which = number, step, which
+
+    def after_step(self, state, losses, trainer):
+        if rank() == self.number and state.step == self.step:
+            os.kill(os.getpid(), self.which)
+
+
+def hang(folder: Path) -> None:
+    def record(exit_code: int, message: str) -> None:
+        (folder / f"status{rank()}.json").write_text(json.dumps([exit_code, message]))
+
+    watch = HangWatch(4.0, folder / "logs", record)
+    make_trainer(folder, hooks=[watch, SignalItself(1, 4, signal.SIGSTOP)]).fit()
+
+
+def test_a_rank_that_hangs_ends_the_others_with_their_stacks(start_ranks, tmp_path):
+    ranks = start_ranks(hang, 2, tmp_path)
+    waiting, stopped = ranks.processes
+    waiting.join(timeout=60)
+    stopped.kill()
+    ranks.close()
+    assert waiting.exitcode == ExitCode.TRANSIENT
+    code, message = json.loads((tmp_path / "status0.json").read_text())
+    assert code == ExitCode.TRANSIENT
+    assert "rank 0" in message
+    assert "--resume" in message
+    stacks = (tmp_path / "logs" / "stacks_rank_00000.txt").read_text()
+    assert "trainer.py" in stacks, "where the loop waits"
+
+
+def train_or_resume(folder: Path, killed_rank: int, killed_after: int) -> None:
+    hooks = [SignalItself(killed_rank, killed_after, signal.SIGKILL)] if killed_after else []
+    resume = latest_checkpoint(folder) is not None if (folder / "checkpoints").exists() else False
+    make_trainer(folder, hooks=hooks, every_steps=3, resume=resume).fit()
+
+
+def test_kill_9_of_a_rank_loses_no_more_than_one_interval(start_ranks, run_on_ranks, tmp_path):
+    """Killed twice, in a step and right after a save, then finished: the bits of a run that nothing happened to."""
+    run_on_ranks(train_or_resume, 2, tmp_path / "whole", 0, 0)
+    for killed_rank, step, saved in ((1, 5, 3), (0, 7, 6)):
+        ranks = start_ranks(train_or_resume, 2, tmp_path / "killed", killed_rank, step)
+        ranks.processes[killed_rank].join(timeout=60)
+        assert ranks.processes[killed_rank].exitcode == -signal.SIGKILL
+        ranks.processes[1 - killed_rank].join(timeout=90)
+        ranks.close()
+        assert latest_checkpoint(tmp_path / "killed").name == f"step_{saved:08d}"
+    run_on_ranks(train_or_resume, 2, tmp_path / "killed", 0, 0)
+    one, other = (load_checkpoint(latest_checkpoint(tmp_path / name)) for name in ("whole", "killed"))
+    assert one.step == other.step == NUM_STEPS
+    for ours, theirs in ((one.objective_state, other.objective_state), (one.optimizer_state, other.optimizer_state)):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
