@@ -83,7 +83,7 @@ class Trainer:
         self.grad_norm: Tensor | None = None  # of the step just done, before clipping; not finite if it was skipped
         self.record: dict[str, float] = {}  # the last figures
         self._micro_batch_size, self._work, self._tower_norms = micro_batch_size, work, tower_norms
-        self._busy_sec, self._busy_steps = 0.0, 0
+        self._busy_sec, self._before_sec, self._busy_steps = 0.0, 0.0, 0
         self._stop_file, self._save_every_sec = stop_file, save_every_sec
         self._throughput = Throughput(work)
 
@@ -123,6 +123,7 @@ class Trainer:
         start, waited = time.perf_counter(), waited_sec()
         batch = self.batch = next(batches)
         data_wait_sec = time.perf_counter() - start
+        self._before_sec += data_wait_sec
         state, engine = self.state, self.engine
 
         factor = self.schedule(state.step)
@@ -159,10 +160,14 @@ class Trainer:
     def _is_logged(self, step: int) -> bool:
         return step % self.log_every == 0 or step == 1 or step == self.num_steps
 
-    def read_busy_sec(self) -> float:
-        """How long this rank was busy by itself, a step, since the last reading; see `stragglers`."""
-        busy = self._busy_sec / max(1, self._busy_steps)
-        self._busy_sec, self._busy_steps = 0.0, 0
+    def read_busy_sec(self) -> tuple[float, float]:
+        """How long this rank was busy by itself, a step, since the last reading, and the part before its forward pass.
+
+        See `stragglers`.
+        """
+        steps = max(1, self._busy_steps)
+        busy = self._busy_sec / steps, self._before_sec / steps
+        self._busy_sec, self._before_sec, self._busy_steps = 0.0, 0.0, 0
         return busy
 
     def _figures(self, losses: LossDict, factor: float) -> dict[str, float]:

@@ -32,6 +32,8 @@ def values(annotation: Any) -> st.SearchStrategy[Any]:
         return st.dictionaries(st.text(max_size=8), st.text(max_size=8), min_size=1, max_size=3)
     if origin is list:
         return st.lists(values(typing.get_args(annotation)[0]), max_size=3)
+    if origin is tuple and typing.get_args(annotation)[-1] is Ellipsis:
+        return st.lists(values(typing.get_args(annotation)[0]), max_size=3).map(tuple)
     if origin is tuple:
         return st.tuples(*map(values, typing.get_args(annotation))).map(sorted).map(tuple)
     if isinstance(annotation, type) and issubclass(annotation, schema.Section):
