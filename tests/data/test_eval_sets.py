@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from evatool.data.eval_pictures import EvalTransform
 from evatool.data.eval_sets import open_eval_set
 from evatool.data.prepare.eval_layout import write_eval_set
 from evatool.data.shards import Sample
@@ -105,12 +106,25 @@ def shorten_tar(folder: Path) -> None:
         (lambda f: (f / "test" / "nshards.txt").write_text("one"), "does not hold a number"),
         (lambda f: (f / "test" / "nshards.txt").write_text("2"), "lacks test/1.tar"),
         (lambda f: (f / "classnames.txt").unlink(), "lacks classnames.txt"),
+        (lambda f: (f / "classnames.txt").write_text("a\n\nb\n"), "line 2 of classnames.txt is empty"),
+        (lambda f: (f / "classnames.txt").write_bytes(b"caf\xe9"), "classnames.txt is not UTF-8"),
         (lambda f: (f / "zeroshot_classification_templates.txt").unlink(), "lacks zeroshot"),
         (lambda f: (f / "dataset_type.txt").write_text("multilabel"), "of kind 'multilabel'"),
         (lambda f: (f / "test" / "0.tar").write_bytes(b"x" * 2000), "cannot be read as a tar"),
         (shorten_tar, "has 2 samples instead of the 3 of its manifest"),
     ],
-    ids=["no-count", "odd-count", "too-few-tars", "no-names", "no-templates", "kind", "no-tar", "lost-samples"],
+    ids=[
+        "no-count",
+        "odd-count",
+        "too-few-tars",
+        "no-names",
+        "empty-line",
+        "latin-1",
+        "no-templates",
+        "kind",
+        "no-tar",
+        "lost-samples",
+    ],
 )
 def test_an_incomplete_set_is_refused(tmp_path: Path, spoil, message: str) -> None:
     folder = write(tmp_path / "set")
@@ -123,3 +137,26 @@ def test_a_sample_without_label_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "set", {"json": json.dumps({}).encode()}, drop="cls")
     with pytest.raises(DataError, match=r"sample s1 .* has members json, png"):
         open_eval_set(folder, transform=to_tensor, batch_size=2)
+
+
+def test_masks_of_a_set_on_disk_come_with_its_pictures(tmp_path: Path) -> None:
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:4] = 1
+    out = io.BytesIO()
+    Image.fromarray(mask).save(out, "PNG")
+    folder = write(tmp_path / "set", {"mask.png": out.getvalue()})
+    (folder / "dataset_type.txt").write_text("localisation")
+    opened = open_eval_set(folder, transform=EvalTransform(4), batch_size=2)
+    assert opened.kind == "localisation"
+    masks = torch.cat([masks for _, masks in opened.loader])
+    assert masks.shape == (3, 4, 4)
+    assert masks[0].tolist() == [[1] * 4] * 2 + [[0] * 4] * 2
+
+
+def test_a_colour_picture_is_no_mask(tmp_path: Path) -> None:
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, "PNG")
+    folder = write(tmp_path / "set", {"mask.png": out.getvalue()})
+    (folder / "dataset_type.txt").write_text("localisation")
+    with pytest.raises(DataError, match="the mask of s0 has mode RGB"):
+        list(open_eval_set(folder, transform=EvalTransform(4), batch_size=2).loader)
