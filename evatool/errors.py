@@ -96,12 +96,6 @@ class DependencyError(EvatoolError):
 
 
 class TransientError(EvatoolError):
-    """Something that can work a minute later did not: run again with --resume."""
-
-    exit_code = ExitCode.TRANSIENT
-
-
-class TransientError(EvatoolError):
     """Something outside of the run failed and may work again: start the same command with --resume after a while."""
 
     exit_code = ExitCode.TRANSIENT

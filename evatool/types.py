@@ -46,7 +46,7 @@ class Batch:
             caption_id=move(self.caption_id),
             mask=move(self.mask),
             teacher_image=move(self.teacher_image),
-            extras=None if self.extras is None else {name: move(t) for name, t in self.extras.items()},
+            extras=None if self.extras is None else {name: t.to(device, non_blocking=True) for name, t in self.extras.items()},
         )
 
     def pin_memory(self) -> Batch:
@@ -59,7 +59,7 @@ class Batch:
             caption_id=pin(self.caption_id),
             mask=pin(self.mask),
             teacher_image=pin(self.teacher_image),
-            extras=None if self.extras is None else {name: pin(t) for name, t in self.extras.items()},
+            extras=None if self.extras is None else {name: t.pin_memory() for name, t in self.extras.items()},
         )
 
     def rows(self, rows: slice) -> Batch:
@@ -74,7 +74,7 @@ class Batch:
             mask=cut(self.mask),
             teacher_image=cut(self.teacher_image),
             text_lengths=cut(self.text_lengths),
-            extras=None if self.extras is None else {name: cut(t) for name, t in self.extras.items()},
+            extras=None if self.extras is None else {name: t[rows] for name, t in self.extras.items()},
             valid=cut(self.valid),
         )
 

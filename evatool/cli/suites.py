@@ -25,7 +25,8 @@ def suites_list(json_output: opt.Json = False, debug: opt.Debug = False) -> None
         from evatool.eval.suite import list_suites, load_suite
 
         suites = [load_suite(name) for name in list_suites()]
-        rows = [[s.name, str(len(s.sets)), ", ".join(a.title for a in (*s.averages, *s.gaps)), s.about] for s in suites]
+        titles = [[*(a.title for a in s.averages), *(g.title for g in s.gaps)] for s in suites]
+        rows = [[s.name, str(len(s.sets)), ", ".join(t), s.about] for s, t in zip(suites, titles, strict=True)]
         data = [{"name": s.name, "sets": [e.name for e in s.sets], "about": s.about} for s in suites]
         return Report(data={"suites": data}, table=[["suite", "sets", "over all", "about"], *rows])
 

@@ -194,7 +194,7 @@ def _table(section: type[Section], definitions: dict[str, Any]) -> dict[str, Any
 
 
 def _limits(metadata: Any) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for item in metadata:
         for each in getattr(item, "metadata", None) or [item]:
             found |= {limit: getattr(each, name) for name, limit in _LIMITS.items() if limit and hasattr(each, name)}
