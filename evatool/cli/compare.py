@@ -32,7 +32,8 @@ def compare(
 ) -> None:
     """Compare evaluated models, sample by sample.
 
-    No model is run: evaluations keep their answers. Each model against the first, paired over the same samples; models of one recipe also over their seeds.
+    No model is run: evaluations keep their answers. Each model against the first, paired over the same samples;
+    models of one recipe also over their seeds.
     """
     execute(lambda: _compare(runs, out, resamples), json_output=json_output, debug=debug)
 
