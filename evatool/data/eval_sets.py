@@ -171,6 +171,7 @@ def open_eval_set(
     Raises: DataError where a file of the layout is missing, a tar is damaged, or a member is not allowed.
     """
     name = name or folder.name
+    samples: Samples
     if (folder / split / "nshards.txt").is_file():
         kind, classnames, templates, samples = open_tars(folder, split)
     elif is_birdsnap(folder):
