@@ -81,20 +81,23 @@ class _Tile:
 
     def at_least(self, best: Tensor, axis: int) -> Tensor:
         """Wrong candidates with at least the float64 score `best`, for each row (axis 0) or each column (axis 1)."""
-        level = best[:, None] if axis == 0 else best[None]
-        near = self._near(level)
-        if self.error > 1e-12 and int(near.sum()) > _MANY * near.numel():
+        low, high = self._bounds(best, axis)
+        counts = (self.scores > high).sum(dim=1 - axis)
+        num_near = int(((self.scores >= low).sum(dim=1 - axis) - counts).sum())
+        if num_near == 0:
+            return counts
+        if self.error > 1e-12 and num_near > _MANY * self.scores.numel():
             self.error, self.scores = self._scores(torch.float64)
-            near = self._near(level)
-        counts = (self.scores > (level + self.error).to(self.scores.dtype)).sum(dim=1 - axis)
-        rows, columns = near.nonzero(as_tuple=True)
+            return self.at_least(best, axis)
+        rows, columns = ((self.scores >= low) & (self.scores <= high)).nonzero(as_tuple=True)
         own = rows if axis == 0 else columns
         exact = _dots(self.text, self.image, rows, columns) >= best[own]
         return counts + torch.bincount(own[exact], minlength=len(best))
 
-    def _near(self, level: Tensor) -> Tensor:
-        low, high = ((level + sign * self.error).to(self.scores.dtype) for sign in (-1, 1))
-        return (self.scores >= low) & (self.scores <= high)
+    def _bounds(self, best: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        """Between them a computed score does not tell on which side of `best` the true one lies."""
+        level = best[:, None] if axis == 0 else best[None]
+        return (level - self.error).to(self.scores.dtype), (level + self.error).to(self.scores.dtype)
 
     def _scores(self, dtype: torch.dtype) -> tuple[float, Tensor]:
         scores = self.text.to(dtype) @ self.image.to(dtype).T

@@ -14,11 +14,12 @@ import torch
 
 import evatool
 from evatool.distributed.collectives import gather_objects
-from evatool.distributed.world import init_world
+from evatool.distributed.world import World, close_world, init_world
 from evatool.errors import DependencyError, EvatoolError, RecipeError
 from evatool.eval.cache import default_folder
+from evatool.eval.encode import together
 from evatool.eval.results import EvalResults, Failure, file_name
-from evatool.eval.suite import fetch_command, find_sets, load_suite
+from evatool.eval.suite import Suite, SuiteSet, fetch_command, find_sets, load_suite
 from evatool.progress import progress
 from evatool.recipe.schema import EvalRecipe, EvalSection
 from evatool.stages.eval_measure import Evaluation, measure_set
@@ -49,9 +50,21 @@ def run(recipe: EvalRecipe, options: RunOptions) -> Result:
     _check_names(section)
     folders = find_sets(section.data, suite, chosen, may_be_empty=section.fetch)
     world = init_world()
+    try:
+        return write_outputs(_evaluate(recipe, options, world, suite, folders))
+    finally:
+        close_world()
+
+
+def _evaluate(
+    recipe: EvalRecipe, options: RunOptions, world: World, suite: Suite, folders: dict[str, Path]
+) -> Evaluation:
+    """All answers, on every rank."""
+    section = recipe.eval
     if world.is_main:
         run_dir = open_run_dir(recipe, options)
-        for stale in ("results.json", "gallery.json", "report.html"):  # of an earlier start that failed in part
+        # of an earlier start that failed in part
+        for stale in ("results.json", "results.csv", "results.md", "gallery.json", "report.html"):
             (run_dir.path / stale).unlink(missing_ok=True)
         folders = _fetch(section, folders, suite.sets) if section.fetch else folders
     folders = gather_objects(folders)[0]  # rank 0 opens the run folder, the others follow
@@ -68,12 +81,13 @@ def run(recipe: EvalRecipe, options: RunOptions) -> Result:
         machine=_machine(world.world_size),
     )
     cache = (section.cache_dir or default_folder()) if section.use_cache else None
+    chosen = suite.chosen(section.sets)
     evaluation = Evaluation(section, suite, chosen, folders, run_dir.path, results, world, cache)
     with progress("evaluate", total=len(section.models) * len(chosen), unit="sets") as bar:
         for name, source in section.models.items():
             _evaluate_model(evaluation, name, source, on_set=lambda: bar.advance(1))
     results.seconds = round(time.perf_counter() - started, 3)
-    return write_outputs(evaluation)
+    return evaluation
 
 
 def _check_names(section: EvalSection) -> None:
@@ -94,7 +108,8 @@ def _evaluate_model(evaluation: Evaluation, name: str, source: str, on_set: Call
     """Load one model, evaluate it on every set, let it go."""
     results = evaluation.results
     try:
-        model = load_model(name, source, evaluation.section, evaluation.world, evaluation.cache)
+        with together():
+            model = load_model(name, source, evaluation.section, evaluation.world, evaluation.cache)
     except (EvatoolError, OSError, RuntimeError) as error:
         if len(evaluation.section.models) == 1:
             raise
@@ -113,7 +128,7 @@ def _evaluate_model(evaluation: Evaluation, name: str, source: str, on_set: Call
         on_set()
 
 
-def _fetch(section: EvalSection, folders: dict[str, Path], sets: list) -> dict[str, Path]:
+def _fetch(section: EvalSection, folders: dict[str, Path], sets: list[SuiteSet]) -> dict[str, Path]:
     """Download the sets that are missing and have a copy on the hub; a download that fails fails its set later."""
     from huggingface_hub import snapshot_download
 
