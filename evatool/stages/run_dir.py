@@ -156,11 +156,26 @@ def open_run_dir(recipe: Recipe, options: RunOptions, rank: int = 0) -> RunDir:
         for note in path.glob("logs/rank_*.failed.json"):
             note.unlink()
         write_text(path / "resolved.toml", to_toml(recipe))
+        _warn_of_other_versions(path / "environment.json")
         write_json(path / "environment.json", environment(options.command))
         write_status(path, "running", None, None)
     run_dir.handlers.append(logs.add_file(run_dir.logs, rank))
     options.opened = run_dir
     return run_dir
+
+
+def _warn_of_other_versions(before: Path) -> None:
+    """Say so where a resumed run started with another Python or other packages: its numbers may differ a little."""
+    try:
+        old = json.loads(before.read_text(encoding="utf-8"))
+        packages = old["packages"] | {"python": old["python"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # a new run, or one that was killed before it could write this
+    now = {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()}
+    changed = [name for name in now if packages.get(name, now[name]) != now[name]]
+    differing = [f"{name} {packages[name]}, now {now[name]}" for name in changed]
+    if differing:
+        log.warning("this run was started with other versions: %s", "; ".join(differing))
 
 
 def run_path(recipe: Recipe, options: RunOptions) -> Path:

@@ -20,6 +20,7 @@ from evatool.data.loader import TrainLoader, build_train_loader
 from evatool.data.masking import MaskSpec
 from evatool.distributed.collectives import gather_objects
 from evatool.distributed.engine import Engine, build_engine, engine_kind
+from evatool.distributed.versions import check_versions
 from evatool.distributed.world import World, close_world, init_world
 from evatool.errors import RecipeError
 from evatool.model.clip import build_clip
@@ -78,6 +79,7 @@ def open_job(recipe: AnyTraining, options: RunOptions) -> Iterator[Job]:
     world = init_world()
     try:
         check_world_size(recipe, world.world_size)
+        check_versions()
         run_dir, newest = _open_folder(recipe, options, world)
         saved = None if newest is None else load_checkpoint(newest, is_verified=True)
         torch.manual_seed(recipe.train.seed)  # first weights; the same on every rank

@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from evatool.distributed.collectives import rank
 from evatool.distributed.held import HeldState
+from evatool.errors import CheckpointError, TransientError
 from evatool.train.state import SavedRun, TrainState, describe_groups
 from evatool.types import LossDict
 
@@ -176,6 +177,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+MAX_FAILED_SAVES = 3
+
+
 class Checkpoints(Hook):
     """Saves every `every_steps` steps, when the clock asks for it, when the run is stopped, and at its end.
 
@@ -183,11 +187,16 @@ class Checkpoints(Hook):
         save: writes a checkpoint (`checkpoint.save.save_run` with the run's own values bound); called on every rank
             with step, objective_state, optimizer_state (as held there), groups and train_state.
         every_steps: steps between two saves; only clock, stop and end when None.
-    Raises: CheckpointError, on every rank, where any of them could not save.
+    A save that fails on any rank (a full disk) is a warning, and is tried again after the next step: earlier
+    checkpoints are intact.
+
+    Raises: TransientError (exit code 76), on every rank, after `MAX_FAILED_SAVES` in a row; CheckpointError where the
+        last save of a run fails.
     """
 
     def __init__(self, save: Callable[..., Path], every_steps: int | None = None) -> None:
         self._save, self._every_steps = save, every_steps
+        self._failures = 0  # in a row
         self._saved_step: int | None = None
         self.latest: Path | None = None
 
@@ -199,17 +208,33 @@ class Checkpoints(Hook):
     def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
         # Not while a rollback is due: it goes back to a checkpoint from before the steps that were skipped.
         is_due = self._every_steps is not None and state.step % self._every_steps == 0
-        if is_due and state.step < trainer.num_steps and not trainer.rollback_reason:
-            self._write(trainer)
+        if (is_due or self._failures) and state.step < trainer.num_steps and not trainer.rollback_reason:
+            self._try_to_write(trainer)
 
     def on_save(self, trainer: Trainer) -> None:
-        self._write(trainer)
+        self._try_to_write(trainer)
 
     def on_stop(self, trainer: Trainer) -> None:
         self._write(trainer)
 
     def at_end(self, trainer: Trainer) -> None:
         self._write(trainer)
+
+    def _try_to_write(self, trainer: Trainer) -> None:
+        try:
+            self._write(trainer)
+        except CheckpointError as error:  # the same on every rank
+            self._failures += 1
+            if self._failures >= MAX_FAILED_SAVES:
+                raise TransientError(
+                    f"{self._failures} saves in a row failed; the last: {error.what}",
+                    where=error.where,
+                    expected=error.expected,
+                    fix=error.fix,
+                ) from error
+            log.warning("training goes on, and the save is tried again after the next step: %s", error)
+        else:
+            self._failures = 0
 
     def _write(self, trainer: Trainer) -> None:
         state, engine = trainer.state, trainer.engine

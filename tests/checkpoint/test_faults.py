@@ -252,3 +252,11 @@ def test_everything_is_on_the_disk_before_the_rename(save, monkeypatch, tmp_path
     folder = save(1).parent
     assert len(seen_at_rename) == 1
     assert folder.stat().st_ino in synced, "the rename itself is flushed too"
+
+
+def test_the_newest_is_by_step_whatever_the_clock_says(save, tmp_path, monkeypatch):
+    """R27: a clock that jumped back leaves newer checkpoints with older times."""
+    older, newest = save(1), save(2)
+    os.utime(older, (2_000_000_000, 2_000_000_000))
+    os.utime(newest, (1_000_000_000, 1_000_000_000))
+    assert latest_checkpoint(tmp_path) == newest
