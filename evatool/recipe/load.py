@@ -90,14 +90,23 @@ def find_recipes_dir() -> Path:
 
 
 def list_recipes() -> list[tuple[str, str, str]]:
-    """(name, stage, source of the figures) of every shipped recipe that a stage can run, by pipeline order and name."""
+    """(name, stage, source of the figures) of every shipped recipe that a stage can run.
+
+    The demo first, debug versions last, else by folder; in pipeline order within one.
+    """
     rows = []
     for path in sorted(find_recipes_dir().rglob("*.toml")):
         table = _read_layers(path, chain=()).table
         if "stage" in table:  # the pieces that recipes extend have none
             rows.append((recipe_name(path), str(table["stage"]), str(table.get("source", ""))))
     order = {name: i for i, name in enumerate(schema.RECIPES)}
-    return sorted(rows, key=lambda row: (row[0].rpartition("/")[0], order.get(row[1], len(order)), row[0]))
+    places = {"demo": 0, "debug": 2}
+
+    def place(row: tuple[str, str, str]) -> tuple[int, str, int, str]:
+        folder = row[0].rpartition("/")[0]
+        return places.get(row[0].partition("/")[0], 1), folder, order.get(row[1], len(order)), row[0]
+
+    return sorted(rows, key=place)
 
 
 def is_recipe(source: str | Path) -> bool:
