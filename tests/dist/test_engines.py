@@ -15,9 +15,11 @@ from toy_run import ToyLoader, ToyObjective, make_trainer, toy_engine, toy_group
 
 from evatool.checkpoint.load import load_checkpoint
 from evatool.checkpoint.save import save_run
+from evatool.distributed import versions
 from evatool.distributed.collectives import all_reduce_mean, rank, world_size
 from evatool.distributed.engine import Engine
-from evatool.errors import CheckpointError, NumericalError, Preempted
+from evatool.distributed.versions import own_versions
+from evatool.errors import NumericalError, Preempted, TransientError, UsageError
 from evatool.tensorfile import SafetensorsMap
 from evatool.train.guards import NonFiniteGuard
 from evatool.train.hooks import Hook
@@ -62,8 +64,10 @@ def run_cell(kind: str, zero_stage: int, bad_step: int | None = BAD_STEP, optim_
 
 def run_cells(cells: list[tuple[str, int]], extensions: Path, optim_kind: str) -> list[Outcome]:
     os.environ |= {"PATH": "", "TORCH_EXTENSIONS_DIR": str(extensions)}  # no compiler is found, and none is missed
+    os.chdir(extensions.parent)
     outcomes = [run_cell(*cell, optim_kind=optim_kind) for cell in cells]
     assert not extensions.exists(), "DeepSpeed compiled something"
+    assert not list(extensions.parent.iterdir()), "no rank writes a configuration into the working folder"
     streams = [handler.stream for handler in logging.getLogger("DeepSpeed").handlers]
     assert streams == [sys.stderr], "stdout belongs to the command's result"
     return outcomes
@@ -129,13 +133,17 @@ def save_and_resume(
     return losses
 
 
-@pytest.mark.parametrize("optim_kind", ["adamw", pytest.param("lamb", marks=pytest.mark.slow)])
-def test_any_engine_resumes_any_other(run_on_ranks, optim_kind, tmp_path):
+@pytest.mark.parametrize(
+    ("optim_kind", "num_ranks"),
+    [("adamw", 2), pytest.param("lamb", 2, marks=pytest.mark.slow), pytest.param("adamw", 4, marks=pytest.mark.slow)],
+)
+def test_any_engine_resumes_any_other(run_on_ranks, optim_kind, num_ranks, tmp_path):
     torch.manual_seed(0)
     objective = ToyObjective(dropout=0.0, has_projection=True)
     groups = toy_groups(objective)
     whole, _ = train(toy_engine(objective, groups, optim=toy_optim(kind=optim_kind)), groups, 0, NUM_STEPS)
-    for answer in run_on_ranks(save_and_resume, 2, tmp_path, CELLS[::2], CELLS, optim_kind):
+    writers = CELLS[1::2] if num_ranks == 2 else CELLS  # every way to hold a state: divided by rows, by groups, by both
+    for answer in run_on_ranks(save_and_resume, num_ranks, tmp_path, writers, CELLS, optim_kind, timeout_sec=300):
         for losses in answer:
             assert losses == pytest.approx(whole[3:], rel=1e-5)
     # And across world sizes: what two ranks wrote, one process resumes.
@@ -173,8 +181,8 @@ def fail_to_save(folder: Path) -> str:
     os.fsync = lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space left"))  # this process only
     try:
         trainer.fit()
-    except CheckpointError as error:
-        return error.what
+    except TransientError as error:
+        return f"{int(error.exit_code)} after step {trainer.state.step}: {error.what}"
     return "saved"
 
 
@@ -204,8 +212,25 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(run_on_ranks, tmp_pa
 
 def test_a_full_disk_on_rank_0_ends_all_ranks(run_on_ranks, tmp_path):
     first, second = run_on_ranks(fail_to_save, 2, tmp_path)
-    assert first.startswith("the disk is full: step_00000005 could not be saved by rank 0")
+    assert first.startswith("76 after step 7: 3 saves in a row failed; the last: the disk is full")
+    assert "step_00000007 could not be saved by rank 0" in first
     assert second == first
+
+
+def odd_versions() -> str:
+    if rank() == 1:
+        versions.own_versions = lambda: own_versions() | {"torch": "1.13.0"}
+    try:
+        versions.check_versions()
+    except UsageError as error:
+        return error.what
+    return "the same"
+
+
+def test_ranks_with_other_versions_are_named_and_refused(run_on_ranks):
+    for answer in run_on_ranks(odd_versions, 3):
+        assert answer.startswith("1 of 3 ranks run other versions: rank 1 on ")
+        assert f"torch 1.13.0 (rank 0: {torch.__version__})" in answer
 
 
 def test_bad_values_on_one_rank_end_all_ranks(run_on_ranks, tmp_path):
