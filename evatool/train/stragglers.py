@@ -32,7 +32,7 @@ class Stragglers(Hook):
 
     every = 25
 
-    def __init__(self, factor: float = 1.5, least_sec: float = 0.005) -> None:
+    def __init__(self, factor: float = 1.5, least_sec: float = 0.05) -> None:
         self._factor, self._least_sec = factor, least_sec
 
     def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
