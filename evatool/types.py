@@ -46,7 +46,9 @@ class Batch:
             caption_id=move(self.caption_id),
             mask=move(self.mask),
             teacher_image=move(self.teacher_image),
-            extras=None if self.extras is None else {name: t.to(device, non_blocking=True) for name, t in self.extras.items()},
+            extras=None
+            if self.extras is None
+            else {name: t.to(device, non_blocking=True) for name, t in self.extras.items()},
         )
 
     def pin_memory(self) -> Batch:

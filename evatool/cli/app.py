@@ -17,6 +17,7 @@ from evatool.cli.recipe import recipe_app
 from evatool.cli.suites import suites_app
 from evatool.errors import ExitCode
 
+
 class _PipelineOrder(typer.core.TyperGroup):
     """Typer lists groups of commands last; `recipe` belongs beside `demo`, before what only looks at results."""
 

@@ -82,8 +82,8 @@ class TrainingRecipe(Section):
     def _offload_has_its_optimizer(self) -> TrainingRecipe:
         if self.engine.offload != "none" and self.optim.kind != "adamw":
             raise ValueError(
-                f'engine.offload = "{self.engine.offload}" works with AdamW only, but optim.kind = "{self.optim.kind}": '
-                'set engine.offload = "none", or divide more with engine.zero_stage = 3 or engine.kind = "fsdp2"'
+                f'engine.offload = "{self.engine.offload}" works with AdamW only, but '
+                f'optim.kind = "{self.optim.kind}": set engine.offload = "none", or divide more with engine.zero_stage = 3 or engine.kind = "fsdp2"'
             )
         return self
 

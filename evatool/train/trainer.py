@@ -210,7 +210,8 @@ class Trainer:
                 "back",
             )
         state = self.state = resume_from(saved, self.engine, self.groups)
-        jumped = {"from_step": before.step, "to_step": state.step, "jumped_over": [state.position, before.position]}
+        jumped_over = [state.position, before.position]
+        jumped = {"from_step": before.step, "to_step": state.step, "jumped_over": jumped_over}
         state.rollbacks = [*before.rollbacks, {**jumped, "reason": reason}]
         state.position, state.train_sec = before.position, before.train_sec
         self.loader.position = state.position
@@ -219,7 +220,7 @@ class Trainer:
             "%s: back to the checkpoint of step %d; samples %d to %d are jumped over",
             reason,
             state.step,
-            *jumped["jumped_over"],
+            *jumped_over,
         )
         for hook in self.hooks:
             hook.load(saved, self)

@@ -65,7 +65,10 @@ def test_what_cannot_be_read_is_a_usage_error(train_clip: Path, text: str) -> No
     [
         ("train.seed=yes", '--set: train.seed = "yes": expected a whole number'),
         ("train.seed.x=1", "--set: train.seed = { x = 1 }: expected a whole number"),
-        ("train.precision=bf61", '--set: train.precision = "bf61": expected "fp32", "bf16" or "fp16"; did you mean "bf16"?'),
+        (
+            "train.precision=bf61",
+            '--set: train.precision = "bf61": expected "fp32", "bf16" or "fp16"; did you mean "bf16"?',
+        ),
         ("optim.eps=inf", "--set: optim.eps = inf: expected a finite number"),
         ("train.samples_sen=1", "--set: train.samples_sen = 1: unknown key; did you mean train.samples_seen?"),
     ],
