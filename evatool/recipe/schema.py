@@ -83,7 +83,8 @@ class TrainingRecipe(Section):
         if self.engine.offload != "none" and self.optim.kind != "adamw":
             raise ValueError(
                 f'engine.offload = "{self.engine.offload}" works with AdamW only, but '
-                f'optim.kind = "{self.optim.kind}": set engine.offload = "none", or divide more with engine.zero_stage = 3 or engine.kind = "fsdp2"'
+                f'optim.kind = "{self.optim.kind}": set engine.offload = "none", or divide more with '
+                'engine.zero_stage = 3 or engine.kind = "fsdp2"'
             )
         return self
 
