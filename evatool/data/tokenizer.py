@@ -7,11 +7,13 @@ cleaned as open_clip cleans it.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
+from array import array
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import chain, pairwise, repeat
+from itertools import pairwise, repeat
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,16 @@ bytes, so that the memories of a process stay below 200 MB, with English caption
 
 _LONGEST_WORD = 64  # characters; longer ones (addresses, scripts without spaces) rarely come again
 _NO_MERGE = 2**31
+_ID_BYTES = np.dtype(np.int64).itemsize
+_JOINERS = dict.fromkeys(map(ord, "\u200b\u200c\u200d"))  # within words of many scripts; cleaning keeps them
+
+_LOCAL_BADNESS = "9dcc0f2ac90d9ae3c85eb7b9b2c0b8a8e8126153847c2b30c91a0bb263f3b8c4"
+"""SHA-256 of the pattern by which ftfy 6.3 knows badly decoded text. In text whose only white space are spaces a match
+holds letters of one word, the spaces beside it and, before a lone `Ã` or `Â`, the last letter of the word before.
+The one exception begins with `_SPLIT_MOJIBAKE`. For another pattern nothing of the kind is known: then whole captions
+are searched."""
+
+_SPLIT_MOJIBAKE = "\u0413\u045e\u0412\u0402\u0412"
 
 # B captions, L context length
 
@@ -57,105 +69,90 @@ class ClipTokenizer:
         self.vocab_size: int = reference.vocab_size
         self.decode: Callable[[Sequence[int]], str] = reference.decode
         self._clean: Callable[[str], str] = reference.clean_fn
+        self._sot, self._eot = _packed([self.sot_token_id]), _packed([self.eot_token_id])
         self._pieces = _Pieces(reference)
-        self._cleaned = _Cleaned(reference.pat.findall, self._pieces)
-        self._sound = _Sound(self._cleaned)
+        self._sound = _Sound(self._pieces.encode)
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
         """Ids (B, L) int64, zero-padded after the end-of-text token."""
         texts = [texts] if isinstance(texts, str) else texts
         length = context_length or self.context_length
-        rows = np.zeros((len(texts), length), dtype=np.int64)
-        for row, text in zip(rows, texts, strict=True):
-            ids = [self.sot_token_id, *self.encode(text), self.eot_token_id]
-            if len(ids) > length:
-                del ids[length:]
-                ids[-1] = self.eot_token_id
-            row[: len(ids)] = ids
-        return torch.from_numpy(rows)
+        num_bytes = _ID_BYTES * length
+        rows = bytearray()
+        for text in texts:
+            row = self._sot + self._encode(text) + self._eot
+            if len(row) > num_bytes:
+                row = row[: num_bytes - _ID_BYTES] + self._eot
+            rows += row.ljust(num_bytes, b"\0")
+        return torch.from_numpy(np.ndarray((len(texts), length), np.int64, rows))
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text of any length, without the tokens of its start and end."""
-        # No token reaches over a space, nor does a repair of printable text, but for the search for badly decoded text.
-        if text.isprintable():
+        ids: list[int] = np.frombuffer(self._encode(text), np.int64).tolist()
+        return ids
+
+    def _encode(self, text: str) -> bytes:
+        # No token reaches over a space, nor does a repair of printable text that is nowhere suspicious.
+        if text.isprintable() or text.translate(_JOINERS).isprintable():
             try:
-                return list(chain.from_iterable(map(self._sound.__getitem__, text.split())))
-            except _MayNeedRepair as doubt:
-                if doubt.is_sound_unless_bad and not self._sound.is_bad(text):
-                    ids = self._sound.ids_unless_bad(text.split())
-                    if ids is not None:
-                        return ids
-        return list(chain.from_iterable(map(self._cleaned.__getitem__, self._clean(text).split())))
+                return b"".join(map(self._sound.__getitem__, text.split()))
+            except _MayNeedRepair:
+                pass
+        return self._pieces.encode(self._clean(text))
+
+
+def _packed(ids: Sequence[int]) -> bytes:
+    return array("q", ids).tobytes()  # as numpy's int64 has them
 
 
 class _MayNeedRepair(Exception):
-    """A word is not known to stay as it is.
+    """A word is not known to be repaired alone as it is among others."""
+
+
+class _Sound(dict[str, bytes]):
+    """Ids by word as it stands in a caption, for words that open_clip's cleaning treats alone as among others.
+
+    Such a word has no `&` (nothing to unescape), is in normal form C before and after what ftfy does to each of its
+    characters, and does not look badly decoded beside any other word: then ftfy repairs characters one by one.
 
     Args:
-        is_sound_unless_bad: it does stay as it is unless ftfy takes the text around it for badly decoded.
-    """
-
-    def __init__(self, is_sound_unless_bad: bool) -> None:
-        self.is_sound_unless_bad = is_sound_unless_bad
-
-
-class _Sound(dict[str, tuple[int, ...]]):
-    """Ids by printable word as it stands in a caption, for words that cleaning only puts into lower case.
-
-    Such a word has no `&` (nothing to unescape), is in normal form C, and ftfy changes none of its characters alone.
-    ftfy changes characters together only in text that `ftfy.badness.is_bad` finds; words with characters that its
-    pattern names are kept apart.
-
+        encode: ids of a cleaned text.
     Raises on look-up: _MayNeedRepair.
     """
 
-    def __init__(self, cleaned: _Cleaned) -> None:
+    def __init__(self, encode: Callable[[str], bytes]) -> None:
         super().__init__()
-        from ftfy import badness, fix_text
+        from ftfy import badness
 
-        self._fix_text, self.is_bad = fix_text, badness.is_bad
-        self._cleaned = cleaned
-        self._unless_bad: dict[str, tuple[int, ...]] = {}
+        self._encode, self._is_bad = encode, badness.is_bad
+        self._is_local = hashlib.sha256(badness.BADNESS_RE.pattern.encode()).hexdigest() == _LOCAL_BADNESS
         self._named = _characters_named(badness.BADNESS_RE.pattern)
-        self._is_kept: dict[str, bool] = {}  # by character
+        self._fixed = _Fixed()
 
-    def __missing__(self, word: str) -> tuple[int, ...]:
-        is_named = not self._named.isdisjoint(word)
-        if is_named and word in self._unless_bad:
-            raise _MayNeedRepair(True)
-        if not self._needs_no_repair(word):
-            raise _MayNeedRepair(False)
-        ids = self._cleaned[word.lower()]
-        _remember(self._unless_bad if is_named else self, word, ids)
-        if is_named:
-            raise _MayNeedRepair(True)
+    def __missing__(self, word: str) -> bytes:
+        fixed = word
+        if word.isascii():
+            if "&" in word:
+                raise _MayNeedRepair
+        else:
+            fixed = word.translate(self._fixed)
+            if not self._is_sound(word) or (fixed != word and not self._is_final(fixed)):
+                raise _MayNeedRepair
+        ids = self._encode(fixed.lower())
+        _remember(self, word, ids)
         return ids
 
-    def ids_unless_bad(self, words: list[str]) -> list[int] | None:
-        """Ids of the words of a text that is not badly decoded; None where one may need repair nevertheless."""
-        known = self._unless_bad
-        try:
-            return list(chain.from_iterable(map(known.__getitem__, words)))
-        except KeyError:
-            pass  # some are learned now, sound ones among them
-        for word in words:
-            if word not in known:
-                if not self._needs_no_repair(word):
-                    return None
-                _remember(known, word, self._cleaned[word.lower()])
-        return list(chain.from_iterable(known[w] if w in known else self._cleaned[w.lower()] for w in words))
+    def _is_final(self, word: str) -> bool:
+        """True if a second pass changes nothing, and the word is still one."""
+        return self._is_sound(word) and " " not in word and word.translate(self._fixed) == word
 
-    def _needs_no_repair(self, word: str) -> bool:
-        if "&" in word:
+    def _is_sound(self, word: str) -> bool:
+        if "&" in word or not unicodedata.is_normalized("NFC", word):
             return False
-        if word.isascii():
+        if self._named.isdisjoint(word):
             return True
-        return unicodedata.is_normalized("NFC", word) and all(map(self._stays, word))
-
-    def _stays(self, character: str) -> bool:
-        if character not in self._is_kept:
-            self._is_kept[character] = self._fix_text(character) == character
-        return self._is_kept[character]
+        # With what other words can add to a match: see `_LOCAL_BADNESS`.
+        return self._is_local and _SPLIT_MOJIBAKE not in word and not self._is_bad(f"a {word} ")
 
 
 def _characters_named(pattern: str) -> frozenset[str]:
@@ -166,42 +163,51 @@ def _characters_named(pattern: str) -> frozenset[str]:
     return frozenset(named)
 
 
-class _Cleaned(dict[str, tuple[int, ...]]):
-    """Ids by word of a cleaned text.
+class _Fixed(dict[int, str]):
+    """What ftfy makes, in one pass of its steps, of a character where nothing looks badly decoded."""
 
-    Args:
-        find_pieces: divides a word, as open_clip's pattern does.
-        pieces: ids of those.
-    """
-
-    def __init__(self, find_pieces: Callable[[str], list[str]], pieces: _Pieces) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._find_pieces, self._pieces = find_pieces, pieces
+        from ftfy import fixes
 
-    def __missing__(self, word: str) -> tuple[int, ...]:
-        ids = tuple(chain.from_iterable(map(self._pieces.__getitem__, self._find_pieces(word))))
-        _remember(self, word, ids)
-        return ids
+        self._steps = (
+            fixes.fix_latin_ligatures,
+            fixes.fix_character_width,
+            fixes.uncurl_quotes,
+            fixes.remove_control_chars,
+        )
+
+    def __missing__(self, codepoint: int) -> str:
+        fixed = chr(codepoint)
+        for step in self._steps:
+            fixed = step(fixed)
+        self[codepoint] = fixed
+        return fixed
 
 
-class _Pieces(dict[str, tuple[int, ...]]):
+class _Pieces(dict[str, bytes]):
     """Ids by piece of a word: letters, one digit, or other signs.
 
     Args:
-        reference: open_clip's tokenizer, for its vocabulary and merges.
+        reference: open_clip's tokenizer, for its pattern, vocabulary and merges.
     """
 
     def __init__(self, reference: Any) -> None:
         super().__init__()
         encoder, letters = reference.encoder, reference.byte_encoder
+        self._find_pieces: Callable[[str], list[str]] = reference.pat.findall
         self._bytes = [encoder[letters[byte]] for byte in range(256)]
         self._last_bytes = [encoder[letters[byte] + "</w>"] for byte in range(256)]
         self._ranks = {(encoder[a], encoder[b]): rank for (a, b), rank in reference.bpe_ranks.items()}
         self._merged = [encoder[a + b] for a, b in reference.bpe_ranks]
-        self._special = {token: (encoder[token],) for token in ("<start_of_text>", "<end_of_text>")}
+        self._special = {token: _packed([encoder[token]]) for token in ("<start_of_text>", "<end_of_text>")}
 
-    def __missing__(self, piece: str) -> tuple[int, ...]:
-        ids = self._special.get(piece) or tuple(self._merge(piece.encode("utf-8")))
+    def encode(self, text: str) -> bytes:
+        """Ids of a cleaned text."""
+        return b"".join(map(self.__getitem__, self._find_pieces(text)))
+
+    def __missing__(self, piece: str) -> bytes:
+        ids = self._special.get(piece) or _packed(self._merge(piece.encode("utf-8")))
         _remember(self, piece, ids)
         return ids
 
@@ -227,7 +233,7 @@ class _Pieces(dict[str, tuple[int, ...]]):
         return ids
 
 
-def _remember(memory: dict[str, tuple[int, ...]], word: str, ids: tuple[int, ...]) -> None:
+def _remember(memory: dict[str, bytes], word: str, ids: bytes) -> None:
     if len(memory) >= MAX_WORDS:
         memory.clear()
     if len(word) <= _LONGEST_WORD:

@@ -6,6 +6,7 @@ import gzip
 import importlib.util
 import json
 import random
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import ftfy
 import pytest
 import torch
-from ftfy.badness import is_bad
+from ftfy.badness import BADNESS_RE, is_bad
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -120,15 +121,61 @@ def test_any_text(words: list[str], between: str) -> None:
     assert SHARED.encode(text) == reference().encode(text)
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.text(LETTERS, max_size=40))
-def test_only_named_characters_can_look_badly_decoded(text: str) -> None:
-    """What the tokenizer relies on when it does not ask ftfy about a whole text."""
-    named = SHARED._sound._named
-    rest = "".join(c for c in text if c not in named and c.isprintable())
-    assert not is_bad(rest)
-    if rest and all(ftfy.fix_text(word) == word for word in rest.split()) and "&" not in rest:
-        assert ftfy.fix_text(rest) == rest
+SUSPICIOUS = sorted(SHARED._sound._named)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.text(st.sampled_from([*SUSPICIOUS, *"ÂÃœŒ" * 20, *"aZ.1_"]), max_size=4), max_size=4))
+@example(["a", "Ã", "x"])
+@example(["Â", "x"])
+@example(["x", "À€"])
+@example(["œ", "a"])
+@example(["ГўВЂВ", "a"])
+@example(["ГўВЂВ—", "a"])
+def test_badly_decoded_text_is_seen_word_by_word(words: list[str]) -> None:
+    text = " ".join(words)
+    if text.isprintable() and is_bad(text):
+        assert not all(map(SHARED._sound._is_sound, text.split()))
+
+
+def test_matches_of_the_search_for_badly_decoded_text_are_local() -> None:
+    """By the grammar of ftfy's pattern: white space only at an end of a match, apart from two known cases."""
+    alternatives = re.sub(r"(?m)^ *#.*$", "", BADNESS_RE.pattern).split("\n    |\n")
+    alternatives = [a for whole in alternatives for a in re.split(r"(?<=\]) *\n *\| *\n", whole)]
+    assert len(alternatives) > 30
+    inner = []
+    for alternative in alternatives:
+        items = re.findall(r"\[\^?[^]]*\]\??|\\s\??|\\w|\^|[^\s]", alternative)
+        can_be_space = [
+            bool(re.fullmatch(item.rstrip("?") if len(item) > 1 else item, " ")) for item in items if item != "^"
+        ]
+        if any(can_be_space[1:-1]):
+            inner.append("".join(items))
+    assert inner == ["ГўВЂВ.[A-Za-z ]", r"[a-z]\s?[ÃÂ][ ]"]
+
+
+def test_another_pattern_is_not_taken_for_local(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_module, "_LOCAL_BADNESS", "that of another version of ftfy")
+    tokenizer = ClipTokenizer()
+    assert_equal_ids(CAPTIONS, tokenizer)
+    assert "größe" not in tokenizer._sound
+    assert "penguin" in tokenizer._sound
+
+
+def test_captions_with_accents_quotes_and_joiners_are_repaired_word_by_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = ClipTokenizer()
+    captions = [
+        "l’été d’un garçon",
+        "“größer”, „schön“",
+        "ﬁn ｆｕｌｌ",
+        "زیست\u200cشناسی می\u200cروم",
+        "ob’ekt — П’ять",
+        "café",
+    ]
+    assert_equal_ids(captions, tokenizer)
+    monkeypatch.setattr(tokenizer, "_clean", lambda text: pytest.fail(f"{text!r} was cleaned as a whole"))
+    for caption in captions:
+        tokenizer.encode(caption)
 
 
 def test_badly_decoded_text_goes_the_long_way() -> None:
@@ -147,7 +194,7 @@ def test_memories_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for start in range(0, len(words), 7):
         text = " ".join(words[start : start + 7])
         assert tokenizer.encode(text) == reference().encode(text)
-        memories = (tokenizer._sound, tokenizer._sound._unless_bad, tokenizer._cleaned, tokenizer._pieces)
+        memories = (tokenizer._sound, tokenizer._pieces)
         assert all(len(memory) <= 10 for memory in memories)
         assert all(len(word) <= 64 for memory in memories for word in memory)
 
