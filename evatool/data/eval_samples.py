@@ -45,6 +45,10 @@ class Samples(Protocol):
         """File that holds the picture."""
         ...
 
+    def close(self) -> None:
+        """Let go of open files; reading opens them again."""
+        ...
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of keys, picture sizes and labels."""
@@ -71,8 +75,7 @@ class TarSamples:
         return self._reader.extensions(i)
 
     def picture(self, i: int) -> bytes:
-        own = next(e for e in PICTURE_MEMBERS if e in self._reader.extensions(i))
-        return self._member(i, own)
+        return self._member(i, self._picture_member(i))
 
     def label(self, i: int) -> int:
         text = self._member(i, "cls")
@@ -103,12 +106,20 @@ class TarSamples:
         digest = hashlib.sha256(self._kind.encode())
         for i, key in enumerate(self.keys):
             members = self._reader.read(i, ("cls", "txt"))
-            digest.update(f"{key} {len(self.picture(i))} ".encode() + b" ".join(members.values()) + b"\n")
+            size = self._reader.size(i, self._picture_member(i))
+            digest.update(f"{key} {size} ".encode() + b" ".join(members.values()) + b"\n")
         return digest.hexdigest()
 
     @property
     def stamp(self) -> str:
         return stamp_of(self.fingerprint, self._tars)
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def _picture_member(self, i: int) -> str:
+        own = self._reader.extensions(i)
+        return next(extension for extension in PICTURE_MEMBERS if extension in own)
 
     def _member(self, i: int, extension: str) -> bytes:
         try:
@@ -149,6 +160,9 @@ class FileSamples:
 
     def where(self, i: int) -> str:
         return str(self.paths[i])
+
+    def close(self) -> None:
+        """No file stays open."""
 
     @cached_property
     def fingerprint(self) -> str:

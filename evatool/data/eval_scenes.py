@@ -60,6 +60,9 @@ class SceneSamples:
     def where(self, i: int) -> str:
         return self.source.where(int(self._members[i][0]))
 
+    def close(self) -> None:
+        self.source.close()
+
     @property
     def fingerprint(self) -> str:
         about = f"{self.source.fingerprint} {self.side} {self.seed} {self.cell} {_WHITE}"

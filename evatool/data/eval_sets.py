@@ -6,9 +6,10 @@ ranks, and they hand members to a decoder that unpickles. What they read is read
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -113,23 +114,44 @@ class EvalLoader:
         return math.ceil(most_pictures / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
+        for decoded, targets in self._decoded(None):
+            yield torch.stack([picture for _, picture in decoded if picture is not None]), targets
+
+    def unknown(self, known: Container[bytes]) -> Iterator[tuple[list[bytes], dict[bytes, Tensor], Any]]:
+        """As iterating, but pictures in `known` are not decoded.
+
+        Args:
+            known: digests of encoded pictures; what is in it stays in it.
+        Yields: (B digests, the pictures (3, S, S) of those that were not known when they were read, B targets).
+        """
+        for decoded, targets in self._decoded(known):
+            yield [digest for digest, _ in decoded], {d: p for d, p in decoded if p is not None}, targets
+
+    def _decoded(self, known: Container[bytes] | None) -> Iterator[tuple[list[tuple[bytes, Tensor | None]], Any]]:
         batches = [self.indices[i : i + self.batch_size] for i in range(0, len(self.indices), self.batch_size)]
         with ThreadPoolExecutor(self.num_threads, thread_name_prefix="decode") as pool:
-            ahead: list[Future[Tensor]] = self._submit(pool, batches[0]) if batches else []
+            ahead = self._submit(pool, batches[0], known) if batches else []
             try:
                 for batch, following in zip(batches, [*batches[1:], None], strict=True):
-                    current, ahead = ahead, [] if following is None else self._submit(pool, following)
-                    yield torch.stack([future.result() for future in current]), self._targets(batch)
+                    current, ahead = ahead, [] if following is None else self._submit(pool, following, known)
+                    yield [future.result() for future in current], self._targets(batch)
             finally:
                 for future in ahead:
                     future.cancel()
 
-    def _submit(self, pool: ThreadPoolExecutor, batch: np.ndarray) -> list[Future[Tensor]]:
-        return [pool.submit(self._decode, int(i)) for i in batch]
+    def _submit(
+        self, pool: ThreadPoolExecutor, batch: np.ndarray, known: Container[bytes] | None
+    ) -> list[Future[tuple[bytes, Tensor | None]]]:
+        return [pool.submit(self._decode, int(i), known) for i in batch]
 
-    def _decode(self, i: int) -> Tensor:
+    def _decode(self, i: int, known: Container[bytes] | None) -> tuple[bytes, Tensor | None]:
+        """Digest of the encoded picture (empty where none is asked for), and the picture unless it is known."""
+        data = self.samples.picture(i)
+        digest = b"" if known is None else hashlib.blake2b(data, digest_size=20).digest()
+        if known is not None and digest in known:
+            return digest, None
         try:
-            return self.transform(self.samples.picture(i))
+            return digest, self.transform(data)
         except BadPicture as err:
             raise _unreadable(self.name, self.samples, i, err) from err
 

@@ -243,6 +243,11 @@ class TarReader:
         shard, number = self._locate(i)
         return [extension for extension, _ in self._tables[shard].members(number)]
 
+    def size(self, i: int, extension: str) -> int:
+        """Bytes of a member of sample i."""
+        shard, number = self._locate(i)
+        return dict(self._tables[shard].members(number))[extension].size
+
     def read(self, i: int, extensions: Iterable[str] | None = None) -> dict[str, bytes]:
         """Members of sample i by extension; only those in `extensions` where given and present.
 
@@ -268,10 +273,14 @@ class TarReader:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
 
+    def close(self) -> None:
+        """Let go of the tars; a later read opens them again."""
+        own = [key for key in getattr(self, "_files", {}) if key[0] == os.getpid()]
+        for key in own:
+            os.close(self._files.pop(key))
+
     def __del__(self) -> None:
-        for (process, _), handle in getattr(self, "_files", {}).items():
-            if process == os.getpid():
-                os.close(handle)
+        self.close()
 
     def _handle(self, shard: int) -> int:
         key = (os.getpid(), shard)

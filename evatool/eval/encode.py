@@ -40,6 +40,25 @@ class Encoding:
     in_step: bool = False
 
 
+class ImageMemory(dict[bytes, Tensor]):
+    """Unit features (E,) of pictures by digest, of one model and transform: sets that share pictures share the work.
+
+    Args:
+        limit: bytes of features; what would go beyond it is not kept, and nothing is ever dropped.
+    """
+
+    def __init__(self, limit: int = 2**28) -> None:
+        super().__init__()
+        self._left = limit
+
+    def take(self, rows: dict[bytes, Tensor]) -> None:
+        """Keep the rows of a batch, all or none."""
+        size = sum(row.nbytes for row in rows.values())
+        if size <= self._left:
+            self._left -= size
+            self.update(rows)
+
+
 def text_batches(
     model: ClipModel, tokenizer: Tokenizer, texts: Sequence[str], how: Encoding, *, where: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -70,13 +89,31 @@ def encode_texts(model: ClipModel, tokenizer: Tokenizer, texts: Sequence[str], h
 
 
 def image_batches(
-    model: ClipModel, loader: Iterable[tuple[Tensor, Any]], how: Encoding, *, where: str
+    model: ClipModel,
+    loader: Iterable[tuple[Tensor, Any]],
+    how: Encoding,
+    *,
+    where: str,
+    check: Callable[[Any], None] | None = None,
+    memory: ImageMemory | None = None,
 ) -> Iterator[tuple[Tensor, Any]]:
-    """This rank's batches as (unit features (B, E) float32 on the model's device, what the loader says of them)."""
+    """This rank's batches as (unit features (B, E) float32 on the model's device, what the loader says of them).
+
+    Args:
+        check: called with what the loader says of a batch before the model runs.
+        memory: features of pictures this model has seen; they are neither decoded nor encoded again. Not used where
+            ranks work in step, nor with loaders that give no digests.
+    """
+    unknown = getattr(loader, "unknown", None)
+    if memory is not None and unknown is not None and not how.in_step:
+        yield from _remembered_batches(model, unknown(memory), how, where, check, memory)
+        return
     shape: torch.Size | None = None
     done = 0
     with torch.no_grad():
         for pictures, targets in loader:
+            if check:
+                check(targets)
             shape = pictures.shape
             yield unit(model.encode_image(pictures.to(how.device, non_blocking=True)), where, "image features"), targets
             done += 1
@@ -84,6 +121,28 @@ def image_batches(
         for _ in range(missing):  # a rank may have one batch less than another, or none where the set is tiny
             side = shape[-1] if shape else getattr(getattr(loader, "transform", None), "size", 1)
             model.encode_image(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=how.device))
+
+
+def _remembered_batches(
+    model: ClipModel,
+    batches: Iterable[tuple[list[bytes], dict[bytes, Tensor], Any]],
+    how: Encoding,
+    where: str,
+    check: Callable[[Any], None] | None,
+    memory: ImageMemory,
+) -> Iterator[tuple[Tensor, Any]]:
+    with torch.no_grad():
+        for digests, decoded, targets in batches:
+            if check:
+                check(targets)
+            new = {digest: picture for digest, picture in decoded.items() if digest not in memory}
+            rows: dict[bytes, Tensor] = {}
+            if new:
+                pictures = torch.stack(list(new.values())).to(how.device, non_blocking=True)
+                rows = dict(zip(new, unit(model.encode_image(pictures), where, "image features").cpu(), strict=True))
+            features = torch.stack([rows[digest] if digest in rows else memory[digest] for digest in digests])
+            memory.take(rows)
+            yield features.to(how.device), targets
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor
 from evatool.errors import DataError
 from evatool.eval.answers import ScoreResult
 from evatool.eval.classifier import TensorStore
-from evatool.eval.encode import Encoding, gather_arrays, gather_rows, image_batches, own_numbers, together
+from evatool.eval.encode import Encoding, ImageMemory, gather_arrays, gather_rows, image_batches, own_numbers, together
 from evatool.eval.sets import ClipModel, EvaluationSet
 
 # N samples, E embedding, C classes
@@ -27,6 +27,7 @@ def image_features(
     *,
     store: TensorStore | None,
     key: str,
+    memory: ImageMemory | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Unit features (N, E) float32 and labels (N,) int64 of a set, on the CPU; every rank must call it.
@@ -34,13 +35,14 @@ def image_features(
     Args:
         store: of this model's weights, arithmetic and transform; None to keep nothing.
         key: changes whenever a file of the set does.
+        memory: features of pictures seen in other sets, see `image_batches`.
     """
     if store is not None and (kept := store.get(key)) is not None:
         return kept[:, :-1].float().contiguous(), kept[:, -1].long()
     rows: list[Tensor] = []
     labels: list[NDArray[Any]] = []
     with together():
-        for features, target in image_batches(model, eval_set.loader, how, where=eval_set.name):
+        for features, target in image_batches(model, eval_set.loader, how, where=eval_set.name, memory=memory):
             rows.append(features.cpu())
             labels.append(target.numpy())
             if on_batch:

@@ -18,7 +18,7 @@ from torch import Tensor
 from evatool.distributed.collectives import gather_objects
 from evatool.errors import DataError
 from evatool.eval.answers import Direction, RetrievalResult
-from evatool.eval.encode import Encoding, encode_texts, gather_rows, image_batches, own_numbers, together
+from evatool.eval.encode import Encoding, ImageMemory, encode_texts, gather_rows, image_batches, own_numbers, together
 from evatool.eval.ranks import ranks_both_ways
 from evatool.eval.sets import ClipModel, EvaluationSet
 
@@ -59,12 +59,14 @@ def encode_pairs(
     device: str = "cpu",
     trim_text: bool = False,
     in_step: bool = False,
+    memory: ImageMemory | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> PairFeatures:
     """Features of all pictures and of each distinct caption once; every rank must call it and gets all of them.
 
     Args:
         trim_text, in_step: see `Encoding`.
+        memory: features of pictures seen in other sets, see `image_batches`.
     Raises:
         DataError: no samples, or a picture without a caption.
         NumericalError: features that are not finite.
@@ -73,7 +75,7 @@ def encode_pairs(
     images: list[Tensor] = []
     captions: list[list[str]] = []
     with together():
-        for features, own in image_batches(model, eval_set.loader, how, where=eval_set.name):
+        for features, own in image_batches(model, eval_set.loader, how, where=eval_set.name, memory=memory):
             images.append(features.cpu())
             captions += [list(of_picture) for of_picture in own]
             if on_batch:

@@ -126,6 +126,7 @@ def _evaluate_model(evaluation: Evaluation, name: str, source: str, on_set: Call
             kind = "" if isinstance(error, EvatoolError) else f"{type(error).__name__}: "
             results.failures.append(Failure(name, entry.name, f"{kind}{error}"))
         on_set()
+    evaluation.pictures.pop(name, None)
 
 
 def _fetch(section: EvalSection, folders: dict[str, Path], sets: list[SuiteSet]) -> dict[str, Path]:

@@ -18,7 +18,7 @@ from evatool.errors import DataError, EvatoolError
 from evatool.eval.answers import DIRECTIONS, Answers, ClassificationResult, RetrievalResult, ScoreResult
 from evatool.eval.cache import TensorCache
 from evatool.eval.classifier import Memory, TensorStore, prompts_hash
-from evatool.eval.encode import Encoding
+from evatool.eval.encode import Encoding, ImageMemory
 from evatool.eval.gallery import Gallery, build_gallery, needed_pictures, read_gallery, write_gallery
 from evatool.eval.localised import localise
 from evatool.eval.measures import measures_of
@@ -52,6 +52,8 @@ class Evaluation:
     galleries: dict[tuple[str, str], Gallery] = field(default_factory=dict)  # of retrieval sets, likewise
     keys: dict[str, list[str]] = field(default_factory=dict)  # sample keys of each set
     memories: dict[str, Memory] = field(default_factory=dict)  # text classifiers of each model
+    pictures: dict[str, ImageMemory] = field(default_factory=dict)  # features of pictures of each model
+    opened: dict[tuple[str, int], EvalSet] = field(default_factory=dict)  # by set and side in pixels
 
 
 def measure_set(evaluation: Evaluation, model: EvalModel, entry: SuiteSet) -> None:
@@ -85,10 +87,23 @@ def measure_set(evaluation: Evaluation, model: EvalModel, entry: SuiteSet) -> No
         if _gallery_path(path).is_file():
             evaluation.galleries[model.record.name, entry.name] = read_gallery(_gallery_path(path))
     _add(evaluation, model, opened, kept)
+    opened.samples.close()  # a suite has more tars than a process may hold open
 
 
 def open_set(evaluation: Evaluation, entry: SuiteSet, image_size: int, *, split: str | None = None) -> EvalSet:
-    """A set of the suite, as this rank's share of it. Raises: DataError where it is missing or wrong."""
+    """A set of the suite, as this rank's share of it; its test split is opened once.
+
+    Raises: DataError where it is missing or wrong.
+    """
+    key = (entry.name, image_size)
+    if split is not None:
+        return _open(evaluation, entry, image_size, split)
+    if key not in evaluation.opened:
+        evaluation.opened[key] = _open(evaluation, entry, image_size, entry.split)
+    return evaluation.opened[key]
+
+
+def _open(evaluation: Evaluation, entry: SuiteSet, image_size: int, split: str) -> EvalSet:
     section, folder = evaluation.section, evaluation.folders[entry.name]
     if not folder.is_dir():
         raise DataError(
@@ -101,7 +116,7 @@ def open_set(evaluation: Evaluation, entry: SuiteSet, image_size: int, *, split:
         folder,
         transform=EvalTransform(image_size, section.resize, section.decode),
         batch_size=section.batch_size,
-        split=split or entry.split,
+        split=split,
         num_threads=section.num_threads or usable_cores(),
         rank=evaluation.world.rank,
         world_size=evaluation.world.world_size,
@@ -154,7 +169,7 @@ def _earlier(path: Path, key: str) -> Kept | None:
 
 
 def _answer(evaluation: Evaluation, model: EvalModel, entry: SuiteSet, opened: EvalSet) -> Answers:
-    stores = _stores(evaluation, model)
+    stores, memory = _stores(evaluation, model), evaluation.pictures.setdefault(model.record.name, ImageMemory())
     with progress(f"{model.record.name}: {entry.title}", total=len(opened.loader.indices), unit="pictures") as bar:
         if opened.kind == "classification":
             return classify(
@@ -163,6 +178,7 @@ def _answer(evaluation: Evaluation, model: EvalModel, entry: SuiteSet, opened: E
                 opened,
                 device=model.device,
                 stores=stores,
+                memory=memory,
                 trim_text=model.trims_text,
                 in_step=model.in_step,
                 on_batch=bar.advance,
@@ -176,6 +192,7 @@ def _answer(evaluation: Evaluation, model: EvalModel, entry: SuiteSet, opened: E
             device=model.device,
             trim_text=model.trims_text,
             in_step=model.in_step,
+            memory=memory,
             on_batch=bar.advance,
         )
         answers = retrieve(features, device=model.device)
@@ -240,7 +257,10 @@ def _probe(evaluation: Evaluation, model: EvalModel, entry: SuiteSet, opened: Ev
     if evaluation.cache is not None:
         origin = (model.origin, section.resize, section.decode)
         store = TensorCache(evaluation.cache, "features", *origin, writes=evaluation.world.is_main)
-    train, test = (image_features(model, s, how, store=store, key=s.samples.stamp) for s in (training, opened))
+    memory = evaluation.pictures.get(model.record.name)
+    train, test = (
+        image_features(model, s, how, store=store, key=s.samples.stamp, memory=memory) for s in (training, opened)
+    )
     scores = ScoreResult({}, {})
     num_classes = len(opened.classnames)
     if section.linear_probe:

@@ -1,0 +1,141 @@
+"""Sets that share pictures: each is decoded and encoded once for all of them, and the answers stay what they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from evatool.data.eval_sets import EvalSet, open_eval_set
+from evatool.eval.encode import Encoding, ImageMemory, image_batches
+from evatool.eval.retrieval import encode_pairs
+from evatool.eval.zero_shot import classify
+from tests.eval.toys import ToyClip
+
+SIDE = 2
+
+
+class Counted:
+    """Encoded pictures (their first bytes are the pixels) to tensors, counted."""
+
+    def __init__(self) -> None:
+        self.decoded = 0
+
+    def __call__(self, data: bytes) -> Tensor:
+        self.decoded += 1
+        return torch.frombuffer(bytearray(data[: 3 * SIDE * SIDE]), dtype=torch.uint8).view(3, SIDE, SIDE).float()
+
+
+class CountingClip(ToyClip):
+    """Counts pictures encoded."""
+
+    encoded = 0
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        self.encoded += len(image)
+        return super().encode_image(image)
+
+
+def folder_of(root: Path, pictures: list[bytes], num_classes: int) -> Path:
+    """An image folder whose picture i has class i % num_classes."""
+    for i, data in enumerate(pictures):
+        path = root / f"class_{i % num_classes}" / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    (root / "zeroshot_classification_templates.txt").write_text("{c}")
+    return root
+
+
+def opened(folder: Path, transform: Counted, **ranks: int) -> EvalSet:
+    return open_eval_set(folder, transform=transform, batch_size=4, num_threads=2, **ranks)
+
+
+@pytest.fixture
+def pictures() -> list[bytes]:
+    return [row.tobytes() for row in np.random.default_rng(0).integers(0, 255, (22, 3 * SIDE * SIDE), dtype=np.uint8)]
+
+
+def model() -> CountingClip:
+    return CountingClip(torch.randn(5, 3 * SIDE * SIDE, generator=torch.Generator().manual_seed(0)))
+
+
+def test_shared_pictures_are_decoded_and_encoded_once(tmp_path: Path, pictures: list[bytes]) -> None:
+    folders = [folder_of(tmp_path / "two", pictures[:20], 2), folder_of(tmp_path / "three", pictures, 3)]
+    transform, memory, clip = Counted(), ImageMemory(), model()
+    shared = [classify(clip, clip.tokenizer, opened(f, transform), memory=memory) for f in folders]
+    assert transform.decoded == clip.encoded == len(pictures)
+    assert len(memory) == len(pictures)
+    alone = model()
+    for folder, answers in zip(folders, shared, strict=True):
+        expected = classify(alone, alone.tokenizer, opened(folder, Counted()))
+        np.testing.assert_array_equal(answers.top, expected.top)
+        np.testing.assert_array_equal(answers.labels, expected.labels)
+        np.testing.assert_allclose(answers.margin, expected.margin, atol=1e-4)
+    assert alone.encoded == 20 + len(pictures)
+
+
+def test_a_picture_that_comes_twice_in_a_set_is_encoded_once(tmp_path: Path, pictures: list[bytes]) -> None:
+    folder = folder_of(tmp_path / "set", pictures[:3] * 4, 2)
+    clip = model()
+    found = list(
+        image_batches(clip, opened(folder, Counted()).loader, Encoding(), where="set", memory=(memory := ImageMemory()))
+    )
+    assert clip.encoded == len(memory) == 3
+    plain = list(image_batches(model(), opened(folder, Counted()).loader, Encoding(), where="set"))
+    for (ours, labels), (expected, expected_labels) in zip(found, plain, strict=True):
+        torch.testing.assert_close(ours, expected)
+        assert torch.equal(labels, expected_labels)
+
+
+def test_a_full_memory_keeps_what_it_has_and_answers_stay_right(tmp_path: Path, pictures: list[bytes]) -> None:
+    folder = folder_of(tmp_path / "set", pictures, 2)
+    row = 4 * 3 * SIDE * SIDE
+    memory = ImageMemory(limit=6 * row)  # room for one batch of four, not for two
+    for again in range(2):
+        clip = model()
+        plain = classify(clip, clip.tokenizer, opened(folder, Counted()))
+        clip = model()
+        found = classify(clip, clip.tokenizer, opened(folder, Counted()), memory=memory)
+        np.testing.assert_array_equal(found.top, plain.top)
+        assert sum(r.nbytes for r in memory.values()) <= 6 * row
+        assert clip.encoded == (len(pictures) if again == 0 else len(pictures) - len(memory))
+
+
+def test_ranks_that_work_in_step_run_every_batch(tmp_path: Path, pictures: list[bytes]) -> None:
+    """Weights divided over ranks come together in collectives: no rank may leave a batch out."""
+    loader = opened(folder_of(tmp_path / "set", pictures[:3] * 4, 2), Counted()).loader
+    clip, memory = model(), ImageMemory()
+    list(image_batches(clip, loader, Encoding(in_step=True), where="set", memory=memory))
+    assert clip.encoded == 12
+    assert not memory
+
+
+def test_retrieval_takes_features_of_a_classified_set(tmp_path: Path, pictures: list[bytes]) -> None:
+    first = opened(folder_of(tmp_path / "set", pictures, 2), Counted())
+    memory, clip = ImageMemory(), model()
+    classify(clip, clip.tokenizer, first, memory=memory)
+
+    class Captioned:
+        name, kind = "pairs", "retrieval"
+
+        class loader:
+            @staticmethod
+            def unknown(known: ImageMemory):
+                for digests, new, labels in first.loader.unknown(known):
+                    yield digests, new, [[f"caption {int(label)}"] for label in labels]
+
+    features = encode_pairs(clip, clip.tokenizer, Captioned(), memory=memory)  # type: ignore[arg-type]
+    assert clip.encoded == len(pictures) == len(features.image)
+
+
+def test_a_corrupt_picture_is_still_named(tmp_path: Path, pictures: list[bytes]) -> None:
+    from evatool.data.eval_pictures import EvalTransform
+    from evatool.errors import DataError
+
+    folder = folder_of(tmp_path / "set", pictures[:2], 2)
+    broken = open_eval_set(folder, transform=EvalTransform(8), batch_size=4)
+    with pytest.raises(DataError, match=r"class_0/000\.png"):
+        classify(model(), model().tokenizer, broken, memory=ImageMemory())
