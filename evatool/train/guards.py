@@ -100,7 +100,7 @@ class NonFiniteGuard(Hook):
 
     def _too_many(self, trainer: Trainer, what: str, where: str) -> None:
         if self._policy != "stop" and not trainer.state.rollbacks and trainer.restore is not None:
-            trainer.rollback_reason = f"{what} ({where})"
+            trainer.rollback_reason, trainer.rollback_where = what, where
             return
         again = " again, after the one rollback" if trainer.state.rollbacks else ""
         raise NumericalError(

@@ -79,6 +79,7 @@ class Trainer:
         self.gate = gate if gate is not None else SpikeGate(None)
         self.restore = restore
         self.rollback_reason = ""  # set by a hook: go back to the last checkpoint after this step
+        self.rollback_where = ""  # its step, ranks and sample keys
         self.batch: Batch | None = None  # of the step just done, for messages
         self.grad_norm: Tensor | None = None  # of the step just done, before clipping; not finite if it was skipped
         self.record: dict[str, float] = {}  # the last figures
@@ -200,12 +201,14 @@ class Trainer:
 
     def _roll_back(self) -> None:
         """Weights, moments and schedule of the last checkpoint, and the samples after those that were met since."""
-        before, reason, self.rollback_reason = self.state, self.rollback_reason, ""
+        before, what, where = self.state, self.rollback_reason, self.rollback_where or f"step {self.state.step}"
+        self.rollback_reason = self.rollback_where = ""
+        reason = f"{what} ({where})"
         saved = None if self.restore is None else self.restore()
         if saved is None:
             raise NumericalError(
-                f"{reason}; there is no checkpoint to go back to",
-                where=f"step {before.step}",
+                f"{what}; there is no checkpoint to go back to",
+                where=where,
                 fix="lower optim.*.lr or lengthen schedule.warmup_samples; set checkpoint.every_steps to be able to go "
                 "back",
             )
@@ -227,7 +230,8 @@ class Trainer:
             hook.on_rollback(self)
 
     def saved_state(self) -> dict[str, object]:
-        """`state` as a checkpoint keeps it."""
+        """`state` as a checkpoint keeps it; every rank must call it."""
+        self.state.data_counts = self.data_figures()
         self.state.recent_losses = self.gate.state()
         return self.state.to_json()
 
