@@ -80,17 +80,20 @@ def scan_file(path: Path) -> ShardMembers:
 def group_members(members: Iterable[Member], problems: list[TarProblem]) -> ShardMembers:
     """Members of a tar, in its order, as samples."""
     builder = _Builder()
-    last = None
-    for name, offset, size in members:
-        slash = name.rfind("/") + 1
-        dot = name.find(".", slash)
-        if dot < 0:
-            dot = len(name)
-        key = name[:dot]
+    starts, ids, places = builder.starts, builder.ids, builder.places
+    last, known = None, builder.extensions
+    for name, offset, size in members:  # without calls: once a member of a first epoch over plain tars
+        dot = name.find(".", name.rfind("/") + 1)
+        key, extension = (name[:dot], name[dot + 1 :].lower()) if dot >= 0 else (name, "")
         if key != last:
-            builder.start(key)
+            builder.keys.append(key.encode("utf-8", "surrogatepass"))
+            starts.append(len(ids))
             last = key
-        builder.add(name[dot + 1 :].lower(), offset, size)
+        number = known.get(extension)
+        if number is None:
+            number = known[extension] = len(known)
+        ids.append(number)
+        places.append((offset, size, -1))
     return builder.finish(problems)
 
 
@@ -110,23 +113,33 @@ def read_index(path: Path) -> ShardMembers:
 
 def index_json(members: ShardMembers, **extra: Any) -> bytes:
     """The index as `read_index` takes it. Of members with the same extension the first is kept: see `ShardReader`."""
-    samples = []
-    for number in range(len(members)):
-        sample: dict[str, list[int]] = {}
-        for extension, place in members.members(number):
-            # A second member of one name makes the sample bad; two places would not fit one key of JSON.
-            known = list(place) if place.crc32 >= 0 else list(place[:2])
-            while extension in sample:
-                extension += DUPLICATE
-            sample[extension] = known
+    keys, samples, start = [], [], 0
+    first, names = 0, [members.extensions[i] for i in members.extension_ids.tolist()]
+    places = [place if place[2] >= 0 else place[:2] for place in members.places.tolist()]
+    for end, last in zip(members.key_ends.tolist(), members.starts[1:].tolist(), strict=True):
+        keys.append(members.key_bytes[start:end].decode("utf-8", "surrogatepass"))
+        sample = dict(zip(names[first:last], places[first:last], strict=True))
+        if len(sample) < last - first:
+            sample = _with_duplicates(names[first:last], places[first:last])
         samples.append(sample)
+        start, first = end, last
     table = {
         **extra,
-        "keys": [members.key(number) for number in range(len(members))],
+        "keys": keys,
         "members": samples,
         **({"problems": [list(vars(p).values()) for p in members.problems]} if members.problems else {}),
     }
     return json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+
+
+def _with_duplicates(names: list[str], places: list[list[int]]) -> dict[str, list[int]]:
+    """A second member of one name makes the sample bad; two places would not fit one key of JSON."""
+    sample: dict[str, list[int]] = {}
+    for name, place in zip(names, places, strict=True):
+        while name in sample:
+            name += DUPLICATE
+        sample[name] = place
+    return sample
 
 
 DUPLICATE = "\0twice"

@@ -123,17 +123,26 @@ class _Walk:
         self.sums: dict[bytes, int] = {}  # checksum field -> low half of Adler-32 of a header that has it rightly
         self.extension, self.defaults = _Extension(), _Extension()
         self.is_extended = False
+        self.stamp, self.stamp_end = b"", 0  # a pax header with nothing that matters here, and where its record ends
 
     def run(self) -> None:
         """Fill the scan. Raises: _DamagedHeader or ValueError for the header at `position`."""
-        # A plain file, and the time stamps that webdataset puts before each, are handled here without a call: this
-        # loop runs some hundred thousand times a second.
+        # A plain file, and the time stamp that webdataset puts before each, are handled here without a call: this loop
+        # runs some hundred thousand times a second.
         buffer, end, append, sums = self.buffer, self.end, self.scan.members.append, self.sums
-        adler32 = zlib.adler32
+        adler32, new = zlib.adler32, tuple.__new__
         position = 0
         while position + BLOCK <= end:
             self.position = position
-            header = buffer[position : position + BLOCK]
+            if self.stamp and not self.is_extended:
+                header = buffer[position : position + 3 * BLOCK]
+                if self._is_stamped(header):
+                    self.position = position = position + 2 * BLOCK
+                    header = header[2 * BLOCK :]
+                else:
+                    header = header[:BLOCK]
+            else:
+                header = buffer[position : position + BLOCK]
             if adler32(header) & 0xFFFF != sums.get(header[148:156]):
                 if header == _ZERO_BLOCK:
                     if not _is_zero(buffer, position):
@@ -146,9 +155,18 @@ class _Walk:
                 payload = buffer[data : data + size]
                 if not (b"path=" in payload or b"size=" in payload or b"GNU.sparse" in payload) and data + size <= end:
                     position = data + BLOCK if size else data
+                    self.stamp, self.stamp_end = header, BLOCK + size
                     continue
-            name = header[:100].partition(b"\0")[0]
-            if kind not in b"0\0" or self.is_extended or header[345] or size < 0 or _needs_care(name):
+            name = header[: header.find(b"\0", 0, 100)] if not header[99] else header[:100].partition(b"\0")[0]
+            if (
+                kind not in b"0\0"
+                or header[345]
+                or self.is_extended
+                or size < 0
+                or b".." in name
+                or name.endswith(b"/")
+                or name[:1] in b"/"  # no bytes at all are in b"/", too
+            ):
                 position = self._step(header, name, data, size)
                 if position < 0:
                     return
@@ -157,9 +175,18 @@ class _Walk:
             if data + size > end:
                 self._report("truncated", name)
                 return
-            append(Member(name.decode("utf-8", "backslashreplace"), data, size))
+            append(new(Member, (name.decode("utf-8", "backslashreplace"), data, size)))
         self.position = min(position, end)
         self._report("no-end-mark" if _is_zero(buffer, self.position) else "truncated", b"")
+
+    def _is_stamped(self, blocks: bytes) -> bool:
+        """True if three blocks are the pax header seen last, its one record, of a time, and the header after it."""
+        return (
+            blocks.startswith(self.stamp)
+            and blocks.startswith(b" mtime=", BLOCK + 2)
+            and blocks.find(b"\n", BLOCK, self.stamp_end) == self.stamp_end - 1
+            and len(blocks) == 3 * BLOCK
+        )
 
     def _check_sum(self, header: bytes) -> None:
         """Raises: _DamagedHeader, ValueError unless the checksum is that of the header with its field as spaces."""
@@ -178,10 +205,11 @@ class _Walk:
         """Handle a header of any kind; returns the offset of the next one, -1 where the tar ends inside this one."""
         if size < 0:
             raise _DamagedHeader
-        kind = header[156]
-        if kind in _REGULAR and name.endswith(b"/"):
-            kind = _DIRECTORY[0]  # as tars older than ustar write them
-        extension = self.extension
+        kind, extension = header[156], self.extension
+        # Tars older than ustar write directories so. A long name is cut in its header, and that may be at a slash.
+        is_cut = extension.name is not None or extension.is_too_long
+        if kind in _REGULAR and not is_cut and name.endswith(b"/"):
+            kind = _DIRECTORY[0]
         if extension.size is not None and kind not in _HEADERS_OF_OTHERS:
             size = extension.size
         if kind in _WITHOUT_DATA:
@@ -252,10 +280,6 @@ class _Sliced:
 
     def __getitem__(self, place: slice) -> bytes:
         return self.view[place].tobytes()
-
-
-def _needs_care(name: bytes) -> bool:
-    return b".." in name or name[:1] in b"/" or name[-1:] == b"/"  # no bytes at all are in b"/", too
 
 
 def _cause(kind: int, name: bytes, is_sparse: bool, is_too_long: bool) -> str | None:
