@@ -10,16 +10,15 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
 
-import numpy as np
 from torch.utils.data import Sampler
 
 from evatool.data.bad_samples import LIMIT_FLOOR, LIMIT_FLOOR_SHARDS, BadSamples
-from evatool.data.decode import Mode, decode_picture, fast_jpeg_decoder
+from evatool.data.decode import fast_jpeg_decoder
 from evatool.data.fetch import Patience
 from evatool.data.masking import MaskSpec
 from evatool.data.mixing import Mix, MixPhase
+from evatool.data.odd_pictures import TrainingPictures
 from evatool.data.order import ORDER_VERSION, SourceOrder, seed_of
 from evatool.data.reader import ShardReader
 from evatool.data.records import RecordReader
@@ -94,11 +93,12 @@ class TrainLoader:
                 yield made.batch
         finally:
             steps.close()
-            if len(self.bad):
-                log.warning("data: %s", self.bad.summary())
+            for line in self.bad.summary():
+                log.warning("data: %s", line)
 
     def figures(self) -> dict[str, float]:
-        """This rank's counts of bad samples and spares, for the metrics; empty while there are none."""
+        """This rank's counts of bad samples, spares and converted pictures, for the metrics; empty while there are
+        none. Rank 0 has those from before a resume, too."""
         return self.bad.figures()
 
     def check_order(self, saved: str, where: str) -> None:
@@ -117,7 +117,7 @@ class TrainLoader:
         return _Positions(self.position, self.dataset.global_batch_size, self.dataset.end)
 
     def _account(self, made: Made) -> None:
-        self.bad.add(made.bad, len(self.dataset.slots), made.num_spares)
+        self.bad.add(made.bad, len(self.dataset.slots), made.num_spares, made.converted)
         self.bad.check(no_spare=made.batch is None)
 
 
@@ -165,7 +165,7 @@ def build_train_loader(
     records = RecordReader(
         section.caption if with_text else None,
         section.extras or (),
-        partial(_decode, mode=section.decode, min_side=transform.min_side),
+        TrainingPictures(section.odd_pictures, section.decode, transform.min_side),
     )
     shards, sources = _open_sources(section, seed, records, global_batch_size)
     decoded = [found.decoded_bytes for found in shards]
@@ -271,10 +271,6 @@ def _order_name(section: TrainDataSection, shards: Sequence[ShardList], sources:
     if len(sources) > 1:
         parts += [source.weight for source in section.sources or []]
     return f"{ORDER_VERSION}:{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
-
-
-def _decode(data: bytes, max_pixels: int, *, mode: Mode, min_side: int | None) -> np.ndarray:
-    return decode_picture(data, max_pixels, mode, min_side=min_side)
 
 
 class _Positions(Sampler[int]):

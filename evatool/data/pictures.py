@@ -38,9 +38,15 @@ CAUSES = {
 }
 """Why a picture cannot be used."""
 
-_WIDE_MODES = ("I", "F")  # Pillow: "I;16", "I;16B", "I" and "F" all hold more than 8 bits
-_PLAIN_MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX"})
-_HEADER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error)
+WIDE_MODES = ("I", "F")
+"""Begin the names of Pillow's modes of more than 8 bits: "I;16", "I;16B", "I" and "F"."""
+
+PLAIN_MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX"})
+"""Pillow's modes of 8-bit grey, palette and RGB, with or without alpha."""
+
+HEADER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error)
+"""What Pillow raises at damaged headers."""
+
 _limit_lock = threading.Lock()
 
 
@@ -112,7 +118,7 @@ def opened_picture(data: bytes) -> Iterator[Image.Image]:
         image = _open_without_limit(data)
     except UnidentifiedImageError as err:
         raise BadPicture("not-a-picture") from err
-    except _HEADER_ERRORS as err:
+    except HEADER_ERRORS as err:
         raise BadPicture("truncated", _one_line(err)) from err
     with image:
         yield image
@@ -147,22 +153,23 @@ def _open_without_limit(data: bytes) -> Image.Image:
 def _judge(image: Image.Image, data: bytes) -> PictureHeader:
     try:
         frames = getattr(image, "n_frames", 1)
-    except _HEADER_ERRORS as err:
+    except HEADER_ERRORS as err:
         raise BadPicture("truncated", _one_line(err)) from err
     if frames > 1:
         raise BadPicture("animated", f"{image.format} with {frames} frames")
     if image.mode == "CMYK":
         raise BadPicture("cmyk", f"{image.format} in CMYK")
-    if image.mode.startswith(_WIDE_MODES) or _png_bit_depth(data) > 8:
+    if image.mode.startswith(WIDE_MODES) or png_bit_depth(data) > 8:
         raise BadPicture("16-bit", f"{image.format} in mode {image.mode}, more than 8 bits a channel")
     if image.format not in EXTENSIONS:
         raise BadPicture("unsupported-format", f"{image.format}")
-    if image.mode not in _PLAIN_MODES:
+    if image.mode not in PLAIN_MODES:
         raise BadPicture("color-mode", f"{image.format} in mode {image.mode}")
     return PictureHeader(EXTENSIONS[image.format], *image.size)
 
 
-def _png_bit_depth(data: bytes) -> int:
+def png_bit_depth(data: bytes) -> int:
+    """Bits a channel of a PNG by its header; 0 for other formats."""
     # Pillow opens a 16-bit RGB PNG as mode "RGB" and drops the low bytes without a word, so the header is read here.
     if data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and len(data) > 24:
         return data[24]

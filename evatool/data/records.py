@@ -40,12 +40,14 @@ class Record:
         captions: (probability, captions) of each place of the recipe where this sample has any.
         concept: for equal-caption positives.
         extras: float16 or float32 arrays by name, of the recipe's shapes.
+        odd: why the picture was converted; None for an ordinary one.
     """
 
     picture: Tensor
     captions: tuple[tuple[float, tuple[str, ...]], ...] = ()
     concept: str | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    odd: str | None = None
 
 
 class RecordReader:
@@ -54,14 +56,15 @@ class RecordReader:
     Args:
         caption: the recipe's `data.caption`; None leaves captions out.
         extras: the recipe's `data.extras`.
-        decode: an encoded picture and the limit on its pixels to uint8 (H, W, 3); raises BadPicture.
+        decode: an encoded picture and the limit on its pixels to uint8 (H, W, 3), and why it is an odd one, if it is;
+            raises BadPicture.
     """
 
     def __init__(
         self,
         caption: str | Sequence[CaptionChoice] | None,
         extras: Sequence[ExtraMember],
-        decode: Callable[[bytes, int], np.ndarray],
+        decode: Callable[[bytes, int], tuple[np.ndarray, str | None]],
     ) -> None:
         match caption:
             case None:
@@ -87,9 +90,10 @@ class RecordReader:
             raise UnreadableSample("no-picture", f"members: {', '.join(sorted(members))}")
         captions, concept = self._captions(members) if self.places else ((), None)
         extras = {extra.name: _read_extra(members, extra) for extra in self.extras}
+        decoded, odd = self.decode(encoded, max_pixels)
         # Channels last in memory, as decoded: the resize is fastest on that.
-        pixels = torch.from_numpy(self.decode(encoded, max_pixels)).permute(2, 0, 1)
-        return Record(pixels, captions, concept, extras)
+        pixels = torch.from_numpy(decoded).permute(2, 0, 1)
+        return Record(pixels, captions, concept, extras, odd)
 
     def _captions(self, members: Mapping[str, bytes]) -> tuple[tuple[tuple[float, tuple[str, ...]], ...], str | None]:
         texts: dict[str, Any] = {}

@@ -6,14 +6,14 @@ import hashlib
 import random
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from evatool.data import order
-from evatool.data.bad_samples import BadSample
+from evatool.data.bad_samples import BadSample, Converted
 from evatool.data.masking import BlockMaskGenerator
 from evatool.data.mixing import Mix
 from evatool.data.order import SourceOrder
@@ -30,15 +30,17 @@ _MAX_REMEMBERED_BAD = 100_000  # bad samples a process remembers, so as not to r
 
 @dataclass
 class Made:
-    """What a worker hands over: a batch, or None where spares ran out, and the bad samples newly met on the way."""
+    """What a worker hands over: a batch, or None where spares ran out, the bad samples newly met on the way, and the
+    pictures of the batch that were converted."""
 
     batch: Batch | None
     bad: list[BadSample] = field(default_factory=list)
     num_spares: int = 0
+    converted: list[Converted] = field(default_factory=list)
 
     def pin_memory(self) -> Made:
         """Called by the DataLoader."""
-        return Made(None if self.batch is None else self.batch.pin_memory(), self.bad, self.num_spares)
+        return replace(self, batch=None if self.batch is None else self.batch.pin_memory())
 
 
 @dataclass
@@ -114,6 +116,10 @@ class StepDataset(Dataset[Made]):
             draws[i], samples[i], record = found
             records.append(record)
             names.append(self._name(number, int(samples[i])))
+            if record.odd is not None:
+                reader, order_of = self.sources[number].reader, self.sources[number].order
+                shard, _ = order_of.locate(int(samples[i]))
+                made.converted.append(Converted(record.odd, reader.shard_name(shard), names[-1]))
         made.num_spares = int(is_spare.sum())
         seeds = np.array([source.seed for source in self.sources], dtype=np.uint64)[numbers]
         made.batch = self._assemble(records, order.sample_keys_of(seeds, draws, samples))

@@ -296,5 +296,7 @@ def start_state(job: Job, engine: Engine, groups: Sequence[ParamGroup], loader: 
     loader.check_order(str(job.saved.train_state.get("data_order", "")), str(job.saved.path))
     state = resume_from(job.saved, engine, groups)
     loader.position = state.position
+    if job.world.is_main:  # figures are summed over ranks
+        loader.bad.before = state.data_counts
     log.info("resumed from %s: step %d, %d samples seen", job.saved.path, state.step, state.samples_seen)
     return state

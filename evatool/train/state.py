@@ -26,6 +26,7 @@ class TrainState:
     samples_seen: int = 0
     position: int = 0  # the loader's
     data_order: str = ""  # the loader's name of the order of samples
+    data_counts: dict[str, float] = field(default_factory=dict)  # bad samples and such of all ranks, as in the metrics
     skipped_steps: list[int] = field(default_factory=list)  # steps that were kept from the weights
     rollbacks: list[dict[str, Any]] = field(default_factory=list)  # from where to where, and what was jumped over
     recent_losses: list[float] = field(default_factory=list)  # what the spike gate compares with

@@ -48,6 +48,21 @@ def test_bad_samples_stand_in_log_metrics_and_result(
     assert json.loads((tmp_path / "strict" / "status.json").read_text())["exit_code"] == 78
 
 
+def test_counts_go_on_where_a_run_is_resumed(damaged: Path, drawings: Path, run_training: Run, tmp_path: Path) -> None:
+    data = (f"data.train={json.dumps(str(damaged))}", "data.max_bad_fraction=0.1", "checkpoint.every_steps=1")
+    begun = run_training("train-clip", tmp_path / "run", *data, "train.samples_seen=200")
+    last = begun.outputs["checkpoint"]
+    counts = json.loads((last / "train_state.json").read_text())["data_counts"]
+    assert counts["data/bad/corrupt-member"] == counts["data/bad_samples"] == 1
+    shutil.rmtree(last)  # as if it had been stopped before
+    status = tmp_path / "run" / "status.json"
+    status.write_text(json.dumps({**json.loads(status.read_text()), "state": "preempted", "exit_code": 75}))
+    shutil.copy(drawings / "train" / "00000.tar", damaged / "00000.tar")  # nothing bad is met from here on
+    resumed = run_training("train-clip", tmp_path / "run", *data, "train.samples_seen=200", resume=True)
+    assert read_metrics(resumed.outputs["metrics"])[-1]["data/bad_samples"] == 1
+    assert (resumed.metrics["bad_samples"], resumed.metrics["bad/corrupt-member"]) == (1, 1)
+
+
 def test_a_run_of_another_order_is_not_resumed(
     run_training: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
