@@ -87,6 +87,15 @@ def test_long_names_links_and_directories(form: str) -> None:
     assert [(p.cause, p.name) for p in scan.problems] == [("link", "link.jpg")]
 
 
+@pytest.mark.parametrize("form", ["gnu", "pax"])
+def test_a_long_name_with_a_slash_where_its_header_cuts_it_is_no_directory(form: str) -> None:
+    files = [("d" * 99 + "/" + "x" * 200 + ".jpg", b"picture" * 300), *FILES]
+    data = make_tar(files, FORMATS[form])
+    scan = scan_tar(data)
+    assert scan.members == by_tarfile(data)
+    assert len(scan.members) == len(files)
+
+
 def test_tars_of_webdataset(tmp_path: Path) -> None:
     import webdataset
 
