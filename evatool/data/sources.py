@@ -28,6 +28,12 @@ from evatool.errors import BadDataLimitError, DataError
 
 log = logging.getLogger(__name__)
 
+MAX_LOOKED_AT = 10_000
+"""Local tars whose size is looked at before a run begins; each is looked at when it is read."""
+
+MAX_NAMED = 100
+"""Shards of a source that get a line of their own in the log when it is opened."""
+
 _MAX_MANIFEST_BYTES = 2**30
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _INDEX_HEAD = re.compile(rb'\{"tar_bytes":(\d+),"tar_mtime_ns":(\d+),"num_samples":(\d+),')
@@ -43,7 +49,7 @@ class ShardList:
         counts: samples of each, int64.
         sizes: bytes of each, int64; -1 where not known.
         sha256: of each tar; None where not known.
-        indexes: local index files beside or for the tars; None where there is none.
+        indexes: local index files beside or for the tars, as paths; None where there is none.
         max_pixels: limit on a picture's size.
         decoded_bytes: all pictures as uint8 RGB; None where not known.
         lost: shards that could not be read when their samples were to be counted, with the cause.
@@ -54,7 +60,7 @@ class ShardList:
     counts: np.ndarray
     sizes: np.ndarray
     sha256: list[str | None]
-    indexes: list[Path | None]
+    indexes: list[str | None]
     max_pixels: int = MAX_PIXELS
     decoded_bytes: int | None = None
     lost: dict[str, str] = field(default_factory=dict)
@@ -182,12 +188,12 @@ def _from_manifest(name: str, spec: str, patience: Patience) -> ShardList:
                 where=display_url(spec),
                 expected="a folder of shards as `evatool data-prepare` writes it, or .tar files",
             )
-        prefix, indexes = base, None
+        prefix, is_local = base, False
     else:
         folder = local_path(spec)
         folder = folder.parent if folder.name == MANIFEST else folder
         manifest = read_manifest(folder)
-        prefix, indexes = str(folder), folder
+        prefix, is_local = str(folder), True
     try:
         shards = manifest["shards"]
         found = ShardList(
@@ -196,7 +202,9 @@ def _from_manifest(name: str, spec: str, patience: Patience) -> ShardList:
             counts=np.array([shard["num_samples"] for shard in shards], dtype=np.int64),
             sizes=np.array([shard["bytes"] for shard in shards], dtype=np.int64),
             sha256=[shard.get("sha256") for shard in shards],
-            indexes=[None if indexes is None else indexes / _plain_name(shard["index"]) for shard in shards],
+            indexes=[f"{prefix}/{_plain_name(shard['index'])}" for shard in shards]
+            if is_local
+            else [None] * len(shards),
             max_pixels=int(manifest.get("max_pixels", MAX_PIXELS)),
             decoded_bytes=int(manifest["decoded_bytes"]) if "decoded_bytes" in manifest else None,
         )
@@ -209,8 +217,11 @@ def _from_manifest(name: str, spec: str, patience: Patience) -> ShardList:
 
 def _check_present(shards: ShardList, max_bad_fraction: float) -> None:
     """Look at local tars before a long run begins. Raises: BadDataLimitError where too much is gone already."""
+    # All of them where they are not too many; else evenly spread ones, which stand for the others.
+    step = -(-len(shards.urls) // MAX_LOOKED_AT)
     missing, problems = 0.0, []
-    for url, size, count in zip(shards.urls, shards.sizes.tolist(), shards.counts.tolist(), strict=True):
+    looked_at = zip(shards.urls[::step], shards.sizes[::step].tolist(), shards.counts[::step].tolist(), strict=True)
+    for url, size, count in looked_at:
         if is_remote(url):
             continue
         try:
@@ -218,10 +229,12 @@ def _check_present(shards: ShardList, max_bad_fraction: float) -> None:
         except OSError:
             found = 0
         if found != size:
-            missing += count * max(0.0, 1 - found / max(1, size))
+            missing += step * count * max(0.0, 1 - found / max(1, size))
             problems.append(f"{url}: {f'{found} bytes instead of {size}' if found else 'missing'}")
-    for problem in problems:
+    for problem in problems[:MAX_NAMED]:
         log.warning("source %s: %s", shards.name, problem)
+    if len(problems) > MAX_NAMED:
+        log.warning("source %s: and %d more", shards.name, len(problems) - MAX_NAMED)
     if missing > max_bad_fraction * shards.num_samples:
         raise BadDataLimitError(
             f"about {round(missing)} of {shards.num_samples} samples of source {shards.name!r} are gone",
@@ -232,7 +245,7 @@ def _check_present(shards: ShardList, max_bad_fraction: float) -> None:
 
 
 def _plain_name(name: str) -> str:
-    if name.startswith("/") or ".." in name.split("/"):
+    if name.startswith("/") or (".." in name and ".." in name.split("/")):
         raise ValueError(f"{name!r} leads out of the folder")
     return name
 
@@ -279,7 +292,8 @@ def _read_sizes(base: str, patience: Patience) -> dict[str, Any]:
 
 
 def _scanned(name: str, urls: Sequence[str], cache: ShardCache, max_bad_fraction: float) -> ShardList:
-    counts, sizes, indexes = [], [], []
+    counts, sizes = [], []
+    indexes: list[str | None] = []
     lost: dict[str, str] = {}
     with cache.alone():  # the other ranks wait, and then find the indexes
         for url in urls:
@@ -290,7 +304,7 @@ def _scanned(name: str, urls: Sequence[str], cache: ShardCache, max_bad_fraction
                 index, num_samples, size = None, 0, -1
             counts.append(num_samples)
             sizes.append(size)
-            indexes.append(index)
+            indexes.append(None if index is None else str(index))
     _check_lost(name, urls, lost, max_bad_fraction)
     if not sum(counts):
         raise DataError(f"the shards of source {name!r} hold no samples", where=", ".join(map(display_url, urls[:5])))
@@ -344,7 +358,7 @@ def _keep_index(members: ShardMembers, tar: Path, places: Sequence[Path]) -> Pat
 
 
 def _check_lost(name: str, urls: Sequence[str], lost: dict[str, str], max_bad_fraction: float) -> None:
-    for url, cause in lost.items():
+    for url, cause in list(lost.items())[:MAX_NAMED]:
         log.warning("source %s: %s cannot be read and is left out: %s", name, display_url(url), cause)
     if len(lost) > max_bad_fraction * len(urls):
         shown = [f"{display_url(url)}: {cause}" for url, cause in list(lost.items())[:5]]
@@ -361,7 +375,7 @@ def read_members(shards: ShardList, shard: int, tar: Path, *, use_index: bool) -
     path = shards.indexes[shard]
     if path is not None and use_index:
         try:
-            return read_index(path)
+            return read_index(Path(path))
         except (OSError, ValueError) as err:
             log.info("%s: no index (%s): the tar is scanned", tar.name, err)
     return scan_file(tar)

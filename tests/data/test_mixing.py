@@ -22,7 +22,7 @@ def mix(mode: str, *phases: tuple[int, tuple[float, ...]], seed: int = 0, batch:
     starts=st.lists(st.integers(1, 3000), min_size=2, max_size=2, unique=True),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_each_source_is_read_in_its_own_order_without_a_gap(
     mode: str, weights: list[list[float]], starts: list[int], seed: int
 ) -> None:
@@ -49,8 +49,8 @@ def test_sample_level_mixing_keeps_the_ratio_in_every_batch() -> None:
 
 
 def test_a_rare_source_is_not_lost_to_rounding() -> None:
-    sources, _ = mix("samples", (0, (1e5, 1.0)))(np.arange(1024 * 1000))
-    assert abs(int(sources.sum()) - 10.24) <= 1
+    sources, _ = mix("samples", (0, (1e5, 1.0)))(np.arange(1024 * 300))
+    assert abs(int(sources.sum()) - 3.07) <= 1
 
 
 def test_alternating_takes_whole_batches_in_turn() -> None:

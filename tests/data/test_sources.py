@@ -2,15 +2,20 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 from faulty_server import serve
 from tiny_shards import keys, loader, plain_samples, take, write_prepared, write_tar
 
+from evatool.data import sources
 from evatool.data.fetch import Patience, display_url
+from evatool.data.order import SourceOrder
 from evatool.data.shard_cache import ShardCache
+from evatool.data.shards import FORMAT, MANIFEST
 from evatool.data.sources import ShardList, expand, open_source
 from evatool.errors import BadDataLimitError, DataError
 
@@ -65,7 +70,7 @@ def test_plain_tars_are_scanned_once(tmp_path: Path, cache: ShardCache, monkeypa
     monkeypatch.setattr("evatool.data.sources.scan_file", lambda path: pytest.fail(f"{path} scanned again"))
     again = open_(spec, cache)
     assert again.counts.tolist() == [5, 5, 5]
-    assert again.indexes[0] == tmp_path / "set" / "0.tar.index.json"
+    assert again.indexes[0] == str(tmp_path / "set" / "0.tar.index.json")
     monkeypatch.undo()
     # Another tar under the same name is seen by its size and time.
     write_tar(tmp_path / "set" / "1.tar", plain_samples(range(4)))
@@ -86,7 +91,7 @@ def test_where_the_folder_cannot_be_written_the_index_goes_to_the_cache(
         write(path, data)
 
     monkeypatch.setattr(sources, "write_file", refuse)
-    assert open_(str(tar), cache).indexes[0].parent == cache.folder / "indexes"
+    assert Path(open_(str(tar), cache).indexes[0]).parent == cache.folder / "indexes"
     assert open_(str(tar), cache).counts.tolist() == [5]
 
 
@@ -195,3 +200,52 @@ def test_a_remote_manifest_that_is_none_is_named(tmp_path: Path, cache: ShardCac
 def test_names_in_messages_hold_no_credentials() -> None:
     assert display_url("https://me:secret@host/a.tar?X-Signature=abc") == "https://host/a.tar"
     assert display_url("/data/a.tar") == "/data/a.tar"
+
+
+def huge_manifest(folder: Path) -> Path:
+    """A list of 200,000 tars with 2e9 samples, none of which is there."""
+    folder.mkdir()
+    shards = [
+        {
+            "file": f"{i:06d}.tar",
+            "index": f"{i:06d}.index.json",
+            "num_samples": 10_000 - 13 * (i % 7 == 0),
+            "bytes": 900_000_000 + i,
+            "sha256": f"{i:064x}",
+        }
+        for i in range(200_000)
+    ]
+    manifest = {"format": FORMAT, "num_samples": 0, "decoded_bytes": 10**15, "shards": shards}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    return folder
+
+
+def test_opening_a_manifest_of_two_billion_samples_and_seeking_takes_less_than_a_second(
+    tmp_path: Path, cache: ShardCache
+) -> None:
+    folder = huge_manifest(tmp_path / "set")
+    seconds = []
+    for _ in range(3):  # the least disturbed one counts
+        start = time.process_time()
+        found = open_source("s", str(folder), cache=cache, patience=Patience(), max_bad_fraction=1.0)
+        order = SourceOrder(0, found.counts, window=16, streams=8)
+        samples = order(5_000_000_000 + np.arange(512))
+        found.digest()
+        seconds.append(time.process_time() - start)
+    assert found.num_samples > 1.99e9
+    assert len(set(samples.tolist())) == 512
+    assert min(seconds) < 1.0
+
+
+def test_a_long_list_of_tars_is_looked_at_here_and_there(
+    tmp_path: Path, cache: ShardCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_prepared(tmp_path / "set", 60, 1)
+    for path in list(folder.glob("*.tar"))[:30]:
+        path.unlink()
+    monkeypatch.setattr(sources, "MAX_LOOKED_AT", 20)
+    monkeypatch.setattr(sources, "MAX_NAMED", 3)
+    with pytest.raises(BadDataLimitError, match=r"about \d+ of 60 samples of source 's' are gone"):
+        open_source("s", str(folder), cache=cache, patience=Patience(), max_bad_fraction=0.1)
+    assert caplog.text.count(".tar: missing") == 3
+    assert "more" in caplog.text
