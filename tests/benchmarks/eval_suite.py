@@ -4,9 +4,10 @@
 
 MODEL is what `load_clip` reads, DATA a run folder of data-prepare. Both sides run in this process, one after the other,
 with the same threads, batch size, float32 and exact decoding. Counted of evatool: everything from the recipe to the
-report on disk, with empty caches; of clip-benchmark: model, classifier and logits of every set, without its metrics and
-output. clip-benchmark creates its model for every set, as its command does; evatool loads it once, and encodes a picture
-or prompt that several sets have once. The times without loading stand beside those with it. Imports are in neither.
+report on disk, with empty caches; of clip-benchmark: model, classifier and logits of every set, without its metrics
+and output. clip-benchmark creates its model for every set, as its command does; evatool loads it once, and encodes a
+picture or prompt that several sets have once. The times without loading stand beside those with it, and the processor's
+seconds (all threads) beside the clock's. Imports are in neither.
 Gate: the same answer for every sample, except where the two best logits differ by less than 1e-4. With `--bf16` also
 the difference in top-1 of bf16 weights.
 """
@@ -18,6 +19,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,10 +41,27 @@ SETS = ["new-artist", "new-shading", "black-and-white", "never-seen", "coarse-gr
 BATCH = 64  # clip-benchmark's own default
 
 
-def clip_benchmark(model: str, data: Path, sets: list[str], device: str) -> tuple[dict[str, np.ndarray], float, float]:
-    """Answers by set, seconds in all, seconds of loading models."""
+class Times(NamedTuple):
+    """Seconds by the clock, and of the processor over all threads."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> Times:
+        return cls(time.perf_counter(), time.process_time())
+
+    def __sub__(self, earlier: Times) -> Times:
+        return Times(self.wall - earlier.wall, self.cpu - earlier.cpu)
+
+    def __str__(self) -> str:
+        return f"{self.wall:7.2f} s ({self.cpu:.2f} s of the processor)"
+
+
+def clip_benchmark(model: str, data: Path, sets: list[str], device: str) -> tuple[dict[str, np.ndarray], Times, float]:
+    """Answers by set, times in all, seconds of loading models."""
     answers, loading = {}, 0.0
-    started = time.perf_counter()
+    started = Times.now()
     for name in sets:
         before = time.perf_counter()
         clip = load_clip(model, device=device)
@@ -56,13 +75,13 @@ def clip_benchmark(model: str, data: Path, sets: list[str], device: str) -> tupl
             weights = zero_shot_classifier(clip, clip.tokenizer, dataset.classes, dataset.templates, device, amp=False)
             logits, _ = run_classification(clip, weights, loader, device, amp=False)
         answers[name] = logits.argmax(dim=1).numpy()
-    return answers, time.perf_counter() - started, loading
+    return answers, Times.now() - started, loading
 
 
 def evatool(
     model: str, data: Path, sets: list[str], folder: Path, precision: str
-) -> tuple[dict[str, ClassificationResult], float]:
-    """Answers by set, and seconds, report included."""
+) -> tuple[dict[str, ClassificationResult], Times]:
+    """Answers by set, and times, report included."""
     section = EvalSection(
         models={"m": model},
         data=data,
@@ -71,9 +90,9 @@ def evatool(
         cache_dir=folder / "cache",
         precision=precision,  # type: ignore[arg-type]
     )
-    started = time.perf_counter()
+    started = Times.now()
     stage.run(EvalRecipe(eval=section), RunOptions(name="benchmark", run_dir=folder / precision))
-    taken = time.perf_counter() - started
+    taken = Times.now() - started
     read_results(folder / precision / "results.json")
     return {name: read_predictions(prediction_path(folder / precision, "m", name)).answers for name in sets}, taken  # type: ignore[return-value]
 
@@ -111,11 +130,11 @@ def main() -> None:
             f"{asked.model} on {device}: {len(asked.sets)} sets, {samples:,} pictures ({distinct(data, asked.sets):,} "
             f"distinct), batches of {BATCH}, {torch.get_num_threads()} threads"
         )
-        print(
-            f"clip-benchmark {reference:7.2f} s, of that {their_loading:.2f} s loading the model {len(asked.sets)} times"
-        )
-        print(f"evatool        {taken:7.2f} s, of that {loading:.2f} s loading it once   {reference / taken:5.1f} x")
-        print(f"without loading {(reference - their_loading) / (taken - loading):5.1f} x")
+        print(f"clip-benchmark {reference}, of that {their_loading:.2f} s loading the model {len(asked.sets)} times")
+        print(f"evatool        {taken}, of that {loading:.2f} s loading it once")
+        without = (reference.wall - their_loading) / (taken.wall - loading)
+        print(f"{reference.wall / taken.wall:.2f} x by the clock, {without:.2f} x without loading", end="; ")
+        print(f"{reference.cpu / taken.cpu:.2f} x of the processor")
         print(f"answers that differ: {flips} of {samples:,}, all near ties")
         if asked.bf16:
             half, _ = evatool(asked.model, data, asked.sets, Path(folder), "bf16")
