@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import random
@@ -19,8 +20,9 @@ from sample_pictures import BAD_PICTURES, encode, picture, png_header
 from evatool.data import order
 from evatool.data.decode import decode_picture, eval_picture, fast_jpeg_decoder, scale_for
 from evatool.data.pictures import BadPicture
+from evatool.data.prepare.drawings import Drawings
 from evatool.data.transforms import TrainTransform, crop_boxes
-from evatool.recipe.schema import AugmentSection
+from evatool.recipe.schema import AugmentSection, DrawingsSource
 
 
 def natural(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -288,3 +290,37 @@ def test_a_scaled_decode_leaves_enough_pixels_for_the_crop() -> None:
     expected = np.asarray(crop.resize((64, 64), Image.Resampling.BICUBIC)).astype(float)
     error = ((found[0].permute(1, 2, 0).numpy() - expected) ** 2).mean()
     assert 10 * np.log10(255**2 / error) > 33
+
+
+@functools.cache
+def drawn(artist: str) -> dict[str, bytes]:
+    """PNG by concept of an icon set."""
+    drawings = Drawings(DrawingsSource())
+    pixels = {tile.concept.code: drawings.pixels(tile) for tile in drawings.tiles(drawings.seen, [artist])}
+    return {code: encode(Image.fromarray(picture), "PNG") for code, picture in pixels.items()}
+
+
+def enlarged(data: bytes, side: int) -> bytes:
+    return encode(Image.open(io.BytesIO(data)).resize((side, side), Image.Resampling.BICUBIC), "JPEG", quality=80)
+
+
+def unit_features(pictures: list[bytes], decode: str) -> torch.Tensor:
+    """Pixels and horizontal and vertical edges of the pictures at 48 x 48, of unit length."""
+    small = torch.stack([eval_picture(data, 48, decode=decode) for data in pictures]).double() - 128
+    edges = [small.flatten(1), 2 * small.diff(dim=2).flatten(1), 2 * small.diff(dim=3).flatten(1)]
+    return torch.nn.functional.normalize(torch.cat(edges, 1), dim=1)
+
+
+@pytest.mark.parametrize("side", [None, 200])
+def test_fast_decoding_changes_hardly_a_prediction(side: int | None) -> None:
+    """By resemblance to another artist's drawings; with trained models: tests/benchmarks/data_eval_flips.py."""
+    known, asked = drawn("noto"), drawn("twemoji")
+    classes = sorted(known.keys() & asked.keys())
+    assert len(classes) > 500
+    weights = unit_features([known[code] for code in classes], "exact")
+    pictures = [asked[code] if side is None else enlarged(asked[code], side) for code in classes]
+    exact, fast = (unit_features(pictures, decode) for decode in ("exact", "fast"))
+    assert not torch.equal(exact, fast)
+    predicted = (exact @ weights.T).argmax(1)
+    assert (predicted == torch.arange(len(classes))).float().mean() > 0.1
+    assert (predicted != (fast @ weights.T).argmax(1)).float().mean() <= 0.001
