@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import evatool
-from evatool.checkpoint.save import save_checkpoint
+from evatool.checkpoint.save import save_run
+from evatool.distributed.held import HeldState
 from evatool.errors import CheckpointError, UsageError
 from evatool.model.clip import build_clip
 from evatool.model.mim import build_mim
@@ -40,12 +41,11 @@ def pictures(side=32):
 
 
 def write_run(folder, model, config, step=3):
-    save_checkpoint(
+    save_run(
         folder / "checkpoints",
         step,
-        model_state=model.state_dict(),
-        extra_state={},
-        optimizer_state={},
+        objective_state=HeldState.whole({f"model.{name}": t for name, t in model.state_dict().items()}),
+        optimizer_state=HeldState(),
         groups=[],
         train_state={},
         model_config=config.to_json(),
