@@ -232,7 +232,7 @@ def test_r18_no_rank_waits_alone(tmp_path: Path) -> None:
         finally:
             for rank in ranks:
                 rank.kill()
-                rank.communicate()
+                rank.wait()
     read = [key for step in steps for pair in zip(*(rank["keys"] for rank in step), strict=True) for key in pair]
     lost = {f"k{i:05d}" for i in range(24, 32)}
     assert len(read) == 128
