@@ -46,6 +46,7 @@ class Resume:
         self.fingerprint = tree_fingerprint()
         self.passed: list[str] = []
         self.counts = {"passed": 0, "failed": 0, "skipped": 0}
+        self.failed: list[str] = []
         if path and path.exists():
             stored = json.loads(path.read_text())
             if stored["fingerprint"] == self.fingerprint:
@@ -58,13 +59,15 @@ class Resume:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
             self.counts[report.outcome] += 1
+        if report.failed:
+            self.failed.append(report.nodeid)
         if report.when == "call" and report.passed and self.path:
             self.passed.append(report.nodeid)
             state = {"fingerprint": self.fingerprint, "passed": self.passed}
             self.path.write_text(json.dumps(state))
 
     def pytest_sessionfinish(self, exitstatus: int) -> None:
-        if exitstatus == 0 and self.record:
+        if exitstatus in (0, 1) and self.record:  # it came to its end, whatever it found
             self.record.write_text(self.page())
         if exitstatus == 0 and self.path:
             self.path.unlink(missing_ok=True)
@@ -74,6 +77,7 @@ class Resume:
 
         rows = {
             "passed": self.counts["passed"] + self.repeated,
+            "failed": ", ".join(f"`{name}`" for name in self.failed) or "0",
             "skipped": self.counts["skipped"],
             "tree": self.fingerprint[:16],
             "date": time.strftime("%Y-%m-%d"),
