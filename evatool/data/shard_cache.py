@@ -187,7 +187,7 @@ class _Ahead:
                 url, size, sha256 = self._wanted.pop(0)
             try:
                 self.cache.get(url, size=size, sha256=sha256)
-            except FetchError as err:
+            except (FetchError, OSError) as err:  # the next wish must find this thread alive
                 log.debug("not fetched ahead: %s: %s", display_url(url), err)
 
 

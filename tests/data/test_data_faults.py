@@ -96,7 +96,7 @@ def test_r17_flipped_bytes_anywhere_never_crash(tmp_path: Path, seed: int) -> No
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.e2e)])
 def test_r17_spares_are_the_same_at_every_world_size(tmp_path: Path, world_size: int, num_workers: int) -> None:
     folder = write_prepared(tmp_path / "set", 40, 8)
     tar = folder / "00002.tar"
@@ -268,7 +268,7 @@ def test_r32_a_shard_that_shrank_or_grew_behind_its_list(tmp_path: Path, caplog:
     assert "holds 10 samples instead of 8; the others are not read" in caplog.text
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 4])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow), 4])
 def test_shards_are_fetched_about_once_an_epoch(tmp_path: Path, num_workers: int) -> None:
     """At most 1.1 fetches a shard in the first epoch, what is fetched ahead of the batches under way included."""
     folder = write_prepared(tmp_path / "set", 480, 4)  # 120 shards

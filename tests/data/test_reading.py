@@ -316,7 +316,7 @@ def test_masked_modelling_needs_no_captions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 4])
-@pytest.mark.parametrize("mode", ["samples", "weighted-batches"])
+@pytest.mark.parametrize("mode", ["samples", pytest.param("weighted-batches", marks=pytest.mark.e2e)])
 def test_stopping_anywhere_and_going_on_is_not_stopping(two: list[dict[str, Any]], num_workers: int, mode: str) -> None:
     phases = [{"from_samples": 128, "weights": {"a": 1.0, "b": 3.0}}]
     section = {"sources": two, "mixing": mode, "phases": phases, "window_shards": 2, "num_workers": num_workers}
