@@ -66,6 +66,7 @@ class TarSamples:
     def __init__(self, tars: list[Path], kind: str) -> None:
         self._reader, self._tars, self._kind = TarReader(tars), tars, kind
         self.keys = self._reader.keys
+        self._labels: dict[int, bytes] = {}  # as read for the fingerprint
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -75,10 +76,10 @@ class TarSamples:
         return self._reader.extensions(i)
 
     def picture(self, i: int) -> bytes:
-        return self._member(i, self._picture_member(i))
+        return self._member(i, self._picture_members[i])
 
     def label(self, i: int) -> int:
-        text = self._member(i, "cls")
+        text = self._labels[i] if i in self._labels else self._member(i, "cls")
         try:
             return int(text)
         except ValueError as err:
@@ -106,7 +107,9 @@ class TarSamples:
         digest = hashlib.sha256(self._kind.encode())
         for i, key in enumerate(self.keys):
             members = self._reader.read(i, ("cls", "txt"))
-            size = self._reader.size(i, self._picture_member(i))
+            size = self._reader.size(i, self._picture_members[i])
+            if "cls" in members:
+                self._labels[i] = members["cls"]
             digest.update(f"{key} {size} ".encode() + b" ".join(members.values()) + b"\n")
         return digest.hexdigest()
 
@@ -117,9 +120,11 @@ class TarSamples:
     def close(self) -> None:
         self._reader.close()
 
-    def _picture_member(self, i: int) -> str:
-        own = self._reader.extensions(i)
-        return next(extension for extension in PICTURE_MEMBERS if extension in own)
+    @cached_property
+    def _picture_members(self) -> list[str]:
+        """Extension of each sample's picture."""
+        every = (self._reader.extensions(i) for i in range(len(self)))
+        return [next(extension for extension in PICTURE_MEMBERS if extension in own) for own in every]
 
     def _member(self, i: int, extension: str) -> bytes:
         try:
