@@ -24,6 +24,7 @@ class Hardware:
         cores_per_gpu: CPU cores a rank has for its loader; an assumption.
         mfu: (low, likely, high) share of the peak that training reaches.
         source: where the figures come from.
+        host_gib: main memory of a machine, for offload; an assumption.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Hardware:
     cores_per_gpu: int
     mfu: tuple[float, float, float]
     source: str
+    host_gib: float = 1024.0
 
     def peak_tflops(self, numerics: str) -> float:
         """Dense peak for "fp32", or for 16-bit arithmetic."""
@@ -46,21 +48,21 @@ class Hardware:
 _MFU = (0.20, 0.35, 0.45)
 _A100 = "NVIDIA A100 data sheet; 200 Gb/s a GPU between machines is an assumption"
 
-_GPUS = (
+GPUS = (
     Hardware("h100", 79.1, 989.0, 67.0, 450.0, 50.0, 8, 16, _MFU, "NVIDIA H100 SXM data sheet; 400 Gb/s a GPU assumed"),
     Hardware("h200", 139.8, 989.0, 67.0, 450.0, 50.0, 8, 16, _MFU, "NVIDIA H200 data sheet; 400 Gb/s a GPU assumed"),
     Hardware("a100-40", 39.4, 312.0, 19.5, 300.0, 25.0, 8, 16, _MFU, _A100),
     Hardware("a100-80", 79.1, 312.0, 19.5, 300.0, 25.0, 8, 16, _MFU, _A100),
     Hardware("mi300x", 191.0, 1307.0, 163.4, 448.0, 50.0, 8, 16, _MFU, "AMD MI300X data sheet; 400 Gb/s a GPU assumed"),
 )
-HARDWARE_NAMES = (*(gpu.name for gpu in _GPUS), "cpu")
+HARDWARE_NAMES = (*(gpu.name for gpu in GPUS), "cpu")
 
 
 def hardware(name: str) -> Hardware:
     """The accelerator called `name`. Raises: UsageError, naming those there are."""
     if name == "cpu":
         return _this_cpu()
-    found = next((gpu for gpu in _GPUS if gpu.name == name), None)
+    found = next((gpu for gpu in GPUS if gpu.name == name), None)
     if found is None:
         raise UsageError(f"no accelerator is called {name!r}", expected="one of " + ", ".join(HARDWARE_NAMES))
     return found
@@ -72,7 +74,7 @@ def _this_cpu() -> Hardware:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
     peak = 0.08 * cores
     source = f"this machine: {cores} cores at an assumed 80 GFLOP/s each"
-    return Hardware("cpu", memory, peak, peak, 10.0, 1.0, 1, cores, (0.1, 0.25, 0.5), source)
+    return Hardware("cpu", memory, peak, peak, 10.0, 1.0, 1, cores, (0.1, 0.25, 0.5), source, memory)
 
 
 @dataclass(frozen=True)
@@ -90,4 +92,10 @@ class Assumptions:
     restart_minutes: float = 10.0
     """From a failure to the next step."""
     save_gb_per_sec: float = 1.5
-    """A save stops the run, and one rank writes and hashes all of it."""
+    """A rank writes and hashes this much; a save stops the run. Where weights are divided, all ranks write at once."""
+    host_gb_per_sec: float = 25.0
+    """One accelerator to and from main memory (PCIe 4.0 x16)."""
+    cpu_steps_per_sec: float = 3e8
+    """Parameters a second for which a rank's share of the CPU takes the optimiser's step: 40 bytes each at 12 GB/s."""
+    selective_share: float = 0.05
+    """Share of a step's computation that selective checkpointing repeats in norms, activations and rotations."""

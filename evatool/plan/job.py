@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 from evatool.errors import EvatoolError, RecipeError, UsageError
 from evatool.model.config import ModelConfig, mim_config
 from evatool.model.presets import resolve_preset
+from evatool.plan.engines import Kind, Offload, Setup
+from evatool.plan.memory import Checkpointing
+from evatool.recipe.model_sections import LockSection
 from evatool.recipe.schema import DistillRecipe, PretrainMimRecipe, Recipe, TrainClipRecipe
 
+CAPTION_COLUMNS = 20
+"""Text tokens computed for a web caption: 15 on average, in groups of like length (objective/text.py)."""
 DEFAULT_PREDICT_DIM = 1024  # EVA-02's teacher; used where the teacher is a folder that is not there yet
 
 
@@ -22,10 +28,11 @@ class Job:
         stage: "train-clip", "pretrain-mim" or "distill".
         model, teacher: configurations; the teacher is None where there is none, or its shape is not known.
         numerics: a key of `memory.NUMERICS`.
-        engine: "single", "ddp" or "zero", with `zero_stage` for the last.
+        engine: "single", "ddp", "fsdp2" or "zero", with `zero_stage` and `offload` for the last.
         accumulation: micro-batches of one optimiser step.
-        checkpointing: recompute whole blocks in the backward pass.
-        text_tokens: tokens of a trimmed batch of captions; None is the whole context.
+        checkpointing: what blocks recompute in the backward pass.
+        patch_dropout, dropout_phases: share of dropped patches at first, and (samples seen, share) from then on.
+        text_tokens: tokens a caption on average, padding of its group included; None is the whole context.
         masked: hidden patches of a MIM picture.
         notes: what was assumed on the way from the recipe.
     """
@@ -38,11 +45,14 @@ class Job:
     global_batch_size: int
     num_gpus: int
     numerics: Literal["fp32", "autocast", "bf16"]
-    engine: Literal["single", "ddp", "zero"]
+    engine: Kind
     zero_stage: int = 0
+    offload: Offload = "none"
     accumulation: int = 1
-    checkpointing: bool = False
+    checkpointing: Checkpointing = "none"
+    optimizer: Literal["adamw", "lamb"] = "adamw"
     patch_dropout: float = 0.0
+    dropout_phases: tuple[tuple[int, float], ...] = ()
     text_tokens: int | None = None
     masked: int = 0
     distils_logits: bool = False
@@ -60,9 +70,22 @@ class Job:
         return -(-self.global_batch_size // (self.num_gpus * self.accumulation))
 
     @property
-    def is_zero(self) -> bool:
-        """Whether DeepSpeed runs it."""
-        return self.engine == "zero"
+    def setup(self) -> Setup:
+        """The engine on these ranks."""
+        return Setup(self.engine, self.zero_stage, self.offload, self.num_gpus, self.accumulation > 1)
+
+    @property
+    def least_dropout(self) -> float:
+        """The smallest share of dropped patches of any phase: what memory has to be enough for."""
+        return min([self.patch_dropout, *(share for _, share in self.dropout_phases)])
+
+    @property
+    def dropout_shares(self) -> list[tuple[float, float]]:
+        """(share of the run's samples, share of dropped patches) of each phase."""
+        starts = [0, *(min(start, self.samples_seen) for start, _ in self.dropout_phases), self.samples_seen]
+        rates = [self.patch_dropout, *(rate for _, rate in self.dropout_phases)]
+        spans = zip(pairwise(starts), rates, strict=True)
+        return [((end - start) / self.samples_seen, rate) for (start, end), rate in spans]
 
 
 def job_of_recipe(recipe: Recipe, name: str, num_gpus: int) -> Job:
@@ -89,19 +112,12 @@ def job_of_recipe(recipe: Recipe, name: str, num_gpus: int) -> Job:
         raise RecipeError(
             f'engine.kind = "single" is one process, but --gpus is {num_gpus}', fix='--set engine.kind="fsdp2"'
         )
-    # fsdp2 divides what ZeRO-3 divides; it needs less by the second copy of float32 weights that ZeRO keeps.
-    is_fsdp2 = recipe.engine.kind == "fsdp2" or (recipe.engine.kind == "auto" and num_gpus > 1)
-    is_zero = is_fsdp2 or recipe.engine.kind == "deepspeed"
-    engine: Literal["single", "ddp", "zero"] = "zero" if is_zero else "single" if num_gpus == 1 else "ddp"
+    engine = _engine(recipe.engine.kind, num_gpus)
     model = resolve_preset(recipe.model.preset).with_image_size(recipe.model.image_size)
     teacher = None
     if isinstance(recipe, PretrainMimRecipe | DistillRecipe):
         teacher, note = _teacher(recipe.teacher.model)
         notes += [note] if note else []
-    if recipe.engine.activation_checkpointing == "selective":
-        notes.append("selective checkpointing is counted as none: activations are an upper bound")
-    if recipe.engine.offload != "none":
-        notes.append(f'engine.offload = "{recipe.engine.offload}" is not counted: memory is an upper bound')
     job = Job(
         name=name,
         stage=recipe.stage,
@@ -112,9 +128,11 @@ def job_of_recipe(recipe: Recipe, name: str, num_gpus: int) -> Job:
         num_gpus=num_gpus,
         numerics="fp32" if train.precision == "fp32" else "autocast",
         engine=engine,
-        zero_stage=3 if is_fsdp2 else recipe.engine.zero_stage,
+        zero_stage=recipe.engine.zero_stage,
+        offload=recipe.engine.offload,
         accumulation=_accumulation(train.micro_batch_size, train.global_batch_size // num_gpus),
-        checkpointing=recipe.engine.activation_checkpointing == "full",
+        checkpointing=recipe.engine.activation_checkpointing,
+        optimizer=recipe.optim.kind,
         kept_checkpoints=recipe.checkpoint.keep,
         notes=tuple(notes),
     )
@@ -126,12 +144,28 @@ def job_of_recipe(recipe: Recipe, name: str, num_gpus: int) -> Job:
         )
     if model.task != "clip":
         raise RecipeError(f"model.preset = {recipe.model.preset!r} is a MIM model: it has no text tower")
+    if recipe.model.lock != LockSection():
+        notes.append("locked parts are counted as if they learned: an upper bound")
     return replace(
         job,
         patch_dropout=recipe.model.patch_dropout,
+        dropout_phases=recipe.model.patch_dropout_schedule,
+        text_tokens=min(CAPTION_COLUMNS, model.context_length),
         distils_logits=isinstance(recipe, DistillRecipe) and recipe.objective.logit_weight > 0,
-        notes=(*notes, f"captions are counted at {model.context_length} tokens; trimmed batches need less"),
+        notes=(*notes, f"captions are counted at {CAPTION_COLUMNS} tokens, a web caption's with padding"),
     )
+
+
+def _engine(kind: str, num_gpus: int) -> Kind:
+    match kind:
+        case "auto":
+            return "single" if num_gpus == 1 else "fsdp2"
+        case "deepspeed":
+            return "zero"
+        case "ddp" if num_gpus == 1:
+            return "single"
+        case _:
+            return kind  # type: ignore[return-value]
 
 
 def _accumulation(micro_batch_size: int | None, samples: int) -> int:

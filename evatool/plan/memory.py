@@ -2,14 +2,13 @@
 
 Activations are counted operation by operation: what each keeps for the backward pass, with an attention kernel that
 keeps query, key, value, output and one number a row. Source: scale.md 2.3; held to saved tensors by
-tests/plan/test_memory.py, to running engines by tests/dist/test_plan_states.py.
+tests/plan/test_memory.py. What engines hold is in engines.py.
 """
 
 # D width, h hidden width of the MLP, T tokens, P parameters, b samples a rank, B global batch, E embedding
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,16 +18,15 @@ from evatool.plan.towers import Blocks, decoder_blocks, image_blocks, kept_token
 GIB = 2**30
 FP32 = 4
 
+Checkpointing = Literal["none", "selective", "full"]
+"""What blocks keep: everything, the results of matrix products and attention, or only their input."""
+
 CONTEXT_BYTES = 1.5 * GIB
 """CUDA context and the buffers of NCCL or RCCL: 1 to 2 GiB (scale.md 2.3)."""
 FRAGMENTATION = 1.06
 """What the allocator cannot use: 5 to 8 % (scale.md 2.3)."""
-ZERO_BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's default `reduce_bucket_size`."""
 TILE_SIDE = 4096
 """Rows and columns of a tile of similarities on a GPU (objective/tiles.py)."""
-ZERO_LIVE_ELEMENTS = 1_000_000_000
-"""DeepSpeed's default `stage3_max_live_parameters`."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +34,9 @@ class Numerics:
     """What a number weighs.
 
     Attributes:
-        name: "fp32" and "autocast" are what `train.precision` = "fp32" and "bf16" do here: weights, gradients and
-            moments stay float32, and autocast casts. "bf16" is DeepSpeed's own 16-bit engine, with which the EVA
-            models were trained: 16-bit weights and gradients, float32 master weights and moments.
+        name: "fp32" and "autocast" are what `train.precision` = "fp32", and "bf16" or "fp16", do here: weights,
+            gradients and moments stay float32, and autocast casts. "bf16" is DeepSpeed's own 16-bit engine, with which
+            the EVA models were trained: 16-bit weights and gradients, float32 master weights and moments.
         compute: bytes of an activation.
         residual: bytes of the residual stream and of what norms keep.
         weight: bytes of a weight and of its gradient.
@@ -60,66 +58,6 @@ NUMERICS = {
     "autocast": Numerics("autocast", 2, 4, 4),
     "bf16": Numerics("bf16", 2, 2, 2),
 }
-
-
-# ----------------------------------------------------------------------------------------------------------- states
-
-
-@dataclass(frozen=True)
-class States:
-    """Bytes on one rank of what lives as long as the run, and of the gradients at their largest."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.weights + self.gradients + self.optimizer
-
-
-def states(sizes: Sequence[int], *, is_zero: bool, zero_stage: int, num_ranks: int, numerics: Numerics) -> States:
-    """Weights, gradients, and AdamW's moments with the master weights.
-
-    Args:
-        sizes: parameters of each optimiser group, or under stage 3 of each tensor: what ZeRO divides over the ranks.
-        is_zero: DeepSpeed; else one process or DistributedDataParallel, and `zero_stage` is not looked at.
-    """
-    params = sum(sizes)
-    size = numerics.weight
-    master = FP32 if size != FP32 else 0  # float32 weights are their own master where nothing is divided
-    if not is_zero or zero_stage == 0:
-        return States(size * params, size * params, (2 * FP32 + master) * params)
-    # Stages 1 and 2 divide groups, padded to an even number of elements a rank; stage 3 divides each parameter.
-    even = 1 if zero_stage == 3 else 2
-    piece = sum(even * -(-n // (even * num_ranks)) for n in sizes)
-    # ZeRO keeps a master copy of its piece even of float32 weights. Stage 1 has whole gradients until they are reduced.
-    optimizer = 3 * FP32 * piece
-    padded = size * num_ranks * piece
-    if zero_stage == 1:
-        return States(padded, size * params, optimizer)
-    if zero_stage == 2:
-        return States(padded, size * piece, optimizer)
-    return States(size * piece, size * piece, optimizer)
-
-
-def engine_buffers(
-    params: int, block_params: int, *, is_zero: bool, zero_stage: int, num_ranks: int, numerics: Numerics
-) -> int:
-    """Buckets of gradients on their way, and under stage 3 the gathered weights: upper bounds of DeepSpeed's defaults.
-
-    DistributedDataParallel's buckets are the gradients themselves.
-    """
-    if not is_zero or zero_stage == 0 or num_ranks == 1:
-        return 0
-    size = numerics.weight
-    num_buckets = 2 if zero_stage > 1 else 1  # overlap_comm
-    buckets = num_buckets * size * min(params, ZERO_BUCKET_ELEMENTS)
-    if zero_stage < 3:
-        return buckets
-    # two blocks with their gradients, or what DeepSpeed is allowed to keep gathered
-    return buckets + size * min(params, max(4 * block_params, ZERO_LIVE_ELEMENTS))
 
 
 # ------------------------------------------------------------------------------------------------------ activations
@@ -164,22 +102,34 @@ def block_activations(blocks: Blocks, tokens: int, numerics: Numerics) -> int:
     return tokens * (a_width * blocks.width + a_hidden * blocks.hidden + rows)
 
 
-def stack_activations(blocks: Blocks, tokens: int, numerics: Numerics, *, checkpointing: bool) -> Activations:
-    """Bytes a sequence that a stack keeps: every block's, or only every block's input."""
+def block_products(blocks: Blocks, tokens: int, numerics: Numerics) -> int:
+    """Bytes a sequence of one block's matrix products and attention, which selective checkpointing keeps."""
+    num_hidden = 1 if blocks.gated == "none" else 2
+    products = (3 + 1 + 1) * blocks.width + num_hidden * blocks.hidden  # q, k, v, projection, MLP
+    return tokens * (numerics.compute * (products + blocks.width) + FP32 * blocks.num_heads)
+
+
+def stack_activations(blocks: Blocks, tokens: int, numerics: Numerics, *, checkpointing: Checkpointing) -> Activations:
+    """Bytes a sequence that a stack keeps: every block's, or every block's input, with or without its products."""
     block = block_activations(blocks, tokens, numerics)
-    if checkpointing:
-        return Activations(blocks.depth * tokens * blocks.width * numerics.residual, block)
-    return Activations(blocks.depth * block)
+    if checkpointing == "none":
+        return Activations(blocks.depth * block)
+    kept = tokens * blocks.width * numerics.residual
+    if checkpointing == "full":
+        return Activations(blocks.depth * kept, block)
+    products = block_products(blocks, tokens, numerics)
+    return Activations(blocks.depth * (kept + products), max(0, block - products))
 
 
 def image_activations(
-    config: ModelConfig, numerics: Numerics, *, patch_dropout: float = 0.0, checkpointing: bool = False
+    config: ModelConfig, numerics: Numerics, *, patch_dropout: float = 0.0, checkpointing: Checkpointing = "none"
 ) -> Activations:
     """Bytes a picture that the image tower keeps: its blocks, the picture and the final norm."""
     tokens, blocks = kept_tokens(config, patch_dropout), image_blocks(config)
     stack = stack_activations(blocks, tokens, numerics, checkpointing=checkpointing)
-    if checkpointing and not config.is_eva:  # open_clip's ViT keeps its residual stream in the type of the convolution
-        stack = Activations(stack.kept // numerics.residual * numerics.compute, stack.block)
+    if checkpointing != "none" and not config.is_eva:  # open_clip's ViT keeps its residual stream as the convolution's
+        excess = blocks.depth * tokens * blocks.width * (numerics.residual - numerics.compute)
+        stack = Activations(stack.kept - excess, stack.block)
     norm_input = FP32 if blocks.has_rms_norm else numerics.residual
     norm = tokens * (blocks.width * norm_input + 2 * FP32)
     outside = 3 * config.image_size**2 * numerics.compute + norm
@@ -195,7 +145,7 @@ def image_activations(
 
 
 def text_activations(
-    config: ModelConfig, numerics: Numerics, *, tokens: int | None = None, checkpointing: bool = False
+    config: ModelConfig, numerics: Numerics, *, tokens: int | None = None, checkpointing: Checkpointing = "none"
 ) -> Activations:
     """Bytes a caption of `tokens` (the whole context when None) that the text tower keeps."""
     length = config.context_length if tokens is None else min(tokens, config.context_length)
@@ -205,7 +155,7 @@ def text_activations(
 
 
 def mim_activations(
-    config: ModelConfig, numerics: Numerics, masked: int, *, checkpointing: bool = False
+    config: ModelConfig, numerics: Numerics, masked: int, *, checkpointing: Checkpointing = "none"
 ) -> Activations:
     """Bytes a picture that a MIM student keeps, prediction head and loss included."""
     predict = masked * (config.predict_dim or 0) * (numerics.compute + 3 * FP32)
@@ -214,7 +164,7 @@ def mim_activations(
         return Activations(tower.kept + masked * config.width * numerics.compute + predict, tower.block)
     patches = num_patches(config)
     encoder = stack_activations(image_blocks(config), 1 + patches - masked, numerics, checkpointing=checkpointing)
-    decoder = stack_activations(decoder_blocks(config), 1 + patches, numerics, checkpointing=False)
+    decoder = stack_activations(decoder_blocks(config), 1 + patches, numerics, checkpointing="none")
     return Activations(encoder.kept + decoder.kept + predict, encoder.block)
 
 
@@ -246,3 +196,15 @@ def contrastive_bytes(
     features = 10 * batch * embed_dim * FP32
     tiles = 4 * min(batch, TILE_SIDE) ** 2 * FP32
     return features + tiles + (9 * batch * global_batch * FP32 if distils else 0)
+
+
+def model_buffers(config: ModelConfig) -> int:
+    """Bytes of the model's constants: causal mask, rotations, EVA-01's biases of the keys."""
+    numbers = config.context_length**2 if config.text else 0
+    blocks = image_blocks(config)
+    if config.is_eva and config.vision["rope"]:
+        head = blocks.width // blocks.num_heads
+        numbers += num_patches(config) * 2 * head + head // 4
+    if config.is_eva and blocks.has_fused_qkv and blocks.qkv_biases == 2:
+        numbers += blocks.depth * blocks.width
+    return FP32 * numbers

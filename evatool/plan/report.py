@@ -8,19 +8,11 @@ from typing import Any
 from evatool.errors import EvatoolError
 from evatool.plan import memory as mem
 from evatool.plan import towers
-from evatool.plan.estimate import (
-    Choice,
-    Pace,
-    choices,
-    enough_gpus,
-    failures,
-    largest_micro_batch,
-    memory,
-    operations,
-    pace,
-)
-from evatool.plan.hardware import Assumptions, Hardware
+from evatool.plan.advice import Choice, choices, engines, enough_gpus, largest_micro_batch
+from evatool.plan.estimate import memory, operations
+from evatool.plan.hardware import GPUS, Assumptions, Hardware
 from evatool.plan.job import Job
+from evatool.plan.pace import Pace, failures, host_bytes, pace
 from evatool.plan.published import PARAMETERS
 
 GIB = mem.GIB
@@ -108,16 +100,9 @@ def _run(job: Job) -> dict[str, Any]:
         "engine": job.engine,
         "zero_stage": job.zero_stage,
         "numerics": job.numerics,
-        "grad_checkpointing": job.checkpointing,
+        "offload": job.offload,
+        "activation_checkpointing": job.checkpointing,
     }
-
-
-def _engines(job: Job) -> dict[str, Job]:
-    """The same job on every engine that `num_gpus` allows."""
-    if job.num_gpus == 1:
-        return {"single": replace(job, engine="single", zero_stage=0)}
-    zero = {f"ZeRO-{stage}": replace(job, engine="zero", zero_stage=stage) for stage in (1, 2, 3)}
-    return {"ddp": replace(job, engine="ddp", zero_stage=0), **zero}
 
 
 def _memory(job: Job, gpu: Hardware) -> dict[str, Any]:
@@ -126,9 +111,8 @@ def _memory(job: Job, gpu: Hardware) -> dict[str, Any]:
         "bytes": own.total,
         "available_bytes": int(gpu.memory_gib * GIB),
         "parts": own.parts,
-        "by_engine": {
-            name: {"bytes": memory(each).total, **memory(each).parts} for name, each in _engines(job).items()
-        },
+        "host_bytes_per_machine": host_bytes(job, gpu),
+        "by_engine": {name: {"bytes": memory(each).total, **memory(each).parts} for name, each in engines(job).items()},
     }
 
 
@@ -159,11 +143,9 @@ def _time(each: Pace, price: float | None) -> dict[str, Any]:
 
 def _checkpoints(job: Job, gpu: Hardware, assumed: Assumptions, likely: Pace) -> dict[str, Any]:
     params = towers.count_parameters(job.model).total
-    ranks = min(job.num_gpus, gpu.gpus_per_node)
     return {
         "export_bytes": mem.FP32 * params,
         "kept_bytes": (job.kept_checkpoints + 1) * 12 * params,  # the next one is written before the oldest goes
-        "host_bytes_per_machine": ranks * 12 * params,  # every rank copies the whole state to its CPU
         **asdict(failures(job, assumed, likely.step_sec)),
     }
 
@@ -184,18 +166,20 @@ def _choice(choice: Choice, job: Job) -> dict[str, Any]:
         "step_sec": choice.step_sec,
         "micro_batch_size": chosen.micro_batch_size,
         "grad_accum_steps": chosen.accumulation,
-        "grad_checkpointing": chosen.checkpointing,
+        "activation_checkpointing": chosen.checkpointing,
         "is_the_recipe": chosen == job,
     }
 
 
 def _settings(chosen: Job, job: Job) -> list[str]:
     """What `--set` must say to turn `job` into `chosen`."""
-    settings = [f"engine.kind={chosen.engine}"]
-    if chosen.engine == "zero":
-        settings = ["engine.kind=deepspeed", f"engine.zero_stage={chosen.zero_stage}"]
+    settings = []
+    if (chosen.engine, chosen.zero_stage, chosen.offload) != (job.engine, job.zero_stage, job.offload):
+        settings = [f"engine.kind={'deepspeed' if chosen.engine == 'zero' else chosen.engine}"]
+        settings.append(f"engine.zero_stage={chosen.zero_stage}")
+        settings.append(f"engine.offload={chosen.offload}")
     if chosen.checkpointing != job.checkpointing:
-        settings.append(f"engine.activation_checkpointing={'full' if chosen.checkpointing else 'none'}")
+        settings.append(f"engine.activation_checkpointing={chosen.checkpointing}")
     if chosen.accumulation != job.accumulation:
         settings.append(f"train.micro_batch_size={chosen.micro_batch_size}")
     return settings
@@ -205,9 +189,15 @@ def _settings(chosen: Job, job: Job) -> list[str]:
 
 
 def _refusal(job: Job, gpu: Hardware, fitting: list[Choice]) -> EvatoolError | None:
-    need, room = memory(job).total, gpu.memory_gib * GIB
-    if need <= room:
+    need, room, host = memory(job).total, gpu.memory_gib * GIB, host_bytes(job, gpu)
+    if need <= room and host <= gpu.host_gib * GIB:
         return None
+    if need <= room:
+        return EvatoolError(
+            f"{job.name} offloads {_gib(host)} to a machine's own memory",
+            expected=f"at most {gpu.host_gib:,.0f} GiB a machine, as is assumed",
+            fix="--set engine.offload=none, or more ranks",
+        )
     fixes = []
     if fitting:
         keys = " ".join(f"--set {key}" for key in _settings(fitting[0].job, job))
@@ -218,11 +208,29 @@ def _refusal(job: Job, gpu: Hardware, fitting: list[Choice]) -> EvatoolError | N
     batch = _batch_that_fits(job, gpu)
     if batch:
         fixes.append(f"train.global_batch_size = {batch} fits on {job.num_gpus}, as another run")
+    if not fitting:
+        fixes += _larger_accelerator(job, gpu)
+    name, size = max(memory(job).parts.items(), key=lambda part: part[1])
     return EvatoolError(
-        f"{job.name} needs {_gib(need)} a rank, {_gib(need - room)} more than one {gpu.name} has",
+        f"{job.name} needs {_gib(need)} a rank, {_gib(need - room)} more than one {gpu.name} has; most of it "
+        f"is {name}, {_gib(size)}",
         expected=f"at most {_gib(room)} on each of {job.num_gpus} ranks",
-        fix="; or ".join(fixes) or "a smaller model or a larger accelerator: nothing else fits",
+        fix="; or ".join(fixes) or "a smaller model: nothing else fits",
     )
+
+
+def _larger_accelerator(job: Job, gpu: Hardware) -> list[str]:
+    """The smallest accelerator on whose ranks some setting fits, as words."""
+    larger = sorted(
+        (each for each in GPUS if each.memory_gib > gpu.memory_gib),
+        key=lambda each: (each.memory_gib, each.bf16_tflops),
+    )
+    for each in larger:
+        fitting = choices(job, each, Assumptions())
+        if fitting:
+            keys = "".join(f" --set {key}" for key in _settings(fitting[0].job, job))
+            return [f"--gpu {each.name}{keys} needs {_gib(fitting[0].memory_bytes)} a rank"]
+    return []
 
 
 def _batch_that_fits(job: Job, gpu: Hardware) -> int | None:
@@ -259,8 +267,9 @@ def _text(job: Job, data: dict[str, Any]) -> str:
         (
             "rank",
             f"{r['micro_batch_size']} samples a pass, {_times(r['grad_accum_steps'])} a step; engine {r['engine']}"
-            + (f" stage {r['zero_stage']}" if job.is_zero else "")
-            + f", {r['numerics']}, checkpointing {'on' if r['grad_checkpointing'] else 'off'}",
+            + (f" stage {r['zero_stage']}" if job.engine == "zero" else "")
+            + (f", offload {r['offload']}" if r["offload"] != "none" else "")
+            + f", {r['numerics']}, checkpointing {r['activation_checkpointing']}",
         ),
         (
             "operations",
@@ -273,7 +282,7 @@ def _text(job: Job, data: dict[str, Any]) -> str:
 
 
 def _memory_table(job: Job, gpu: Hardware) -> list[list[str]]:
-    by_engine = {name: memory(each) for name, each in _engines(job).items()}
+    by_engine = {name: memory(each) for name, each in engines(job).items()}
     names = list(next(iter(by_engine.values())).parts)
     rows = [["GiB a rank", *by_engine]]
     rows += [[name, *(f"{m.parts[name] / GIB:.2f}" for m in by_engine.values())] for name in names]
@@ -290,12 +299,13 @@ def _lines(job: Job, gpu: Hardware, data: dict[str, Any]) -> list[str]:
         + (f", cost {_count(each['cost'])}" if "cost" in each else "")
         for name, each in time.items()
     ]
+    if data["memory"]["host_bytes_per_machine"]:
+        lines.append(f"offload: {_gib(data['memory']['host_bytes_per_machine'])} of a machine's own memory")
     lines += [
         f"network: {_size(traffic['bytes_per_step'])} a rank and step, {_seconds(traffic['seconds_per_step'])}; "
         + ("hidden behind computation" if traffic["is_hidden"] else f"{_seconds(traffic['exposed_seconds'])} exposed"),
         f"data: {_size(reading['bytes_per_sec'])}/s to read, {reading['loader_cores_per_gpu']:.1f} loader cores a rank",
         f"checkpoint: {_size(saves['checkpoint_bytes'])}, {_size(saves['kept_bytes'])} of disk for those kept, "
-        f"{_size(saves['host_bytes_per_machine'])} of host memory a machine while saving; "
         f"export {_size(saves['export_bytes'])}",
         f"failures: {saves['expected']:.2g} expected, one in {saves['mean_hours_between']:,.0f} h; save every "
         f"{_seconds(saves['interval_sec'])} ({saves['interval_steps']:,} steps); {saves['goodput']:.1%} of the time "
@@ -311,8 +321,10 @@ def _lines(job: Job, gpu: Hardware, data: dict[str, Any]) -> list[str]:
     a = data["assumptions"]
     lines.append(
         f"assumed: {gpu.source}; {a['bytes_per_sample']:,.0f} bytes a sample, {a['samples_per_core_sec']:.0f} "
-        f"samples/s a core, {a['storage_gb_per_sec']:g} GB/s of storage, saves at {a['save_gb_per_sec']:g} GB/s, "
-        f"a failure every {a['gpu_hours_per_failure']:,.0f} GPU-hours"
+        f"samples/s a core, {a['storage_gb_per_sec']:g} GB/s of storage, saves at {a['save_gb_per_sec']:g} GB/s a "
+        f"rank, a failure every {a['gpu_hours_per_failure']:,.0f} GPU-hours; {a['host_gb_per_sec']:g} GB/s to main "
+        f"memory, {gpu.host_gib:,.0f} GiB of it a machine, {a['cpu_steps_per_sec']:.2g} parameters/s of "
+        f"a step on the CPU; selective checkpointing repeats {a['selective_share']:.0%} of a step"
     )
     return [*lines, *(f"note: {note}" for note in job.notes)]
 

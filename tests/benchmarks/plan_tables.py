@@ -13,15 +13,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, README = ROOT / "docs" / "plan.md", ROOT / "README.md"
-sys.path.insert(0, str(ROOT / "tests" / "plan"))
+sys.path[:0] = [str(ROOT / "tests" / "plan"), str(ROOT / "tests" / "benchmarks")]
 
+from plan_speeds import speeds_table  # noqa: E402
 from published_jobs import job_of  # noqa: E402
 
 from evatool.model.presets import PRESETS, resolve_preset  # noqa: E402
-from evatool.plan.estimate import failures, memory, pace  # noqa: E402
+from evatool.plan.estimate import memory  # noqa: E402
 from evatool.plan.hardware import Assumptions, hardware  # noqa: E402
 from evatool.plan.job import Job, job_of_recipe  # noqa: E402
 from evatool.plan.memory import GIB, NUMERICS, image_activations, text_activations  # noqa: E402
+from evatool.plan.pace import failures, pace  # noqa: E402
 from evatool.plan.published import PARAMETERS, PUBLISHED_RUNS  # noqa: E402
 from evatool.plan.towers import count_parameters, image_flops, text_flops  # noqa: E402
 from evatool.recipe.load import load_recipe  # noqa: E402
@@ -113,7 +115,12 @@ def activations_table() -> str:
     """Needs torch."""
     from saved_bytes import tower_bytes
 
-    settings = {"all": {}, "checkpointing": {"checkpointing": True}, "half of the patches": {"patch_dropout": 0.5}}
+    settings = {
+        "all": {},
+        "products (selective)": {"checkpointing": "selective"},
+        "inputs of blocks (full)": {"checkpointing": "full"},
+        "half of the patches": {"patch_dropout": 0.5},
+    }
     rows = [["tower", "arithmetic", "kept", "planned, MiB a sample", "measured", "off by"]]
     for name in TOWERS:
         for numerics in ("bf16", "autocast"):
@@ -133,7 +140,7 @@ def _compared(tower: str, numerics: str, words: str, said: float, measured: floa
     return [tower, numerics, words, f"{said / 2**20:.1f}", f"{measured / 2**20:.1f}", f"{said / measured - 1:+.2%}"]
 
 
-INSTANT = {"parameters": parameters_table, "fit": fit_table, "18b": big_table}
+INSTANT = {"parameters": parameters_table, "fit": fit_table, "18b": big_table, "speeds": speeds_table}
 MEASURED = {"operations": operations_table, "activations": activations_table}
 
 

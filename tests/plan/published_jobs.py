@@ -20,6 +20,6 @@ def job_of(run: PublishedRun, num_gpus: int | None = None) -> Job:
         numerics="bf16",
         engine="zero",
         zero_stage=run.zero_stage,
-        checkpointing=True,
+        checkpointing="full",
         patch_dropout=run.patch_dropout,
     )

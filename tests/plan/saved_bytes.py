@@ -4,6 +4,7 @@ The tensors are meta tensors that say they are on a GPU, so that a GPU's kernels
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -12,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointPolicy
 
+from evatool.distributed import blocks
 from evatool.model.clip import build_clip
 from evatool.model.presets import resolve_preset
 
@@ -40,8 +44,18 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
     return _FlashLike.apply(q, k, v)
 
 
-def saved_bytes(module: nn.Module, call: Callable[[], Any]) -> tuple[int, int]:
-    """(activations, copies of weights) in bytes that `call` keeps, each storage once, parameters and buffers apart."""
+def _flash(q: Tensor, k: Tensor, v: Tensor, *_: Any, is_causal: bool = False, **__: Any) -> Tensor:
+    """The operation that selective checkpointing sees on a GPU."""
+    if torch.is_autocast_enabled("cuda"):
+        q, k, v = (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in (q, k, v))
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
+
+
+def saved_bytes(module: nn.Module, call: Callable[[], Any], *, selective: bool = False) -> tuple[int, int]:
+    """(activations, copies of weights) in bytes that `call` keeps, each storage once, parameters and buffers apart.
+
+    What selective checkpointing keeps does not pass through the hooks: its policy is listened to.
+    """
     own = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
     shapes = {tuple(p.shape) for p in module.parameters()}
     kept: dict[int, tuple[Any, tuple[int, ...]]] = {}
@@ -52,8 +66,21 @@ def saved_bytes(module: nn.Module, call: Callable[[], Any]) -> tuple[int, int]:
             kept[storage._cdata] = (storage, tuple(tensor.shape))  # held, so that no id is used twice
         return tensor
 
+    policy = blocks._keeps_products
+
+    def listening(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = policy(context, operation, *args, **kwargs)
+        if answer == CheckpointPolicy.MUST_SAVE:
+            for tensor in tree_leaves(context.op_output):
+                if isinstance(tensor, Tensor):
+                    kept[tensor.untyped_storage()._cdata] = (tensor.untyped_storage(), tuple(tensor.shape))
+        return answer
+
+    attention = _flash if selective else _attention
     with (
-        mock.patch.object(F, "scaled_dot_product_attention", _attention),
+        warnings.catch_warnings(action="ignore", category=FutureWarning),
+        mock.patch.object(blocks, "_keeps_products", listening),
+        mock.patch.object(F, "scaled_dot_product_attention", attention),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
         call()
@@ -63,13 +90,19 @@ def saved_bytes(module: nn.Module, call: Callable[[], Any]) -> tuple[int, int]:
 
 
 def tower_bytes(
-    name: str, tower: str, numerics: str, *, patch_dropout: float = 0.0, checkpointing: bool = False
+    name: str,
+    tower: str,
+    numerics: str,
+    *,
+    patch_dropout: float = 0.0,
+    checkpointing: str = "none",
+    dtype_name: str = "bfloat16",
 ) -> float:
-    """Bytes a sample that a preset's `visual` or `text` tower keeps under "fp32", "bf16" or "autocast"."""
+    """Bytes a sample that a preset's `visual` or `text` tower keeps under "fp32", "bf16" or "autocast", with the
+    engine's own checkpointing."""
     config = resolve_preset(name)
     with torch.device("meta"):
         clip = build_clip(config, patch_dropout=patch_dropout).train()
-    clip.set_grad_checkpointing(checkpointing)
     module = getattr(clip, tower)
     if numerics == "bf16":
         clip.to(torch.bfloat16)
@@ -89,9 +122,16 @@ def tower_bytes(
             else torch.zeros(B, 3, side, side, dtype=dtype, device="cuda")
         )
         torch.set_autocast_enabled("cuda", numerics == "autocast")
-        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        torch.set_autocast_dtype("cuda", getattr(torch, dtype_name))
+        is_selective = checkpointing == "selective"
+
+        def call() -> Any:
+            if checkpointing != "none":
+                blocks.checkpoint_blocks(module, checkpointing)
+            return module(x)
+
         try:
-            return saved_bytes(module, lambda: module(x))[0] / B
+            return saved_bytes(module, call, selective=is_selective)[0] / B
         finally:
             torch.clear_autocast_cache()
             torch.set_autocast_enabled("cuda", False)

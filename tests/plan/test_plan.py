@@ -13,10 +13,12 @@ from published_jobs import job_of
 
 from evatool.errors import RecipeError, UsageError
 from evatool.model.presets import PRESETS, resolve_preset
-from evatool.plan.estimate import choices, enough_gpus, largest_micro_batch, memory, operations, pace, traffic
+from evatool.plan.advice import choices, engines, enough_gpus, largest_micro_batch
+from evatool.plan.estimate import memory, operations
 from evatool.plan.hardware import HARDWARE_NAMES, Assumptions, hardware
 from evatool.plan.job import Job, job_of_recipe
 from evatool.plan.memory import GIB
+from evatool.plan.pace import pace, traffic
 from evatool.plan.published import PARAMETERS, PUBLISHED_RUNS
 from evatool.plan.report import make_plan
 from evatool.recipe.load import load_recipe
@@ -116,7 +118,7 @@ def test_a_refusal_says_by_how_much_and_what_would_fit() -> None:
     over = memory(big).total / GIB - gpu.memory_gib
     assert f"{over:.1f} GiB more" in plan.refusal.what
     assert "--gpus" in (plan.refusal.fix or "")
-    settings = re.search(r"(--set .*) needs", plan.refusal.fix or "").group(1)
+    settings = re.search(r"((?:--set \S+ ?)+) ?needs", plan.refusal.fix or "").group(1)
     assert "--set train.micro_batch_size=64" in settings
     batch = int(re.search(r"global_batch_size = (\d+) fits", plan.refusal.fix or "").group(1))
     assert batch % big.num_gpus == 0
@@ -127,10 +129,10 @@ def test_checkpointing_and_micro_batches_come_from_the_recipe() -> None:
     settings = ["engine.activation_checkpointing=full", "train.micro_batch_size=16"]
     resolved = load_recipe("demo/train-clip", settings)
     planned = job_of_recipe(resolved.recipe, resolved.name, 2)
-    assert planned.checkpointing
+    assert planned.checkpointing == "full"
     assert (planned.accumulation, planned.micro_batch_size) == (4, 16)
     selective = load_recipe("demo/train-clip", ["engine.activation_checkpointing=selective"])
-    assert any("upper bound" in note for note in job_of_recipe(selective.recipe, "x", 1).notes)
+    assert job_of_recipe(selective.recipe, "x", 1).checkpointing == "selective"
 
 
 def test_what_fits_is_not_refused_and_parts_add_up() -> None:
@@ -147,10 +149,10 @@ def test_what_fits_is_not_refused_and_parts_add_up() -> None:
 
 
 def test_patch_dropout_and_trimmed_captions_save_memory_and_work() -> None:
-    for less in (job(patch_dropout=0.5), job(text_tokens=16), job(checkpointing=True)):
+    for less in (job(patch_dropout=0.5), job(text_tokens=16), job(checkpointing="full")):
         assert memory(less).parts["activations"] < memory(job()).parts["activations"]
     assert operations(job(patch_dropout=0.5)).model < operations(job()).model
-    assert operations(job(checkpointing=True)).executed == pytest.approx(4 / 3 * operations(job()).model)
+    assert operations(job(checkpointing="full")).executed == pytest.approx(4 / 3 * operations(job()).model)
 
 
 @pytest.mark.parametrize("stage", ["train-clip", "pretrain-mim", "distill"])
@@ -191,3 +193,61 @@ def test_batches_must_divide() -> None:
 def test_unknown_hardware_is_named() -> None:
     with pytest.raises(UsageError, match="h1000"):
         hardware("h1000")
+
+
+def test_engines_are_shown_as_themselves() -> None:
+    """Every engine has its own column; fsdp2 needs less than ZeRO-3 by its second copy of the weights and buckets."""
+    gpu, ours = hardware("h100"), job(engine="fsdp2")
+    plan = make_plan(ours, gpu)
+    assert set(plan.data["memory"]["by_engine"]) >= {"ddp", "fsdp2", *(f"ZeRO-{stage}" for stage in range(4))}
+    sharded, zero = (memory(engines(ours)[name]).parts for name in ("fsdp2", "ZeRO-3"))
+    assert sharded["optimizer"] == pytest.approx(2 / 3 * zero["optimizer"], rel=0.01)
+    assert any("offload" in name for name in engines(ours))
+    assert not any("offload" in name for name in engines(replace(ours, optimizer="lamb")))
+
+
+@pytest.mark.parametrize(
+    ("settings", "engine", "stage", "offload"),
+    [
+        ([], "fsdp2", 0, "none"),
+        (['engine.kind="ddp"'], "ddp", 0, "none"),
+        (["engine.kind=deepspeed", "engine.zero_stage=2", "engine.offload=optimizer"], "zero", 2, "optimizer"),
+        (
+            ["engine.kind=deepspeed", "engine.zero_stage=3", "engine.offload=optimizer-and-weights"],
+            "zero",
+            3,
+            "optimizer-and-weights",
+        ),
+    ],
+)
+def test_the_engine_comes_from_the_recipe(settings: list[str], engine: str, stage: int, offload: str) -> None:
+    resolved = load_recipe("demo/train-clip", settings)
+    planned = job_of_recipe(resolved.recipe, resolved.name, 2)
+    assert (planned.engine, planned.zero_stage, planned.offload) == (engine, stage, offload)
+
+
+def test_memory_is_for_the_phase_with_most_patches() -> None:
+    resolved = load_recipe("eva-clip-18b/train-clip")
+    planned = job_of_recipe(resolved.recipe, resolved.name, 360)
+    assert planned.dropout_shares == [(pytest.approx(0.9), 0.5), (pytest.approx(0.1), 0.0)]
+    always, never = (replace(planned, patch_dropout=share, dropout_phases=()) for share in (0.5, 0.0))
+    assert memory(planned).total == memory(never).total > memory(always).total
+    assert operations(planned).image == pytest.approx(
+        0.9 * operations(always).image + 0.1 * operations(never).image, rel=1e-6
+    )
+
+
+def test_the_shipped_18b_recipe_does_not_fit_the_published_cards_and_is_told_what_would() -> None:
+    resolved = load_recipe("eva-clip-18b/train-clip")
+    refusal = make_plan(job_of_recipe(resolved.recipe, resolved.name, 360), hardware("a100-40")).refusal
+    assert refusal is not None
+    gpu, settings = re.search(r"--gpu (\S+)((?: --set \S+)+) needs", refusal.fix or "").groups()
+    changed = load_recipe("eva-clip-18b/train-clip", [part for part in settings.split() if part != "--set"])
+    assert make_plan(job_of_recipe(changed.recipe, changed.name, 360), hardware(gpu)).refusal is None
+
+
+def test_failures_can_bind() -> None:
+    rare, often = ASSUMED, replace(ASSUMED, gpu_hours_per_failure=40)
+    run, gpu = job_of(RUNS["18B"]), hardware("a100-40")
+    assert pace(run, gpu, rare, 0.35).binding == "compute"
+    assert pace(run, gpu, often, 0.35).binding == "failures"

@@ -1,0 +1,100 @@
+"""Ways to run a job that fit, and which is fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from evatool.plan.estimate import memory, operations
+from evatool.plan.hardware import Assumptions, Hardware
+from evatool.plan.job import Job
+from evatool.plan.memory import GIB, Checkpointing
+from evatool.plan.pace import host_bytes, pace
+
+MOST_PASSES = 1024
+_KEPT: tuple[Checkpointing, ...] = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to run the job that fits: what to change, its memory, and how fast it would be."""
+
+    job: Job
+    memory_bytes: int
+    step_sec: float
+
+
+def engines(job: Job) -> dict[str, Job]:
+    """The same job on every engine that its ranks and its optimiser allow, by name."""
+
+    def on(kind: str, stage: int = 0, offload: str = "none") -> Job:
+        return replace(job, engine=kind, zero_stage=stage, offload=offload)  # type: ignore[arg-type]
+
+    whole = {"single": on("single")} if job.num_gpus == 1 else {"ddp": on("ddp"), "fsdp2": on("fsdp2")}
+    if job.num_gpus > 1:
+        whole |= {f"ZeRO-{stage}": on("zero", stage) for stage in range(4)}
+    if job.optimizer != "adamw":
+        return whole
+    offloaded = {f"ZeRO-{stage}, offload": on("zero", stage, "optimizer") for stage in (1, 2, 3)}
+    return whole | offloaded | {"ZeRO-3, all offload": on("zero", 3, "optimizer-and-weights")}
+
+
+def fits(job: Job, gpu: Hardware) -> bool:
+    """Whether accelerator and main memory are enough."""
+    return memory(job).total <= gpu.memory_gib * GIB and host_bytes(job, gpu) <= gpu.host_gib * GIB
+
+
+def choices(job: Job, gpu: Hardware, assumed: Assumptions) -> list[Choice]:
+    """Every engine, checkpointing and number of micro-batches that fits, the fastest first."""
+    found = []
+    for each in engines(job).values():
+        for checkpointing in _KEPT:
+            if checkpointing == "selective" and each.engine == "zero" and each.zero_stage == 3:
+                continue  # refused by the recipe
+            options = (replace(each, checkpointing=checkpointing, accumulation=n) for n in _accumulations(job))
+            fitting = next((option for option in options if fits(option, gpu)), None)  # less accumulation is faster
+            if fitting is not None:
+                found.append(Choice(fitting, memory(fitting).total, step_sec(fitting, gpu, assumed)))
+    # of equals, the one with the most room
+    return sorted(found, key=lambda choice: (round(choice.step_sec, 6), choice.memory_bytes))
+
+
+def _accumulations(job: Job) -> Iterator[int]:
+    """Numbers of micro-batches into which a rank's samples divide evenly, rising."""
+    samples = -(-job.global_batch_size // job.num_gpus)
+    return (n for n in range(1, min(samples, MOST_PASSES) + 1) if samples % n == 0)
+
+
+def step_sec(job: Job, gpu: Hardware, assumed: Assumptions) -> float:
+    """Seconds a step at the likely utilisation, with what checkpointing and micro-batches compute again."""
+    likely = pace(job, gpu, assumed, gpu.mfu[1])
+    ops = operations(job)
+    repeated = ops.executed / ops.model - 1
+    if job.checkpointing == "selective":
+        repeated += assumed.selective_share
+    return likely.step_sec + likely.seconds["compute"] * repeated
+
+
+def largest_micro_batch(job: Job, gpu: Hardware) -> int:
+    """Samples of one rank that fit with the global batch as it is; 0 if not even one."""
+
+    def fits_with(batch: int) -> bool:
+        ranks = max(1, -(-job.global_batch_size // batch))
+        return fits(replace(job, accumulation=max(1, -(-ranks // job.num_gpus))), gpu)
+
+    low, high = 0, job.micro_batch_size * job.accumulation
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits_with(middle) else (low, middle - 1)
+    return low
+
+
+def enough_gpus(job: Job, gpu: Hardware) -> int | None:
+    """Fewest ranks, doubling, on which the job fits as it is; None if even one sample a rank does not."""
+    ranks = job.num_gpus
+    while ranks <= job.global_batch_size:
+        kind = "fsdp2" if job.engine == "single" and ranks > 1 else job.engine
+        if fits(replace(job, num_gpus=ranks, engine=kind), gpu):  # type: ignore[arg-type]
+            return ranks
+        ranks *= 2
+    return None
