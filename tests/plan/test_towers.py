@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from evatool.model.clip import build_clip
 from evatool.model.mim import build_mim
 from evatool.model.presets import PRESETS, mim_config, resolve_preset
+from evatool.plan.memory import model_buffers
 from evatool.plan.towers import (
     count_parameters,
     image_flops,
@@ -55,6 +56,7 @@ def test_clip(name: str) -> None:
         tokens = torch.empty(B, config.context_length, dtype=torch.long)
     said = count_parameters(config)
     assert (said.image, said.text, said.total) == (count(clip.visual), count(clip.text), count(clip))
+    assert model_buffers(config) == sum(buffer.numel() * buffer.element_size() for buffer in clip.buffers())
     assert image_flops(config) == pytest.approx(counted(lambda: clip.visual(image)), rel=0.01)
     assert text_flops(config) == pytest.approx(counted(lambda: clip.text(tokens)), rel=0.01)
 
