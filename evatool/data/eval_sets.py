@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evatool.data.decode import decode_picture
 from evatool.data.eval_folders import is_birdsnap, is_image_folder, open_birdsnap, open_image_folder
 from evatool.data.eval_pictures import EvalTransform
 from evatool.data.eval_samples import Samples
 from evatool.data.eval_scenes import SceneSamples
 from evatool.data.eval_tars import open_tars
-from evatool.data.pictures import BadPicture, decode_rgb
+from evatool.data.pictures import BadPicture
 from evatool.errors import DataError
 
 # B pictures of a batch, S input side in pixels, N pictures of the set, W ranks
@@ -67,7 +68,7 @@ class EvalSet:
     def picture(self, i: int) -> np.ndarray:
         """Picture i as uint8 (H, W, 3). Raises: DataError if it cannot be decoded."""
         try:
-            return decode_rgb(self.samples.picture(i))
+            return decode_picture(self.samples.picture(i), mode="exact")  # whatever the model was shown
         except BadPicture as err:
             raise _unreadable(self.name, self.samples, i, err) from err
 

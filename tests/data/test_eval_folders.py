@@ -154,3 +154,33 @@ def test_pictures_are_those_of_open_clips_transform(resize: str) -> None:
         image.save(out, "PNG")
         theirs = (reference(image) * 255).round().to(torch.uint8)
         assert torch.equal(EvalTransform(32, resize)(out.getvalue()), theirs)  # type: ignore[arg-type]
+
+
+def odd_picture(mode: str) -> tuple[str, bytes]:
+    """Name and bytes of a picture that training shards would refuse."""
+    values = np.random.default_rng(0).integers(0, 256, (30, 40, 4), dtype=np.uint8)
+    out = io.BytesIO()
+    if mode == "CMYK":
+        Image.fromarray(values, "CMYK").save(out, "JPEG")
+        return "0.jpg", out.getvalue()
+    Image.fromarray(values[..., 0].astype(np.uint16) * 257).save(out, "PNG")
+    return "0.png", out.getvalue()
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("mode", ["CMYK", "16-bit"])
+def test_odd_pictures_are_converted_as_clip_benchmark_does_and_can_be_shown(tmp_path: Path, mode: str) -> None:
+    """clip-benchmark's folders are torchvision's: `Image.convert("RGB")`, then open_clip's transform."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    name, data = odd_picture(mode)
+    folder = fill(tmp_path / "set", {"cat": 0})
+    (folder / "cat" / name).write_bytes(data)
+    (folder / "zeroshot_classification_templates.txt").write_text("{c}")
+    found = opened(folder)
+    reference = image_transform_v2(PreprocessCfg(size=16, mean=(0, 0, 0), std=(1, 1, 1)), False)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = image.convert("RGB")
+        theirs = (reference(expected) * 255).round().to(torch.uint8)
+    assert torch.equal(next(iter(found.loader))[0][0], theirs)
+    assert np.array_equal(found.picture(0), np.asarray(expected))
