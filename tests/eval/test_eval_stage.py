@@ -20,7 +20,7 @@ from evatool.recipe.schema import (
     FewShotSection,
     LinearProbeSection,
 )
-from evatool.stages import data_prepare
+from evatool.stages import data_prepare, eval_measure
 from evatool.stages import eval as eval_stage
 from evatool.stages.run_dir import RunOptions
 from evatool.types import Result
@@ -295,3 +295,29 @@ def test_a_model_of_another_input_size_decodes_to_its_own(drawings: Path, tmp_pa
     )
     assert [m.image_size for m in results.models] == [48, 32]
     assert results.failures == []
+
+
+def test_published_numbers_stand_beside_those_of_a_published_model(
+    drawings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real answers of a small model on a set of a suite, under a published model's name."""
+    suite = tmp_path / "suite.toml"
+    suite.write_text(
+        'name = "own"\ntitle = "Own"\nabout = "One set"\nprepare = "copy it"\npartial = "named"\n'
+        '[[sets]]\nname = "cifar10"\ntitle = "CIFAR-10"\nphrase = "CIFAR-10"\n'
+        'about = "As if"\nkind = "classification"\nmetric = "top1"\n'
+    )
+    shutil.copytree(drawings / "eval" / "black-and-white", tmp_path / "sets" / "cifar10")
+    load = eval_measure.published_value
+    as_b16 = lambda preset, *rest: load("EVA02-CLIP-B-16", *rest)  # noqa: E731
+    monkeypatch.setattr(eval_measure, "published_value", as_b16)
+    result = run(tmp_path / "sets", tmp_path / "run", suite=str(suite))
+    row = read_results(result.outputs["results"]).row("a model", "cifar10", "top1")
+    assert row is not None
+    assert row.published == pytest.approx(0.9846)
+    html = result.outputs["report"].read_text()
+    difference = 100 * (row.value - 0.9846)
+    assert "98.46" in html or "98.5" in html
+    assert f"{abs(difference):.1f}" in html
+    assert "openclip_results.csv" in html
+    assert "What the worst" in html or "taken for" in html
