@@ -40,6 +40,8 @@ class ClassPanel:
 def class_panel(name: str, title: str, answers: ClassificationResult, classnames: Sequence[str]) -> ClassPanel | None:
     """Classes with the smallest and largest accuracy; None where no class has two samples, so that none can be told.
 
+    A class is shown at one end only, and never right is not among the best.
+
     Among equals the class with more samples comes first, then the one with the smaller id.
     """
     counts = np.bincount(answers.labels, minlength=answers.num_classes)
@@ -53,11 +55,12 @@ def class_panel(name: str, title: str, answers: ClassificationResult, classnames
     half = min(_SHOWN, len(shown) // 2 or 1)
     worst = upwards[:half]
     confusion, wrong = _confusion(answers, worst)
+    best = [k for k in downwards if right[k] and k not in worst][:_SHOWN]
     return ClassPanel(
         set=name,
         title=title,
         worst=[_row(k, answers, classnames, right, counts) for k in worst],
-        best=[_row(k, answers, classnames, right, counts) for k in downwards[: min(_SHOWN, len(shown) - half)]],
+        best=[_row(k, answers, classnames, right, counts) for k in best],
         num_classes=len(shown),
         deciles=np.bincount(np.minimum((10 * accuracy).astype(int), 9), minlength=10).tolist(),
         confusion=confusion,

@@ -56,7 +56,7 @@ def write_eval_report(
     last = results.models[-1].name if results.models else ""
     page = render(
         "eval.html.j2",
-        title=f"{results.title}: {len(counted)} evaluation sets",
+        title=f"{results.title}: {len(counted)} evaluation set{'' if len(counted) == 1 else 's'}",
         kicker=kicker,
         lead=f"{models} on {results.data}. {how_measured(results)}",
         facts=headline_facts(results, names),

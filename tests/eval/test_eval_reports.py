@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from evatool.errors import DataError
+from evatool.eval.answers import ClassificationResult
+from evatool.eval.classes import class_panel
 from evatool.eval.demo_report import CaptionedPicture, ChainStep, DemoReport, LossCurve, write_demo_report
 from evatool.eval.gallery import Gallery, encode_picture
 from evatool.eval.report import text_table, write_eval_report
@@ -170,3 +172,16 @@ def test_the_terminal_table_has_a_column_a_model(results: EvalResults) -> None:
     assert [cell.replace("\xa0", " ") for cell in row] == [
         *("New artist", "top-1", "5.0 [3.5, 6.6]", "8.0 [6.1, 9.9]", "0.14", "729"),
     ]
+
+
+def test_a_class_is_among_the_best_or_the_worst_and_never_right_is_not_best() -> None:
+    labels = np.repeat(np.arange(5, dtype=np.int32), 2)
+    rank = np.array(
+        [0, 0, 0, 1, 1, 1, 1, 1, 1, 1], dtype=np.int32
+    )  # class 0 right twice, class 1 once, the others never
+    top = np.where(rank == 0, labels, (labels + 1) % 5).astype(np.int32)[:, None]
+    answers = ClassificationResult(labels, top, rank, 5, np.ones(10, dtype=np.float32))
+    panel = class_panel("set", "Set", answers, list("abcde"))
+    assert panel is not None
+    assert [row.name for row in panel.worst] == ["c", "d"]
+    assert [(row.name, row.right) for row in panel.best] == [("a", 2), ("b", 1)]
