@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from evatool.distributed.collectives import world_size
+
 MAX_GROUPS = 6
 """Passes through the tower a batch. Web captions then leave a fifth to a quarter of padding, against 4 x trimmed."""
 
@@ -37,6 +39,9 @@ def encode_text(model: nn.Module, tokens: Tensor, lengths: Tensor | None = None)
     order = lengths.argsort(stable=True)
     in_order = lengths[order].tolist()
     counts = group_sizes(lengths.numpy(), MAX_GROUPS)
+    if world_size() > 1:
+        # Divided weights come together in each pass, so every rank must make as many.
+        counts = split_up(counts, min(MAX_GROUPS, len(lengths)))
     order_there = order.to(tokens.device, non_blocking=True)
     longest = [in_order[last - 1] for last in np.cumsum(counts).tolist()]
     groups = [group[:, :length] for group, length in zip(tokens[order_there].split(counts), longest, strict=True)]
@@ -94,6 +99,15 @@ def group_sizes(lengths: NDArray[np.int64], most: int) -> list[int]:
             sizes.append(int(ends[end] - ends[start[end]]))
             end = start[end]
     return [*sizes, int(ends[end])][::-1]
+
+
+def split_up(sizes: list[int], count: int) -> list[int]:
+    """At least `count` groups instead, by halving the largest; no column more is computed."""
+    found = list(sizes)
+    while len(found) < count and max(found) > 1:
+        at = found.index(max(found))
+        found[at : at + 1] = [found[at] // 2, found[at] - found[at] // 2]
+    return found
 
 
 def is_trimmable(tower: nn.Module | Tensor) -> bool:

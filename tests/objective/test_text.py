@@ -13,7 +13,7 @@ from tiny_clip import EOT, make_batch, tiny_clip
 
 from evatool.model.clip import build_clip
 from evatool.model.presets import resolve_preset
-from evatool.objective.text import MAX_GROUPS, encode_text, fit_tokens, group_sizes
+from evatool.objective.text import MAX_GROUPS, encode_text, fit_tokens, group_sizes, split_up
 
 
 def columns(lengths: list[int], sizes: list[int]) -> int:
@@ -81,3 +81,11 @@ def test_tokens_at_another_context_length() -> None:
     assert cut.shape == (6, 4)
     assert (cut.argmax(-1) + 1).tolist() == make_batch(6).text_lengths.clamp(max=4).tolist()
     assert (cut.amax(-1) == EOT).all()
+
+
+@pytest.mark.parametrize(("sizes", "expected"), [([8], 6), ([1, 7], 6), ([1, 1, 1], 3), ([9, 1, 1, 1, 1, 1], 6)])
+def test_every_rank_makes_as_many_passes(sizes, expected):
+    found = split_up(sizes, 6)
+    assert len(found) == expected
+    assert sum(found) == sum(sizes)
+    assert set(np.cumsum(sizes)) <= set(np.cumsum(found)), "no group mixes captions of two others"
