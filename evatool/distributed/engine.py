@@ -38,6 +38,12 @@ def engine_kind(section: EngineSection, world_size: int) -> str:
             return kind
 
 
+def divides_weights(section: EngineSection, world_size: int) -> bool:
+    """True where each rank holds a part of the weights only. Raises: RecipeError as `engine_kind`."""
+    kind = engine_kind(section, world_size)
+    return kind == "fsdp2" or (kind == "deepspeed" and section.zero_stage == 3)
+
+
 def build_engine(
     section: EngineSection,
     world: World,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase as fnmatch
+from functools import partial
 
 import torch
 from open_clip import CustomTextCLIP
@@ -25,6 +26,9 @@ ATTENTION_NORMS = f"{TOWER}blocks.*.attn.norm.*"
 TEXT_PROJECTION = ("text.text_projection",)
 SCALARS = ("logit_scale", "logit_bias")  # one number each: a scalar in published files, (1,) in training
 DEFAULT_FRESH = (*IMAGE_PROJECTION, ATTENTION_NORMS, *TEXT_PROJECTION)
+
+Sources = dict[str, Callable[[], Tensor]]
+"""By parameter name, what reads its tensor, in its shape."""
 
 
 @dataclass
@@ -51,6 +55,7 @@ def init_image_tower(
     where: str = "state dict",
     may_be_fresh: Sequence[str] | None = None,
     patch_resize: PatchResize = "bicubic",
+    sources: Sources | None = None,
 ) -> LoadReport:
     """Give `clip` the image tower of a MIM or CLIP model, in any naming that `canonical_state` knows.
 
@@ -61,12 +66,13 @@ def init_image_tower(
         may_be_fresh: patterns (`*` for anything) of our names that keep their first weights. By default the projection
             and, where the source has none of them, the norms inside the attention (EVA-02's MIM models).
         patch_resize: how a patch kernel of another size is resized.
+        sources: as in `load_parameters`.
     """
     source = canonical_state(state, where)
     if may_be_fresh is None:
         has_norms = any(fnmatch(name, ATTENTION_NORMS) for name in source)
         may_be_fresh = IMAGE_PROJECTION if has_norms else (*IMAGE_PROJECTION, ATTENTION_NORMS)
-    return _init_tower(clip, source, "visual.", may_be_fresh, where, patch_resize)
+    return _init_tower(clip, source, "visual.", may_be_fresh, where, patch_resize, sources)
 
 
 def init_text_tower(
@@ -75,13 +81,14 @@ def init_text_tower(
     *,
     where: str = "state dict",
     may_be_fresh: Sequence[str] | None = None,
+    sources: Sources | None = None,
 ) -> LoadReport:
     """Give `clip` the text tower of a CLIP model, in any naming that `canonical_state` knows; as `init_image_tower`.
 
     By default the projection keeps its first weights, as in every EVA-CLIP (eva.md 3.1).
     """
     fresh = TEXT_PROJECTION if may_be_fresh is None else may_be_fresh
-    return _init_tower(clip, canonical_state(state, where), "text.", fresh, where, "bicubic")
+    return _init_tower(clip, canonical_state(state, where), "text.", fresh, where, "bicubic", sources)
 
 
 def _init_tower(
@@ -91,6 +98,7 @@ def _init_tower(
     may_be_fresh: Sequence[str],
     where: str,
     patch_resize: PatchResize,
+    sources: Sources | None,
 ) -> LoadReport:
     """Take what lies below `prefix`, less what stays fresh: a fresh parameter is not taken even where it fits."""
     stays_fresh = lambda name: any(fnmatch(name, pattern) for pattern in may_be_fresh)  # noqa: E731
@@ -111,6 +119,7 @@ def _init_tower(
         may_be_fresh=may_be_fresh,
         where=where,
         patch_resize=patch_resize,
+        sources=sources,
     )
     report.unused = [name for name in source if name not in take]
     return report
@@ -123,6 +132,7 @@ def load_clip_weights(
     where: str = "state dict",
     patch_resize: PatchResize = "bicubic",
     dtype: torch.dtype = torch.float32,
+    sources: Sources | None = None,
 ) -> LoadReport:
     """All weights of a CLIP model, in any naming that `canonical_state` knows; image positions and the patch kernel are
     resized to fit.
@@ -131,9 +141,12 @@ def load_clip_weights(
 
     Args:
         dtype: of parameters that are on the meta device and get their memory here; the temperature's is float32.
+        sources: as in `load_parameters`.
     """
     source = canonical_state(state, where)
-    return load_parameters(clip, source, take=set(source), where=where, patch_resize=patch_resize, dtype=dtype)
+    return load_parameters(
+        clip, source, take=set(source), where=where, patch_resize=patch_resize, dtype=dtype, sources=sources
+    )
 
 
 class FittedMap(TensorMap):
@@ -201,6 +214,7 @@ def load_parameters(
     patch_resize: PatchResize = "bicubic",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    sources: Sources | None = None,
 ) -> LoadReport:
     """Copy the tensors named in `take` into the parameters of `module` that `only` selects, one at a time.
 
@@ -209,6 +223,8 @@ def load_parameters(
 
     Args:
         may_be_fresh: patterns (`*` for anything) of parameters that may be missing from `source`.
+        sources: where it is given, the module stays as it is, and this is told how to read each tensor that it would
+            have been given.
     """
     parameters = {name: p for name, p in module.named_parameters() if only(name)}
     missing = [name for name in parameters if name not in take]
@@ -217,12 +233,17 @@ def load_parameters(
         parameters, source, take=take, missing=[name for name in missing if name not in fresh], where=where
     )
     report = LoadReport(loaded=len(take), fresh=fresh)
+    for name in take:
+        if tuple(shape_of(source, name)) != tuple(parameters[name].shape) and parameters[name].ndim > 1:
+            report.resized.append(name)
+    if sources is not None:
+        fitted = FittedMap(source, {name: tuple(parameters[name].shape) for name in take}, patch_resize)
+        sources.update({name: partial(fitted.__getitem__, name) for name in take})
+        return report
     may_keep = getattr(source, "gives_copies", False)
     for name in take:
         target = parameters[name]
         tensor = _fitted(source[name], name, tuple(target.shape), patch_resize)
-        if tuple(shape_of(source, name)) != tuple(target.shape) and target.ndim > 1:
-            report.resized.append(name)
         tensor = tensor.reshape(target.shape)
         if target.is_meta:
             # what was read for this parameter alone becomes its memory: nothing is held twice

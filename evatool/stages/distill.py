@@ -17,15 +17,16 @@ def run(recipe: DistillRecipe, run: RunOptions) -> Result:
         teacher = wiring.load_teacher(job, recipe.teacher)
         context_length = max(config.context_length, teacher.context_length)
         loader = wiring.build_job_loader(job, config, context_length=context_length, teacher=teacher)
-        model = wiring.build_clip_model(config, recipe.model, is_resumed=job.saved is not None)
-        objective = DistillObjective(
-            model,
-            teacher,
-            recipe.objective,
-            context_length=config.context_length,
-            student_width=config.embed_dim or 0,
-            teacher_width=teacher.embed_dim,
-        )
+        with wiring.first_weights(job):
+            model = wiring.build_clip_model(config, recipe.model, is_resumed=job.saved is not None, sources=job.sources)
+            objective = DistillObjective(
+                model,
+                teacher,
+                recipe.objective,
+                context_length=config.context_length,
+                student_width=config.embed_dim or 0,
+                teacher_width=teacher.embed_dim,
+            )
         groups = wiring.build_groups(recipe, objective, config)
         engine = wiring.build_job_engine(job, objective, groups)
         state = wiring.start_state(job, engine, groups, loader)

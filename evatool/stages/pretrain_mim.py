@@ -28,13 +28,14 @@ def run(recipe: PretrainMimRecipe, run: RunOptions) -> Result:
         check_grids(shape, teacher.config)
         mask = MaskSpec(shape.grid, recipe.objective.mask_ratio, recipe.objective.min_block_fraction)
         loader = wiring.build_job_loader(job, shape, mask=mask, teacher=teacher)
-        model = build_mim(
-            shape,
-            predict_dim=teacher.embed_dim,
-            drop_path_rate=recipe.model.drop_path_rate,
-            patch_embed_grad_scale=recipe.model.patch_embed_grad_scale,
-        )
-        objective = MimObjective(model, teacher, recipe.objective)
+        with wiring.first_weights(job):
+            model = build_mim(
+                shape,
+                predict_dim=teacher.embed_dim,
+                drop_path_rate=recipe.model.drop_path_rate,
+                patch_embed_grad_scale=recipe.model.patch_embed_grad_scale,
+            )
+            objective = MimObjective(model, teacher, recipe.objective)
         groups = wiring.build_groups(recipe, objective, model.config)
         engine = wiring.build_job_engine(job, objective, groups)
         state = wiring.start_state(job, engine, groups, loader)
@@ -43,7 +44,8 @@ def run(recipe: PretrainMimRecipe, run: RunOptions) -> Result:
         flops = 3 * mim_flops(model.config, masked) + image_flops(teacher.config, all_tokens=True)
         trainer = training_loop.build_trainer(job, objective, engine, loader, groups, hooks, state, flops)
         trainer.fit()
-        pictures = draw_pictures(job, shape, mask, teacher, objective)
+        with engine.whole_weights():
+            pictures = draw_pictures(job, shape, mask, teacher, objective)
         path = job.run_dir.path
         following = chain.next_in_chain(recipe, run.name, path)
         following = following or chain.use_image_tower(recipe, recipe.model.preset, path)

@@ -15,8 +15,9 @@ def run(recipe: TrainClipRecipe, run: RunOptions) -> Result:
     with wiring.open_job(recipe, run) as job:
         config = wiring.clip_config(recipe.model)
         loader = wiring.build_job_loader(job, config, context_length=config.context_length)
-        model = wiring.build_clip_model(config, recipe.model, is_resumed=job.saved is not None)
-        objective = ClipObjective(model, recipe.objective)
+        with wiring.first_weights(job):
+            model = wiring.build_clip_model(config, recipe.model, is_resumed=job.saved is not None, sources=job.sources)
+            objective = ClipObjective(model, recipe.objective)
         groups = wiring.build_groups(recipe, objective, config)
         engine = wiring.build_job_engine(job, objective, groups)
         state = wiring.start_state(job, engine, groups, loader)

@@ -15,17 +15,20 @@ from timm.layers import PatchDropout, PatchDropoutWithIndices
 from torch import nn
 
 from evatool.api import LoadedClip, load_clip, read_weights
+from evatool.checkpoint.layout import MODEL_PREFIX
 from evatool.checkpoint.load import Checkpoint, latest_checkpoint, load_checkpoint
 from evatool.data.loader import TrainLoader, build_train_loader
 from evatool.data.masking import MaskSpec
 from evatool.distributed.collectives import gather_objects
-from evatool.distributed.engine import Engine, build_engine, engine_kind
+from evatool.distributed.deferred import DeferredBuild, FirstWeights
+from evatool.distributed.engine import Engine, build_engine, divides_weights, engine_kind
 from evatool.distributed.versions import check_versions
 from evatool.distributed.world import World, close_world, init_world
 from evatool.errors import RecipeError
 from evatool.model.clip import build_clip
 from evatool.model.presets import ModelConfig, resolve_preset
-from evatool.model.weights import init_image_tower, init_text_tower, load_clip_weights
+from evatool.model.vision import restore_buffers
+from evatool.model.weights import Sources, init_image_tower, init_text_tower, load_clip_weights
 from evatool.optim.build import build_optimizer
 from evatool.optim.locking import lock
 from evatool.optim.param_groups import build_param_groups, group_table
@@ -65,6 +68,10 @@ class Job:
     """The newest whole checkpoint of a resumed run."""
     tower_norms: TowerNorms | None = None
     """Set with the engine."""
+    deferred: DeferredBuild | None = None
+    """Set where the objective was built without its weights."""
+    sources: Sources | None = None
+    """Then: what reads those that `[model.init]` names."""
 
 
 # ------------------------------------------------------------------------------------------------------ the start
@@ -190,18 +197,37 @@ def clip_config(section: ClipModelSection) -> ModelConfig:
     return config
 
 
-def build_clip_model(config: ModelConfig, section: ClipModelSection, *, is_resumed: bool) -> CustomTextCLIP:
+@contextmanager
+def first_weights(job: Job) -> Iterator[None]:
+    """Stands around the building of an objective, whose random numbers follow from the recipe's seed.
+
+    Where the engine divides weights over ranks the objective is built on the meta device, and the engine is given its
+    weights one tensor at a time, the same numbers: no rank ever holds all of them.
+    """
+    if not divides_weights(job.recipe.engine, job.world.world_size):
+        yield
+        return
+    job.deferred, job.sources = DeferredBuild(), {}
+    with torch.device("meta"), job.deferred:
+        yield
+
+
+def build_clip_model(
+    config: ModelConfig, section: ClipModelSection, *, is_resumed: bool, sources: Sources | None = None
+) -> CustomTextCLIP:
     """The CLIP model with its first weights: random, or as `[model.init]` says.
 
     Args:
         is_resumed: leave `[model.init]` out: the checkpoint replaces all weights, and the source may be gone by now.
+        sources: where it is given, what `[model.init]` names is not read but noted there.
     Raises: CheckpointError where the source's weights do not fit.
     """
     # timm makes no module for a share of 0, which a schedule could not raise.
     shares = [section.patch_dropout, *(share for _, share in section.patch_dropout_schedule)]
     clip = build_clip(config, patch_dropout=max(shares), drop_path_rate=section.drop_path_rate)
     if not is_resumed:
-        _init_clip(clip, section)
+        with torch.device("cpu"):  # also where the model is built on the meta device
+            _init_clip(clip, section, sources)
     depths = {"visual": config.depth, "text": config.text_depth}
     for tower, layers in (("visual", section.lock.visual), ("text", section.lock.text)):
         if layers is not None:
@@ -216,29 +242,39 @@ def patch_dropouts(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, PatchDropout | PatchDropoutWithIndices | ClipPatchDropout)]
 
 
-def _init_clip(clip: CustomTextCLIP, section: ClipModelSection) -> None:
+def _init_clip(clip: CustomTextCLIP, section: ClipModelSection, sources: Sources | None) -> None:
     match section.init:
         case ImageTowerInit(path=path):
-            report = init_image_tower(clip, read_weights(path).state, where=str(path))
+            report = init_image_tower(clip, read_weights(path).state, where=str(path), sources=sources)
             log.info("image tower from %s: %s", path, report)
         case TowersInit(image=image, text=text):
-            init_towers(clip, image, text)
+            init_towers(clip, image, text, sources)
         case WholeModelInit(path=path):
-            report = load_clip_weights(clip, read_weights(path).state, where=str(path))
+            report = load_clip_weights(clip, read_weights(path).state, where=str(path), sources=sources)
             log.info("all weights from %s: %s", path, report)
 
 
-def init_towers(clip: CustomTextCLIP, image: ImageTowerSource | None, text: TextTowerSource | None) -> None:
+def init_towers(
+    clip: CustomTextCLIP,
+    image: ImageTowerSource | None,
+    text: TextTowerSource | None,
+    sources: Sources | None = None,
+) -> None:
     """Each tower's first weights from its own source. Raises: CheckpointError where one does not fit."""
     if image is not None:
         state = read_weights(image.path).state
         report = init_image_tower(
-            clip, state, where=str(image.path), may_be_fresh=image.fresh, patch_resize=image.patch_resize
+            clip,
+            state,
+            where=str(image.path),
+            may_be_fresh=image.fresh,
+            patch_resize=image.patch_resize,
+            sources=sources,
         )
         log.info("image tower from %s: %s", image.path, report)
     if text is not None:
         state = read_weights(text.path).state
-        report = init_text_tower(clip, state, where=str(text.path), may_be_fresh=text.fresh)
+        report = init_text_tower(clip, state, where=str(text.path), may_be_fresh=text.fresh, sources=sources)
         log.info("text tower from %s: %s", text.path, report)
 
 
@@ -267,14 +303,22 @@ def build_groups(recipe: TrainingRecipe, objective: nn.Module, config: ModelConf
 
 
 def build_job_engine(job: Job, objective: nn.Module, groups: Sequence[ParamGroup]) -> Engine:
-    """The recipe's engine around the objective, on this rank's device; the table of groups goes to the run folder."""
+    """The recipe's engine around the objective, on this rank's device; the table of groups goes to the run folder.
+
+    An objective that was built without its weights gets its first ones here, unless a checkpoint's follow.
+    """
     optim = job.recipe.optim
     if job.world.is_main:
         rows = ["\t".join(row) for row in group_table(groups)]
         write_text(job.run_dir.path / "parameter_groups.tsv", "\n".join([*rows, ""]))
     optimizer = build_optimizer(optim, groups)
     job.tower_norms = TowerNorms(optimizer, groups)
-    return build_engine(
+    first = None
+    if job.deferred is not None:
+        restore_buffers(objective)
+        named = {f"{MODEL_PREFIX}{name}": read for name, read in (job.sources or {}).items()}
+        first = FirstWeights(objective, job.deferred, named)
+    engine = build_engine(
         job.recipe.engine,
         job.world,
         objective,
@@ -283,6 +327,9 @@ def build_job_engine(job: Job, objective: nn.Module, groups: Sequence[ParamGroup
         grad_clip_norm=optim.grad_clip_norm,
         optimizer=optimizer,
     )
+    if first is not None and job.saved is None:
+        engine.load_model_state(first)
+    return engine
 
 
 def start_state(job: Job, engine: Engine, groups: Sequence[ParamGroup], loader: TrainLoader) -> TrainState:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from toy_run import toy_optim
 
 from evatool.checkpoint.load import load_checkpoint
@@ -31,7 +28,6 @@ CELLS = [("fsdp2", 0), ("deepspeed", 3)]
 PEAK = {("fsdp2", 0): 0.9, ("deepspeed", 3): 1.4}
 """Most bytes on a rank as a share of all weights. A quarter each: weights, two moments; under ZeRO a master copy and
 gradients too. A whole copy of the weights would add three quarters."""
-BUCKET_BYTES = 2_000_000_000  # DeepSpeed's own buffer, of one size for every model
 
 
 class Deep(nn.Module):
@@ -47,36 +43,6 @@ class Deep(nn.Module):
         for block in self.blocks:
             x = x + torch.tanh(block(x)) + self.shift
         return {"loss": x.square().mean()}
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of real memory that tensors made within it hold, now and at most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            # Divided tensors are counted by their pieces, which pass here too.
-            if type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta":
-                self._count(tensor.untyped_storage())
-        return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata in self._known:
-            return
-        self._known.add(storage._cdata)
-        size = storage.nbytes() if storage.nbytes() != BUCKET_BYTES else 0
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._drop, storage._cdata, size)
-
-    def _drop(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
 
 
 def build(module: nn.Module, kind: str, zero_stage: int) -> Engine:
@@ -104,7 +70,7 @@ def build_and_load(path: Path, kind: str, zero_stage: int) -> tuple[int, int, fl
         engine = build(module, kind, zero_stage)
         built = live.peak
         engine.load_model_state(load_checkpoint(path).objective_state)
-    loss = float(engine.forward(Batch(torch.ones(2, WIDTH), ["", ""]))["loss"])
+    loss = float(engine.forward(Batch(torch.ones(2, WIDTH), ["", ""]))["loss"].detach())
     return max(built, live.peak), total, loss, {name: t.clone() for name, t in engine.model_state().items()}
 
 
@@ -115,7 +81,7 @@ def build_cells(path: Path) -> list[tuple[int, int, float, dict[str, Tensor]]]:
 def test_no_rank_holds_all_weights(run_on_ranks, tmp_path):
     torch.manual_seed(0)
     whole = Deep()
-    loss = float(whole(Batch(torch.ones(2, WIDTH), ["", ""]))["loss"])
+    loss = float(whole(Batch(torch.ones(2, WIDTH), ["", ""]))["loss"].detach())
     saved = save_run(tmp_path, 1, objective_state=HeldState.whole(whole.state_dict()), optimizer_state=HeldState(), groups=[], train_state={}, model_config={}, resolved_toml="", keep=1)  # fmt: skip  # noqa: E501
     for answer in run_on_ranks(build_cells, 4, saved):
         for cell, (peak, total, found_loss, found) in zip(CELLS, answer, strict=True):

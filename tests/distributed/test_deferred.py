@@ -1,0 +1,68 @@
+"""First weights that are made one tensor at a time are those of the module built at once, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from evatool.distributed.deferred import DeferredBuild, FirstWeights
+from evatool.model.clip import build_clip
+from evatool.model.mim import build_mim
+from evatool.model.presets import PRESETS, resolve_preset
+from evatool.model.vision import restore_buffers
+from evatool.objective.contrastive import ClipObjective
+from evatool.objective.distill import DistillObjective
+from evatool.recipe import schema
+from evatool.recipe.schema import SigmoidObjective
+
+SMALL = [name for name, config in PRESETS.items() if "debug" in name or "toy" in name]
+
+
+def both(build: Callable[[], nn.Module]) -> tuple[nn.Module, FirstWeights]:
+    torch.manual_seed(3)
+    at_once = build()
+    torch.manual_seed(3)
+    with torch.device("meta"), DeferredBuild() as deferred:
+        module = build()
+    restore_buffers(module)
+    return at_once, FirstWeights(module, deferred, {})
+
+
+def assert_equal(at_once: nn.Module, first: FirstWeights) -> None:
+    state = at_once.state_dict()
+    assert list(first) == list(state)
+    # The last one first: the order in which they are asked for makes no difference.
+    for name in reversed(list(state)):
+        assert first[name].is_contiguous()
+        assert torch.equal(first[name], state[name]), name
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_clip_and_mim_models(name):
+    config = resolve_preset(name)
+    if config.task == "clip":
+        assert_equal(*both(lambda: build_clip(config, patch_dropout=0.5, drop_path_rate=0.1 if config.is_eva else 0.0)))
+    if config.is_eva:
+        assert_equal(*both(lambda: build_mim(config, predict_dim=16, drop_path_rate=0.1)))
+
+
+def test_objectives_with_weights_of_their_own():
+    config = resolve_preset("EVA02-CLIP-debug")
+    sigmoid, distill = SigmoidObjective(kind="sigmoid"), schema.DistillObjective(kind="distill", feature_weight=1.0)
+    widths = {"context_length": 8, "student_width": config.embed_dim or 0, "teacher_width": 7}
+    assert_equal(*both(lambda: ClipObjective(build_clip(config), sigmoid)))
+    assert_equal(*both(lambda: DistillObjective(build_clip(config), None, distill, **widths)))
+
+
+def test_the_stream_of_random_numbers_is_left_alone():
+    torch.manual_seed(5)
+    with torch.device("meta"), DeferredBuild() as deferred:
+        module = nn.Linear(4, 4)
+    expected = torch.get_rng_state()
+    first = FirstWeights(module, deferred, {"bias": lambda: torch.ones(4)})
+    assert first["weight"].shape == (4, 4)
+    assert torch.equal(first["bias"], torch.ones(4))
+    assert torch.equal(torch.get_rng_state(), expected)
