@@ -111,6 +111,7 @@ def pretrain_mim(
     overrides: opt.Overrides = None,
     run_dir: opt.RunDirectory = None,
     resume: opt.Resume = False,
+    accept_drift: opt.AcceptDrift = None,
     dry_run: opt.DryRun = False,
     json_output: opt.Json = False,
     debug: opt.Debug = False,
@@ -121,7 +122,7 @@ def pretrain_mim(
     Everything else through --set.
     """
     given = {"--teacher": teacher, "--data": data, "--samples-seen": samples_seen}
-    _stage("pretrain-mim", source, given, overrides, run_dir, resume, dry_run, json_output, debug)
+    _stage("pretrain-mim", source, given, overrides, run_dir, resume, dry_run, json_output, debug, accept_drift)
 
 
 @app.command(
@@ -138,6 +139,7 @@ def train_clip(
     overrides: opt.Overrides = None,
     run_dir: opt.RunDirectory = None,
     resume: opt.Resume = False,
+    accept_drift: opt.AcceptDrift = None,
     dry_run: opt.DryRun = False,
     json_output: opt.Json = False,
     debug: opt.Debug = False,
@@ -149,7 +151,7 @@ def train_clip(
     model.init.path=runs/mim.
     """
     given = {"--data": data, "--samples-seen": samples_seen}
-    _stage("train-clip", source, given, overrides, run_dir, resume, dry_run, json_output, debug)
+    _stage("train-clip", source, given, overrides, run_dir, resume, dry_run, json_output, debug, accept_drift)
 
 
 @app.command(
@@ -167,6 +169,7 @@ def distill(
     overrides: opt.Overrides = None,
     run_dir: opt.RunDirectory = None,
     resume: opt.Resume = False,
+    accept_drift: opt.AcceptDrift = None,
     dry_run: opt.DryRun = False,
     json_output: opt.Json = False,
     debug: opt.Debug = False,
@@ -177,7 +180,7 @@ def distill(
     Everything else through --set.
     """
     given = {"--teacher": teacher, "--data": data, "--samples-seen": samples_seen}
-    _stage("distill", source, given, overrides, run_dir, resume, dry_run, json_output, debug)
+    _stage("distill", source, given, overrides, run_dir, resume, dry_run, json_output, debug, accept_drift)
 
 
 @app.command(
@@ -260,6 +263,7 @@ def _stage(
     dry_run: bool,
     json_output: bool,
     debug: bool,
+    accept_drift: list[str] | None = None,
 ) -> None:
     """One stage's command: everything heavy is imported after the recipe is known to be good."""
 
@@ -271,7 +275,14 @@ def _stage(
         from evatool.stages.run_dir import RunOptions, run_path, stored_result
 
         resolved = resolve_argument(stage, source, given, overrides or [])
-        options = RunOptions(resolved.name, run_dir, resume, debug, command=("evatool", *sys.argv[1:]))
+        options = RunOptions(
+            resolved.name,
+            run_dir,
+            resume,
+            debug,
+            command=("evatool", *sys.argv[1:]),
+            accept_drift=tuple(accept_drift or ()),
+        )
         if dry_run:
             return dry_run_report(resolved, run_path(resolved.recipe, options))
         result = stored_result(resolved.recipe, options) or launch_if_needed(resolved.recipe, options, sys.argv[1:])

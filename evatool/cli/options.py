@@ -29,6 +29,14 @@ OutDirectory = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on in a used run folder; a finished run hands back its result at once.")
 ]
+AcceptDrift = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--accept-drift",
+        metavar="KEY",
+        help="With --resume: a key of the recipe, or a table of keys, that may differ from the run's. Repeatable.",
+    ),
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the resolved recipe, the origin of each value and derived figures.")
 ]

@@ -61,6 +61,8 @@ class RunOptions:
     """Show traces and debug records."""
     command: Sequence[str] = ()
     """The command line, for environment.json."""
+    accept_drift: tuple[str, ...] = ()
+    """Keys of the recipe, or tables of keys, in which a resumed run may differ from how it was started."""
     opened: RunDir | None = None
     """Set by `open_run_dir`, so that a failure is written into this run's folder and into no other."""
 
@@ -187,7 +189,7 @@ def check_run_dir(recipe: Recipe, options: RunOptions) -> None:
     """Refuse a used folder without `options.resume`, and a resume whose recipe differs. Changes nothing."""
     path = run_path(recipe, options)
     if _is_used(path):
-        _check_reuse(recipe, path, options.resume)
+        _check_reuse(recipe, path, options)
 
 
 def stored_result(recipe: Recipe, options: RunOptions) -> Result | None:
@@ -240,8 +242,8 @@ def _is_used(path: Path) -> bool:
     return bool(names) and not made_nothing
 
 
-def _check_reuse(recipe: Recipe, path: Path, resume: bool) -> None:
-    if not resume:
+def _check_reuse(recipe: Recipe, path: Path, options: RunOptions) -> None:
+    if not options.resume:
         state = read_status(path).get("state")
         raise UsageError(
             "the run folder is already used" + (f" (its run is {state})" if state else ""),
@@ -254,22 +256,29 @@ def _check_reuse(recipe: Recipe, path: Path, resume: bool) -> None:
             where=str(path),
             fix="choose another folder with --run-dir",
         )
-    problems = _differences(load_recipe(path / "resolved.toml").recipe, recipe)
+    differences = _differences(load_recipe(path / "resolved.toml").recipe, recipe)
+    problems = []
+    for key, line in differences.items():
+        if any(key == accepted or key.startswith(f"{accepted}.") for accepted in options.accept_drift):
+            log.warning("the recipe differs from the run's, as accepted: %s", line)
+        else:
+            problems.append(line)
     if problems:
         raise RecipeError(
             "the recipe differs from the run's that is to be resumed",
             problems=problems,
             where=str(path / "resolved.toml"),
-            fix="resume with the recipe as it was, or start a new run with --run-dir",
+            fix="resume with the recipe as it was, start a new run with --run-dir, or accept a key's new value with "
+            "--accept-drift KEY",
         )
 
 
-def _differences(before: Recipe, now: Recipe) -> list[str]:
-    """One line per differing key that a resume may not change."""
+def _differences(before: Recipe, now: Recipe) -> dict[str, str]:
+    """One line per differing key that a resume may not change unasked."""
     old, new = flatten(to_table(before)), flatten(to_table(now))
     keys = [k for k in dict.fromkeys((*old, *new)) if k not in RESUMABLE_KEYS and not k.startswith(RESUMABLE_TABLES)]
     show = lambda table, key: format_value(table[key]) if key in table else "absent"  # noqa: E731
-    return [f"{key}: was {show(old, key)}, now {show(new, key)}" for key in keys if old.get(key) != new.get(key)]
+    return {key: f"{key}: was {show(old, key)}, now {show(new, key)}" for key in keys if old.get(key) != new.get(key)}
 
 
 # ---------------------------------------------------------------------------------------------------- files
