@@ -131,11 +131,13 @@ def _parsed_header(raw: bytes, path: Path) -> dict[str, dict]:
             if name == "__metadata__":
                 continue
             start, end = entry["data_offsets"]
+            if any(type(number) is not int or number < 0 for number in (start, end, *entry["shape"])):
+                raise CheckpointError(f"the header's sizes of {name} are no whole numbers", where=str(path))
             if entry["dtype"] not in DTYPE_BY_NAME:
                 raise CheckpointError(f"{name} has dtype {entry['dtype']}, which is not supported", where=str(path))
-            if start < 0 or end - start != math.prod(entry["shape"]) * DTYPE_BY_NAME[entry["dtype"]].itemsize:
+            if end - start != math.prod(entry["shape"]) * DTYPE_BY_NAME[entry["dtype"]].itemsize:
                 raise CheckpointError(f"the header's sizes of {name} contradict each other", where=str(path))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError("the safetensors header cannot be read", where=str(path), fix=_AGAIN) from error
     return header
 

@@ -198,7 +198,7 @@ def _open_tensors(path: Path) -> SafetensorsMap:
 def _read_json(path: Path) -> Any:
     try:
         value: Mapping[str, Any] | list[Any] = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
         raise CheckpointError(f"{path.name} {reason}", where=str(path.parent), fix=_RESTORE) from error
     return value

@@ -188,8 +188,12 @@ def test_all_damaged(save, tmp_path):
         '{"format": 1, "step": 1, "files": {}}',
         "not json",
         "\x00",
+        "[" * 100_000,
     ],
-    ids=["list", "empty", "parent folder", "absolute", "bare number", "later format", "no files", "text", "null byte"],
+    ids=[
+        *("list", "empty", "parent folder", "absolute", "bare number", "later format", "no files", "text"),
+        *("null byte", "nested without end"),
+    ],
 )
 def test_foreign_manifests(save, manifest):
     path = save(1)
@@ -215,11 +219,41 @@ def test_ranges_must_cover_the_file_once(save, ranges):
         verify(path)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"\x80\x04K\x07.", (2**62).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]"],
-    ids=["empty", "pickle", "huge header", "list header"],
-)
+def tensor_file(header: object, num_bytes: int = 24) -> bytes:
+    """A safetensors file with this header, or with this text as its header."""
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(num_bytes)
+
+
+def entry(**changes: object) -> dict[str, object]:
+    return {"weight": {"dtype": "F32", "shape": [3, 2], "data_offsets": [0, 24]} | changes}
+
+
+FOREIGN = {
+    "empty": b"",
+    "pickle": b"\x80\x04K\x07.",
+    "huge header": (2**62).to_bytes(8, "little") + b"{}",
+    "list header": (2).to_bytes(8, "little") + b"[]",
+    "header nested without end": tensor_file("[" * 100_000),
+    "header that is no text": (4).to_bytes(8, "little") + b"\xff\xfe\xfd\xfc",
+    "zip archive": b"PK\x03\x04" + bytes(60),
+    "too few bytes": tensor_file(entry(), num_bytes=20),
+    "too many bytes": tensor_file(entry(), num_bytes=28),
+    "shape larger than the data": tensor_file(entry(shape=[3000, 2000])),
+    "shape beyond any memory": tensor_file(entry(shape=[2**62, 2**62])),
+    "negative shape": tensor_file(entry(shape=[-3, -2])),
+    "fractional shape": tensor_file(entry(shape=[1.5, 4])),
+    "fractional offsets": tensor_file(entry(data_offsets=[0.0, 24.0])),
+    "offsets before the start": tensor_file(entry(data_offsets=[-24, 0])),
+    "offsets as text": tensor_file(entry(data_offsets=["0", "24"])),
+    "three offsets": tensor_file(entry(data_offsets=[0, 12, 24])),
+    "dtype unknown": tensor_file(entry(dtype="F128")),
+    "dtype is a list": tensor_file(entry(dtype=["F32"])),
+    "tensor is a number": tensor_file({"weight": 7}),
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
 def test_foreign_tensor_files_with_a_matching_manifest(save, content):
     path = save(1)
     (path / "model.safetensors").write_bytes(content)
