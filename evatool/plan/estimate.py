@@ -66,8 +66,8 @@ class Memory:
 
 
 def memory(job: Job) -> Memory:
-    """Memory of one rank at the worse of two moments: the end of the forward pass, with the loss and the casts of all
-    weights; and the backward pass, with all gradients and the block that is computed again."""
+    """Memory of one rank at the worse of two moments: the end of the forward pass, with the loss; and the backward
+    pass, with all gradients and the block that is computed again."""
     numerics, setup = mem.NUMERICS[job.numerics], job.setup
     params = towers.count_parameters(job.model).total
     held = states([params], setup, numerics)
@@ -75,7 +75,9 @@ def memory(job: Job) -> Memory:
     in_blocks = sum(stack.params for stack in stacks)
     batch = job.micro_batch_size
     kept = batch * sum(part.kept for part in activations)
-    casts = mem.cast_weights(sum(stack.depth * stack.matrix_params for stack in stacks), numerics)
+    is_recomputed = job.checkpointing != "none"
+    # What is recomputed casts its weights again, a block at a time; otherwise the casts wait for the backward pass.
+    casts = 0 if is_recomputed else mem.cast_weights(sum(s.depth * s.matrix_params for s in stacks), numerics)
     always = {
         "weights": held.weights,
         "optimizer": held.optimizer,
@@ -85,7 +87,6 @@ def memory(job: Job) -> Memory:
         "context": int(mem.CONTEXT_BYTES),
     }
     loss = _loss_bytes(job, numerics)
-    is_recomputed = job.checkpointing != "none"
     # DistributedDataParallel's gradients are its buckets, which stay; elsewhere earlier passes' are there already.
     has_gradients = job.engine == "ddp" or setup.accumulates
     forward = {"weight copies": casts, "activations": kept, "gradients": held.gradients if has_gradients else 0}
@@ -94,8 +95,7 @@ def memory(job: Job) -> Memory:
     backward = {
         "gradients": held.gradients,
         "activations": kept,
-        # What is recomputed casts its weights again, a block at a time; otherwise all casts wait for it.
-        "weight copies": 0 if is_recomputed else casts,
+        "weight copies": casts,
         "recomputed block": batch * max(part.block for part in activations),
     }
     alone = {"loss": loss, "gradients": held.gradients if has_gradients else 0}  # of features without their graph

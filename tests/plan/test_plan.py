@@ -237,13 +237,35 @@ def test_memory_is_for_the_phase_with_most_patches() -> None:
     )
 
 
-def test_the_shipped_18b_recipe_does_not_fit_the_published_cards_and_is_told_what_would() -> None:
-    resolved = load_recipe("eva-clip-18b/train-clip")
-    refusal = make_plan(job_of_recipe(resolved.recipe, resolved.name, 360), hardware("a100-40")).refusal
+PUBLISHED_ON = {  # eva.md 3.2 and 3.3: GPUs and their kind
+    "eva01-clip-g-14": (256, "a100-40"),
+    "eva01-clip-g-14-plus": (112, "a100-40"),
+    "eva02-clip-b-16": (64, "a100-40"),
+    "eva02-clip-l-14": (128, "a100-40"),
+    "eva02-clip-l-14-336": (128, "a100-40"),
+    "eva02-clip-e-14": (144, "a100-80"),
+    "eva02-clip-e-14-plus": (144, "a100-80"),
+    "eva-clip-8b": (384, "a100-40"),
+    "eva-clip-8b-448": (384, "a100-40"),
+    "eva-clip-18b": (360, "a100-40"),
+    "eva-clip-18b-336": (360, "a100-40"),
+}
+
+
+@pytest.mark.parametrize("folder", PUBLISHED_ON)
+def test_shipped_recipes_fit_the_cards_they_were_published_with(folder: str) -> None:
+    name, (num_gpus, gpu) = f"{folder}/train-clip", PUBLISHED_ON[folder]
+    planned = job_of_recipe(load_recipe(name).recipe, name, num_gpus)
+    assert make_plan(planned, hardware(gpu)).refusal is None
+
+
+def test_18b_in_one_pass_does_not_fit_and_is_told_what_would() -> None:
+    name, whole = "eva-clip-18b/train-clip", ["train.micro_batch_size=108000"]
+    refusal = make_plan(job_of_recipe(load_recipe(name, whole).recipe, name, 360), hardware("a100-40")).refusal
     assert refusal is not None
-    gpu, settings = re.search(r"--gpu (\S+)((?: --set \S+)+) needs", refusal.fix or "").groups()
-    changed = load_recipe("eva-clip-18b/train-clip", [part for part in settings.split() if part != "--set"])
-    assert make_plan(job_of_recipe(changed.recipe, changed.name, 360), hardware(gpu)).refusal is None
+    settings = re.search(r"((?: ?--set \S+)+) needs", refusal.fix or "").group(1)
+    changed = load_recipe(name, whole + [part for part in settings.split() if part != "--set"])
+    assert make_plan(job_of_recipe(changed.recipe, name, 360), hardware("a100-40")).refusal is None
 
 
 def test_failures_can_bind() -> None:
