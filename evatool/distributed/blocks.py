@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from evatool.distributed.precision import plain_attention
+
 log = logging.getLogger(__name__)
 
 _GEMMS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")
@@ -63,10 +65,14 @@ def checkpoint_blocks(objective: nn.Module, kind: str) -> None:
 
 
 def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    def block(*args: Any, **kwargs: Any) -> Any:
+        with plain_attention():  # what surrounds the first pass is not there when the block is computed again
+            return forward(*args, **kwargs)
+
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
+        return checkpoint(block, *args, use_reentrant=False, **options, **kwargs)
 
     return run
 

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from evatool.distributed.blocks import blocks_of, checkpoint_blocks, compile_blocks
 from evatool.distributed.engine import build_engine
+from evatool.distributed.precision import autocast
 from evatool.distributed.world import World
 from evatool.errors import RecipeError
 from evatool.model.clip import build_clip
@@ -27,7 +28,7 @@ def tiny_clip() -> torch.nn.Module:
     return build_clip(resolve_preset("EVA02-CLIP-debug"), patch_dropout=0.5, drop_path_rate=0.2)
 
 
-def towers_flops(kind: str) -> tuple[int, dict[str, torch.Tensor]]:
+def towers_flops(kind: str, precision: str = "fp32") -> tuple[int, dict[str, torch.Tensor]]:
     """Operations of one forward and backward pass through both towers, and the gradients."""
     clip = tiny_clip().train()
     if kind != "none":
@@ -37,7 +38,9 @@ def towers_flops(kind: str) -> tuple[int, dict[str, torch.Tensor]]:
     tokens = torch.randint(1, 49000, (3, 16), generator=generator)
     torch.manual_seed(3)
     with FlopCounterMode(display=False) as counter:
-        (clip.visual(image).square().sum() + clip.text(tokens).square().sum()).backward()
+        with autocast(precision, CPU):
+            loss = clip.visual(image).square().sum() + clip.text(tokens).square().sum()
+        loss.backward()
     return counter.get_total_flops(), {n: p.grad for n, p in clip.named_parameters() if p.grad is not None}
 
 
@@ -50,6 +53,14 @@ def test_selective_checkpointing_repeats_no_product_and_full_repeats_all():
     for name, grad in grads.items():  # dropout's random numbers are the same again
         torch.testing.assert_close(selective_grads[name], grad, rtol=1e-5, atol=1e-7, msg=name)
         torch.testing.assert_close(full_grads[name], grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_checkpointing_in_half_precision_gives_the_same_gradients(kind):
+    _, grads = towers_flops("none", "bf16")
+    _, recomputed = towers_flops(kind, "bf16")
+    for name, grad in grads.items():
+        torch.testing.assert_close(recomputed[name], grad, rtol=1e-2, atol=1e-4, msg=name)
 
 
 def test_without_a_compiler_blocks_run_as_they_are_and_that_is_said_once(monkeypatch, caplog):
