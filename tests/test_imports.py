@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,9 @@ def test_what_must_be_instant_imports_nothing_heavy(code: str) -> None:
     result = subprocess.run([sys.executable, "-c", LOADED.format(code=code)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.rpartition("LOADED")[2]) == []
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """pytest imports them by name: of two alike, one is silently taken for the other or refused."""
+    names = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []

@@ -166,9 +166,7 @@ def training_result(
         "samples_seen": state.samples_seen,
         "samples_per_sec": round(state.samples_seen / state.train_sec, 2) if state.train_sec else 0.0,
         "skipped_steps": len(state.skipped_steps),
-        "parameters": sum(
-            p.numel() for name, p in trainer.objective.named_parameters() if name.startswith(MODEL_PREFIX)
-        ),
+        "parameters": _count_parameters(trainer),
     }
     metrics |= {key: value for key, value in record.items() if key.startswith("train/") and value is not None}
     if isinstance(job.recipe, TrainClipRecipe | DistillRecipe) and job.recipe.objective.kind != "sigmoid":
@@ -188,6 +186,13 @@ def training_result(
         metrics=metrics,
         next_command=next_command,
     )
+
+
+def _count_parameters(trainer: Trainer) -> int:
+    """Of the trained model; a rank of ZeRO-3 holds none of some of them, so their own sizes do not tell."""
+    shapes = trainer.engine.held_model().shapes
+    names = [name for name, _ in trainer.objective.named_parameters() if name.startswith(MODEL_PREFIX)]
+    return sum(math.prod(shapes[name]) for name in names)
 
 
 def loss_curve_path(run_dir: RunDir) -> Path:

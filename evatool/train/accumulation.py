@@ -1,6 +1,6 @@
 """One optimiser step's gradients from batches that do not fit at once, equal to those of the whole batch.
 
-Source: GradCache (arXiv 2101.06983). Parity: tests/train/test_accumulation.py, tests/dist/test_small_batches.py.
+Source: GradCache (arXiv 2101.06983). Parity: tests/train/test_micro_batches.py, tests/dist/test_small_batches.py.
 """
 
 # b this rank's samples of a step, m of a small batch, K = b / m small batches

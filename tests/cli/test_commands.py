@@ -50,9 +50,9 @@ def test_the_flags_of_every_stage_are_these(invoke: Invoke, stage: str) -> None:
     common = {"--set", "--run-dir", "--resume", "--dry-run", "--json", "--debug", "--help"}
     short = {
         "data-prepare": {"--captions"},
-        "pretrain-mim": {"--teacher", "--data", "--samples-seen"},
-        "train-clip": {"--data", "--samples-seen"},
-        "distill": {"--teacher", "--data", "--samples-seen"},
+        "pretrain-mim": {"--teacher", "--data", "--samples-seen", "--accept-drift"},
+        "train-clip": {"--data", "--samples-seen", "--accept-drift"},
+        "distill": {"--teacher", "--data", "--samples-seen", "--accept-drift"},
         "export": {"--to", "--model-config", "--push-to-hub", "--out"},
         "eval": {"--suite", "--data"},
     }

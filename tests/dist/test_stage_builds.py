@@ -50,9 +50,15 @@ def table(folder: Path, stage: str, engine: dict[str, Any]) -> dict[str, Any]:
 
 
 def losses(folder: Path, stage: str, engine: dict[str, Any], name: str) -> list[float]:
-    """Each step's loss of a whole run."""
+    """Each step's loss of a whole run; `train-clip sigmoid` is train-clip with that loss."""
     path = folder / f"{stage}-{name}"
-    run_stage(resolve_table(table(folder, stage, engine), stage), RunOptions(name=stage, run_dir=path))
+    stage, _, loss = stage.partition(" ")
+    changes = {"objective": {"kind": loss}} if loss else {}
+    result = run_stage(
+        resolve_table(table(folder, stage, engine) | changes, stage), RunOptions(name=stage, run_dir=path)
+    )
+    if stage != "pretrain-mim":
+        assert result.metrics["parameters"] == sum(p.numel() for p in build_clip(DEBUG).parameters())
     lines = (path / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["train/loss"] for line in lines]
 
@@ -71,6 +77,7 @@ def sources(tmp_path_factory):
 CELLS = [
     pytest.param("train-clip", ENGINES[0], marks=pytest.mark.slow),
     ("train-clip", ENGINES[1]),
+    ("train-clip sigmoid", ENGINES[1]),
     ("pretrain-mim", ENGINES[0]),
     pytest.param("pretrain-mim", ENGINES[1], marks=pytest.mark.slow),
     pytest.param("distill", ENGINES[0], marks=pytest.mark.slow),
