@@ -6,6 +6,7 @@ are EVA's (eva.md 3.4): its released commands take the two parts of Merged-2B in
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ class Mix:
         self._phases: list[_Phase] = []
         base = np.zeros(self.num_sources, dtype=np.int64)
         for number, (start, phase) in enumerate(zip(starts, phases, strict=True)):
-            kind = {"samples": _SampleMix, "alternating": _Alternating, "weighted-batches": _WeightedBatches}[mode]
+            kind = _KINDS[mode]
             self._phases.append(kind(seed, number, start, phase.weights, base, batch))
             if number + 1 < len(starts):
                 base = self._phases[-1].counts_before(starts[number + 1])
@@ -68,7 +69,7 @@ class Mix:
         return self._phases[number].counts_before(position)
 
 
-class _Phase:
+class _Phase(ABC):
     """One stretch of the run with fixed weights."""
 
     def __init__(
@@ -77,11 +78,13 @@ class _Phase:
         self.seed, self.number, self.start, self.base, self.batch = seed, number, start, base, batch
         self.weights = np.array(weights, dtype=np.float64) / sum(weights)
 
+    @abstractmethod
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        raise NotImplementedError
+        """Source of each position, and its number within that source."""
 
+    @abstractmethod
     def counts_before(self, position: int) -> np.ndarray:
-        raise NotImplementedError
+        """Samples taken from each source before `position`."""
 
 
 class _SampleMix(_Phase):
@@ -182,3 +185,10 @@ class _WeightedBatches(_Phase):
         draws = order.uniforms(keys, order.STREAM_DRAW, 1)[:, 0]
         last = int(np.flatnonzero(self.weights)[-1])  # where rounding leaves the sum of the weights below 1
         return np.minimum(np.searchsorted(np.cumsum(self.weights), draws, side="right"), last)
+
+
+_KINDS: dict[str, type[_Phase]] = {
+    "samples": _SampleMix,
+    "alternating": _Alternating,
+    "weighted-batches": _WeightedBatches,
+}

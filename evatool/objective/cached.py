@@ -8,6 +8,7 @@ graph, the loss and its gradient with respect to them once, then each small batc
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Literal
 
@@ -20,17 +21,18 @@ Features = dict[str, Tensor]
 """By name: (B, ...) tensors with one row a sample, and scalars such as the temperature that all samples share."""
 
 
-class FeatureObjective(nn.Module):
+class FeatureObjective(nn.Module, ABC):
     """An objective in three parts, of which only `encode` uses parameters."""
 
+    @abstractmethod
     def encode(self, batch: Batch) -> Features:
         """What the model makes of each sample, and its learned scalars, with gradient; no collective is called."""
-        raise NotImplementedError
 
     def targets(self, batch: Batch) -> Features:
         """What the features are compared with besides each other, without gradient; nothing unless a subclass says."""
         return {}
 
+    @abstractmethod
     def losses(self, features: Features, batch: Batch) -> LossDict:
         """Losses of this rank's samples against the global batch; all ranks must call it together.
 
@@ -38,7 +40,6 @@ class FeatureObjective(nn.Module):
             features: of `encode` and `targets` together.
             batch: the same samples; only what is not a picture or text is looked at.
         """
-        raise NotImplementedError
 
     def forward(
         self,

@@ -144,7 +144,7 @@ def _divided(unloaded: UnloadedClip, section: EvalSection, world: World) -> Load
 
 
 def _no_preprocess(picture: Any) -> Tensor:
-    raise NotImplementedError("evaluation decodes pictures itself")
+    raise RuntimeError("a model that is divided over ranks is given decoded pictures")
 
 
 def _fingerprint(clip: LoadedClip, precision: str, cache: Path | None) -> str:
