@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,6 +43,8 @@ app = typer.Typer(
 def main() -> None:
     """Entry point of the `evatool` script, of `python -m evatool` and of `torchrun -m evatool`."""
     open_closed_streams()
+    # Looking for pydantic's plugins reads the metadata of every installed package: a sixth of what --dry-run costs.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         app()
     except SystemExit as stop:
@@ -268,13 +271,15 @@ def _stage(
     """One stage's command: everything heavy is imported after the recipe is known to be good."""
 
     def action() -> Report:
-        from evatool.cli.reports import dry_run_report, result_report
         from evatool.cli.short_forms import resolve_argument
+
+        resolved = resolve_argument(stage, source, given, overrides or [])
+
+        from evatool.cli.reports import dry_run_report, result_report
         from evatool.stages import run_stage
         from evatool.stages.launch import launch_if_needed
         from evatool.stages.run_dir import RunOptions, run_path, stored_result
 
-        resolved = resolve_argument(stage, source, given, overrides or [])
         options = RunOptions(
             resolved.name,
             run_dir,

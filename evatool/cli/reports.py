@@ -7,7 +7,6 @@ from typing import Any
 
 from evatool.cli.console import Report
 from evatool.cli.figures import derived_figures
-from evatool.recipe.difference import recipe_differences
 from evatool.recipe.load import Resolved
 from evatool.recipe.write import format_value, to_table, to_toml
 from evatool.types import Result
@@ -46,6 +45,8 @@ def recipe_list_report(rows: list[tuple[str, str, str]]) -> Report:
 
 def recipe_diff_report(first: Resolved, second: Resolved) -> Report:
     """The keys that two recipes set differently."""
+    from evatool.recipe.difference import recipe_differences
+
     differences = recipe_differences(first, second)
     table = [["key", first.name, second.name, "from", "from"]]
     for each in differences:

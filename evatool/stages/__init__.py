@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import logging
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 
@@ -35,7 +35,7 @@ def run_stage(resolved: Resolved, options: RunOptions) -> Result:
     options.opened = None
     if logs.env_rank() == 0:
         check_run_dir(recipe, options)  # before the seconds that importing torch takes
-    stage = importlib.import_module("evatool.stages." + recipe.stage.replace("-", "_"))
+    stage = import_module("evatool.stages." + recipe.stage.replace("-", "_"))
     try:
         with _sigterm_raises(), _full_disk_in_words(run_path(recipe, options)):
             result: Result = stage.run(recipe, options)

@@ -33,5 +33,5 @@ def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Invoke:
 def stage(monkeypatch: pytest.MonkeyPatch) -> FakeStage:
     """Every stage is replaced by one `FakeStage`."""
     fake = FakeStage()
-    monkeypatch.setattr(evatool.stages.importlib, "import_module", lambda name: fake)
+    monkeypatch.setattr(evatool.stages, "import_module", lambda name: fake)
     return fake

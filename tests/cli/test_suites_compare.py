@@ -51,8 +51,8 @@ def test_an_unknown_suite_names_the_nearest() -> None:
 
 def test_compare_says_which_is_better_and_writes_a_report(tmp_path: Path) -> None:
     a, b = a_run(tmp_path / "a", 0.5), a_run(tmp_path / "b", 0.6)
-    code, out, _ = invoke("compare", str(a), str(b), "--out", str(tmp_path / "out"))
-    assert code == 0
+    code, out, err = invoke("compare", str(a), str(b), "--out", str(tmp_path / "out"))
+    assert code == 0, err
     assert "b/model 0 is better than model 0 by 1" in out
     assert "points on the average of six imagenets" in out
     page = (tmp_path / "out" / "report.html").read_text()

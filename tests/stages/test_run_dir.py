@@ -239,7 +239,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         return Result("train-clip", run_dir.path, {"made": run_dir.path / "made"}, {"n": 1}, "next", [["a"], ["b"]])
 
     module.run = run  # type: ignore[attr-defined]
-    monkeypatch.setattr(evatool.stages.importlib, "import_module", lambda name: module)
+    monkeypatch.setattr(evatool.stages, "import_module", lambda name: module)
     return module
 
 
