@@ -136,16 +136,6 @@ class LibraryMap(ReadBack):
         with safe_open(self._path, framework="pt") as file:
             return file.get_tensor(name)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape from the header."""
-        return self._shapes[name]
-
 
 class TorchMap(ReadBack):
     """A torch file through torch's restricted loader, mapped anew for every tensor, for the same reason."""
@@ -156,16 +146,6 @@ class TorchMap(ReadBack):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._open()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape from the file's pickle."""
-        return self._shapes[name]
 
     def _open(self) -> dict[str, Tensor]:
         # A shared mapping is not charged to the process: one of a file larger than the memory is allowed.
