@@ -73,6 +73,23 @@ def test_scores_in_blocks_give_the_same_ranks(monkeypatch: pytest.MonkeyPatch) -
         assert blocks.rank(direction).tolist() == whole.rank(direction).tolist()
 
 
+@pytest.mark.parametrize("distinct", [1, 40, 700], ids=["collapsed", "duplicates", "all-differ"])
+@pytest.mark.parametrize("width", [5, 200])
+def test_ranks_of_a_large_set_equal_float64(distinct: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "_COLUMNS", 300)  # several tiles each way, wider and narrower than a group of marks
+    g = torch.Generator().manual_seed(0)
+    unit = lambda n: torch.nn.functional.normalize(torch.randn(n, width, generator=g), dim=1)  # noqa: E731
+    text, image = unit(distinct)[torch.arange(400) % distinct], unit(distinct)[torch.arange(700) % distinct]
+    pairs = np.stack([np.arange(700), np.arange(700) % 400], axis=1)
+    of_text, of_image = ranks.ranks_both_ways(text, image, pairs)
+    scores = torch.stack([(row * image.double()).sum(dim=1) for row in text.double()])
+    right = torch.zeros(400, 700, dtype=torch.bool)
+    right[pairs[:, 1], pairs[:, 0]] = True
+    best, wrong = scores.masked_fill(~right, -torch.inf), scores.masked_fill(right, -torch.inf)
+    assert of_text.tolist() == (wrong >= best.amax(dim=1, keepdim=True)).sum(dim=1).tolist()
+    assert of_image.tolist() == (wrong >= best.amax(dim=0)).sum(dim=0).tolist()
+
+
 def random_pairs(num_images: int, captions_each: int, seed: int = 0) -> PairFeatures:
     """Every picture has its own captions, their features near its own."""
     rng = np.random.default_rng(seed)
