@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
 from evatool.distributed.blocks import blocks_of
@@ -20,7 +20,7 @@ def divide_weights(
     """Give a module that was built on the meta device its weights, each rank its part of every tower's.
 
     A tower's blocks come together one at a time in its forward pass, which every rank must run at the same time; other
-    ways into a tower than its own call do not bring its weights together. Buffers must have their values already.
+    ways into a tower than its own call need `gathered_call`. Buffers must have their values already.
 
     Args:
         towers: submodules that are called; parameters outside of them stay whole, in float32.
@@ -52,6 +52,13 @@ def _copy_part(parameter: DTensor, whole: Tensor, rank: int) -> None:
     local = parameter.to_local()
     if local.numel():
         local.copy_(parts[rank])
+
+
+def gathered_call(tower: nn.Module, way: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`way` into a divided tower, with its weights brought together as for its own call; once for each tower."""
+    tower.gathered_call = way  # type: ignore[assignment]
+    register_fsdp_forward_method(tower, "gathered_call")
+    return tower.gathered_call  # type: ignore[return-value]
 
 
 def whole_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -108,19 +108,45 @@ def image_batches(
     if memory is not None and unknown is not None and not how.in_step:
         yield from _remembered_batches(model, unknown(memory), how, where, check, memory)
         return
-    shape: torch.Size | None = None
-    done = 0
+    yield from stepped_batches(model.encode_image, loader, how, where=where, what="image features", check=check)
+
+
+def stepped_batches(
+    encode: Callable[[Tensor], Tensor],
+    loader: Iterable[tuple[Tensor, Any]],
+    how: Encoding,
+    *,
+    where: str,
+    what: str,
+    check: Callable[[Any], None] | None = None,
+) -> Iterator[tuple[Tensor, Any]]:
+    """This rank's batches as (`encode` of the pictures at unit length, what the loader says of them).
+
+    Where ranks work in step, one whose picture cannot be read goes on with made-up ones before it raises: the others
+    wait for it in every pass.
+    """
+    failure: Exception | None = None
+    side, done = getattr(getattr(loader, "transform", None), "size", 1), 0
     with torch.no_grad():
-        for pictures, targets in loader:
-            if check:
-                check(targets)
-            shape = pictures.shape
-            yield unit(model.encode_image(pictures.to(how.device, non_blocking=True)), where, "image features"), targets
-            done += 1
+        batches = iter(loader)
+        while True:
+            try:
+                pictures, targets = next(batches)
+                if check:
+                    check(targets)
+                side, done = pictures.shape[-1], done + 1
+                features = unit(encode(pictures.to(how.device, non_blocking=True)), where, what)
+            except StopIteration:
+                break
+            except Exception as error:
+                failure = error
+                break
+            yield features, targets
         missing = getattr(loader, "most_batches", done) - done if how.in_step else 0
         for _ in range(missing):  # a rank may have one batch less than another, or none where the set is tiny
-            side = shape[-1] if shape else getattr(getattr(loader, "transform", None), "size", 1)
-            model.encode_image(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=how.device))
+            encode(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=how.device))
+    if failure is not None:
+        raise failure
 
 
 def _remembered_batches(

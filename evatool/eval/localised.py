@@ -17,7 +17,7 @@ from evatool.distributed import collectives
 from evatool.errors import DataError
 from evatool.eval.answers import ScoreResult
 from evatool.eval.classifier import TensorStore, text_classifier
-from evatool.eval.encode import Encoding, gather_arrays, own_numbers, together, unit
+from evatool.eval.encode import Encoding, gather_arrays, own_numbers, stepped_batches, together
 from evatool.eval.sets import ClipModel, EvaluationSet
 
 # B scenes of a batch, S input side, N = G x G patches, C classes, E embedding, K classes of a scene
@@ -32,6 +32,7 @@ def localise(
     device: str = "cpu",
     stores: Sequence[TensorStore] = (),
     trim_text: bool = False,
+    in_step: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> ScoreResult:
     """Scores of patch tokens on a set with masks; every rank must call it and gets all.
@@ -42,9 +43,10 @@ def localise(
 
     Args:
         patch_tokens: (B, 3, S, S) -> (B, N, E) in the space of the text features.
+        trim_text, in_step: see `Encoding`.
     Raises: DataError for a set without prompts, or whose masks show nothing.
     """
-    how = Encoding(device, trim_text)
+    how = Encoding(device, trim_text, in_step)
     weights = text_classifier(
         model, tokenizer, eval_set.classnames, eval_set.templates, how, name=eval_set.name, stores=stores
     )
@@ -52,14 +54,17 @@ def localise(
     best = torch.full((2, weights.shape[1]), -torch.inf, device=device)  # own patches, others'
     counts = torch.zeros(weights.shape[1], device=device)
     with together(), torch.no_grad():
-        for pictures, masks in eval_set.loader:
-            tokens = unit(patch_tokens(pictures.to(device)), eval_set.name, "patch tokens")
+        batches = stepped_batches(
+            patch_tokens, eval_set.loader, how, where=eval_set.name, what="patch tokens", check=_check_masks
+        )
+        for tokens, masks in batches:
+            masks = masks.to(device)
             logits = tokens @ weights  # (B, N, C)
-            labels = patch_labels(masks.to(device), round(tokens.shape[1] ** 0.5))
-            scenes += [_scene(*scene) for scene in zip(logits, labels, masks.to(device), strict=True)]
+            labels = patch_labels(masks, round(tokens.shape[1] ** 0.5))
+            scenes += [_scene(*scene) for scene in zip(logits, labels, masks, strict=True)]
             counts += _look(best, logits.flatten(0, 1), labels.flatten())
             if on_batch:
-                on_batch(len(pictures))
+                on_batch(len(masks))
     columns = np.asarray(scenes, dtype=np.float64).reshape(-1, 4).T
     own = dict(zip(("patch_top1", "segmentation_miou", "chance", "chance_miou"), columns, strict=True))
     whole = gather_arrays(own, own_numbers(eval_set.loader, len(scenes)))
@@ -105,8 +110,6 @@ def _scene(logits: Tensor, labels: Tensor, mask: Tensor) -> tuple[float, float, 
     """patch_top1, segmentation_miou, and what a guess among the scene's classes would give for each."""
     classes = mask.unique()
     classes = classes[classes > 0].long() - 1
-    if len(classes) == 0:
-        raise DataError("a mask shows no class", expected="at least one pixel of a class", fix="make the set again")
     own = logits[:, classes]  # (N, K)
     known = torch.isin(labels, classes)
     right = classes[own.argmax(dim=1)] == labels
@@ -120,6 +123,11 @@ def _scene(logits: Tensor, labels: Tensor, mask: Tensor) -> tuple[float, float, 
     each = 1 / len(classes)
     by_guess = shares * each / (shares + each - shares * each)  # of pixels named at random
     return top1, float(torch.stack(ious).mean()), each, float(by_guess.mean())
+
+
+def _check_masks(masks: Tensor) -> None:
+    if not bool((masks > 0).flatten(1).any(dim=1).all()):
+        raise DataError("a mask shows no class", expected="at least one pixel of a class", fix="make the set again")
 
 
 def _iou(guess: Tensor, truth: Tensor) -> Tensor:

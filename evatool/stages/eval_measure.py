@@ -211,8 +211,8 @@ def _localise(
         raise EvatoolError(
             f"{model.record.name} gives no patch tokens",
             where=opened.name,
-            expected="a model that load_clip reads, whole on every rank",
-            fix='leave the set out with eval.sets, or set eval.shard_model = "never"',
+            expected="a model that load_clip reads",
+            fix="leave the set out with eval.sets, or evaluate the model from its file",
         )
     return localise(
         model,
@@ -222,6 +222,7 @@ def _localise(
         device=model.device,
         stores=stores,
         trim_text=model.trims_text,
+        in_step=model.in_step,
         on_batch=on_batch,
     )
 

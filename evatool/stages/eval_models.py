@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from evatool.api import DTYPES, LoadedClip, UnloadedClip, find_clip, load_clip
 from evatool.data.tokenizer import build_tokenizer
-from evatool.distributed.divided import divide_weights, whole_state
+from evatool.distributed.divided import divide_weights, gathered_call, whole_state
 from evatool.distributed.world import World
 from evatool.errors import DependencyError, UsageError
 from evatool.eval.cache import FingerprintCache
@@ -95,7 +95,7 @@ def load_model(name: str, source: str, section: EvalSection, world: World, cache
         origin=json.dumps([fingerprint, section.precision]),
         encode_image=clip.encode_image,
         encode_text=lambda tokens: _encode_text(clip.model, tokens.to(clip.device)),
-        patch_tokens=None if in_step else clip.visual_tokens,
+        patch_tokens=gathered_call(clip.model.visual, clip.visual_tokens) if in_step else clip.visual_tokens,
     )
 
 

@@ -40,8 +40,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "data", model
 
 
-def evaluate(data: Path, model: Path, run_dir: Path, shard: str, spoil: bool = False) -> Any:
-    """Body of one rank: the rows, and what each rank kept in its loader."""
+def evaluate(data: Path, model: Path, run_dir: Path, shard: str, suite: str = "drawings") -> Any:
+    """Body of one rank: the rows, or what was said."""
     from evatool.errors import EvatoolError
     from evatool.eval.results import read_results
     from evatool.recipe.schema import EvalRecipe, EvalSection
@@ -50,9 +50,10 @@ def evaluate(data: Path, model: Path, run_dir: Path, shard: str, spoil: bool = F
 
     section = EvalSection(
         models={"m": str(model)},
+        suite=suite,
         data=data,
-        sets=["new-artist", "retrieval"],
-        batch_size=3,
+        sets=["new-artist", "retrieval"] if suite == "drawings" else None,
+        batch_size=3 if suite == "drawings" else 1,  # of three scenes: one rank has a batch more than the other
         num_bootstrap=20,
         num_threads=1,
         use_cache=False,
@@ -106,8 +107,23 @@ def test_ranks_give_what_one_process_gives(
         assert np.array_equal(value, alone[1][name]), name
 
 
+@pytest.mark.parametrize("shard", ["never", "always"])
+def test_localisation_over_ranks_gives_what_one_process_gives(
+    run_on_ranks: Callable[..., list[Any]], prepared: tuple[Path, Path], tmp_path: Path, shard: str
+) -> None:
+    whole = evaluate(*prepared, tmp_path / "alone", "never", "drawings-localised")
+    assert {row[1] for row in whole} >= {"patch_top1", "segmentation_miou", "patch_retrieval@1"}
+    ranks = run_on_ranks(evaluate, 2, *prepared, tmp_path / "run", shard, "drawings-localised")
+    assert ranks[0] == whole
+    kept, alone = answers(tmp_path / "run"), answers(tmp_path / "alone")
+    assert kept.keys() == alone.keys()
+    for name, value in kept.items():
+        assert np.array_equal(value, alone[name]), name
+
+
+@pytest.mark.parametrize("shard", ["never", "always"])
 def test_a_picture_that_one_rank_cannot_read_fails_the_set_on_all(
-    run_on_ranks: Callable[..., list[Any]], prepared: tuple[Path, Path], tmp_path: Path
+    run_on_ranks: Callable[..., list[Any]], prepared: tuple[Path, Path], tmp_path: Path, shard: str
 ) -> None:
     import shutil
 
@@ -119,6 +135,6 @@ def test_a_picture_that_one_rank_cannot_read_fails_the_set_on_all(
     reader = TarReader([tar])
     (picture,) = reader.read(1, PICTURE_MEMBERS).values()  # rank 1's first picture
     tar.write_bytes(tar.read_bytes().replace(picture, bytes(len(picture))))
-    said = run_on_ranks(evaluate, 2, data, prepared[1], tmp_path / "run", "never")
+    said = run_on_ranks(evaluate, 2, data, prepared[1], tmp_path / "run", shard)
     assert all("evaluations failed (new-artist)" in text for text in said)
     assert all(reader.keys[1] in text for text in said)
