@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,8 @@ from evatool.optim.build import build_optimizer
 from evatool.optim.param_groups import build_param_groups
 from evatool.optim.schedules import warmup_cosine
 from evatool.recipe.schema import AdamWSection, EngineSection, GroupSection, LambSection, OptimSection
-from evatool.train.hooks import Checkpoints, Hook, MetricsFile
+from evatool.train.hooks import Hook, MetricsFile
+from evatool.train.saving import Checkpoints
 from evatool.train.state import TrainState, resume_from
 from evatool.train.trainer import Trainer
 from evatool.types import Batch, LossDict, ParamGroup
@@ -133,6 +135,20 @@ def toy_optim(layer_decay: float = 0.8, has_other: bool = True, kind: str = "ada
 
 def toy_groups(objective: nn.Module, section: OptimSection | None = None) -> list[ParamGroup]:
     return build_param_groups(objective.named_parameters(), section or toy_optim(), depth_visual=2, depth_text=0)
+
+
+class LetSavesEnd(Hook):
+    """Steps as slow as saves, for tests that tell which save is made after which step."""
+
+    def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
+        let_saves_end()
+
+
+def let_saves_end() -> None:
+    """Wait until no checkpoint is being written in this process."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint writer":
+            thread.join()
 
 
 def make_trainer(

@@ -32,6 +32,7 @@ def save_run(
     resolved_toml: str,
     keep: int,
     keep_every_steps: int | None = None,
+    group: Any = None,
 ) -> Path:
     """Write `folder/step_<step>` (see `layout`) and drop older ones; every rank must call it.
 
@@ -44,21 +45,22 @@ def save_run(
         groups, train_state, model_config, resolved_toml: what the documents hold; only rank 0's are written.
         keep: newest checkpoints that stay.
         keep_every_steps: those at multiples of it stay for good.
+        group: `collectives.side_group`, where a thread calls this beside the training.
     Returns: the checkpoint's folder.
     Raises: CheckpointError, the same on every rank, where the disk is full or cannot be written on any of them;
         earlier checkpoints are untouched.
     """
     final = layout.step_folder(folder, step)
     tensors = _tensor_files(objective_state, optimizer_state)
-    part = folder / gather_objects(f".{final.name}.part-{uuid.uuid4().hex[:8]}")[0]
+    part = folder / gather_objects(f".{final.name}.part-{uuid.uuid4().hex[:8]}", group)[0]
     try:
-        with _same_on_all_ranks(final):
+        with _same_on_all_ranks(final, group):
             if rank() == 0:
                 _create(folder, part, tensors)
-        with _same_on_all_ranks(final):
+        with _same_on_all_ranks(final, group):
             written = {n: layout.write_ranges(part / n, held, is_first=rank() == 0) for n, held in tensors.items()}
-        writers = gather_objects(written)
-        with _same_on_all_ranks(final):
+        writers = gather_objects(written, group)
+        with _same_on_all_ranks(final, group):
             if rank() == 0:
                 files = {n: _entry(held, [each[n] for each in writers]) for n, held in tensors.items()}
                 documents = {layout.GROUPS: groups, layout.TRAIN_STATE: train_state, layout.MODEL_CONFIG: model_config}
@@ -117,14 +119,14 @@ def _commit(
 
 
 @contextmanager
-def _same_on_all_ranks(final: Path) -> Iterator[None]:
+def _same_on_all_ranks(final: Path, group: Any) -> Iterator[None]:
     """An OSError within the block, on any rank, becomes one CheckpointError on every rank."""
     error: OSError | None = None
     try:
         yield
     except OSError as failure:
         error = failure
-    failures = gather_objects(None if error is None else _save_error(error, final, rank()))
+    failures = gather_objects(None if error is None else _save_error(error, final, rank()), group)
     first = next((failure for failure in failures if failure is not None), None)
     if first is not None:
         what, details = first

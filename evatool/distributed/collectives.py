@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -165,11 +165,23 @@ def _pass_on(tensors: Sequence[Tensor], first_tag: int) -> Callable[[], list[Ten
     return wait
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """Small Python values of all ranks in rank order (pickled by torch; for messages, not for tensors)."""
+def gather_objects(value: Any, group: Any = None) -> list[Any]:
+    """Small Python values of all ranks in rank order (pickled by torch; for messages, not for tensors).
+
+    Args:
+        group: from `side_group`, where a thread of its own asks; its waiting is not this process's.
+    """
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    with _timed():
-        dist.all_gather_object(values, value)
+    with _timed() if group is None else nullcontext():
+        dist.all_gather_object(values, value, group=group)
     return values
+
+
+def side_group() -> Any:
+    """A second connection of all ranks, over gloo, for exchanges of a thread of its own; None at world size 1.
+
+    Every rank must call it.
+    """
+    return dist.new_group(backend="gloo") if world_size() > 1 else None

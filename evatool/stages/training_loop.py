@@ -27,9 +27,10 @@ from evatool.train.ema import WeightAverage
 from evatool.train.gate import SpikeGate
 from evatool.train.guards import NonFiniteGuard, StuckAtStart
 from evatool.train.health import HangWatch, ReplicaCheck
-from evatool.train.hooks import Checkpoints, ConsoleLog, Hook, MetricsFile, StatusFile, read_metrics
+from evatool.train.hooks import ConsoleLog, Hook, MetricsFile, StatusFile, read_metrics
 from evatool.train.loss_curve import LossCurve
 from evatool.train.patch_dropout import PatchDropoutSchedule
+from evatool.train.saving import Checkpoints
 from evatool.train.state import TrainState
 from evatool.train.stragglers import Stragglers
 from evatool.train.throughput import Work, peak_flops

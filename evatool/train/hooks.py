@@ -15,8 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from evatool.distributed.collectives import rank
 from evatool.distributed.held import HeldState
-from evatool.errors import CheckpointError, TransientError
-from evatool.train.state import SavedRun, TrainState, describe_groups
+from evatool.train.state import SavedRun, TrainState
 from evatool.types import LossDict
 
 if TYPE_CHECKING:
@@ -175,80 +174,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             continue
         records.append(record)
     return records
-
-
-MAX_FAILED_SAVES = 3
-
-
-class Checkpoints(Hook):
-    """Saves every `every_steps` steps, when the clock asks for it, when the run is stopped, and at its end.
-
-    Args:
-        save: writes a checkpoint (`checkpoint.save.save_run` with the run's own values bound); called on every rank
-            with step, objective_state, optimizer_state (as held there), groups and train_state.
-        every_steps: steps between two saves; only clock, stop and end when None.
-    A save that fails on any rank (a full disk) is a warning, and is tried again after the next step: earlier
-    checkpoints are intact.
-
-    Raises: TransientError (exit code 76), on every rank, after `MAX_FAILED_SAVES` in a row; CheckpointError where the
-        last save of a run fails.
-    """
-
-    def __init__(self, save: Callable[..., Path], every_steps: int | None = None) -> None:
-        self._save, self._every_steps = save, every_steps
-        self._failures = 0  # in a row
-        self._saved_step: int | None = None
-        self.latest: Path | None = None
-
-    def at_start(self, trainer: Trainer) -> None:
-        self._saved_step = trainer.state.step if trainer.state.step else None
-
-    on_rollback = at_start
-
-    def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
-        # Not while a rollback is due: it goes back to a checkpoint from before the steps that were skipped.
-        is_due = self._every_steps is not None and state.step % self._every_steps == 0
-        if (is_due or self._failures) and state.step < trainer.num_steps and not trainer.rollback_reason:
-            self._try_to_write(trainer)
-
-    def on_save(self, trainer: Trainer) -> None:
-        self._try_to_write(trainer)
-
-    def on_stop(self, trainer: Trainer) -> None:
-        self._write(trainer)
-
-    def at_end(self, trainer: Trainer) -> None:
-        self._write(trainer)
-
-    def _try_to_write(self, trainer: Trainer) -> None:
-        try:
-            self._write(trainer)
-        except CheckpointError as error:  # the same on every rank
-            self._failures += 1
-            if self._failures >= MAX_FAILED_SAVES:
-                raise TransientError(
-                    f"{self._failures} saves in a row failed; the last: {error.what}",
-                    where=error.where,
-                    expected=error.expected,
-                    fix=error.fix,
-                ) from error
-            log.warning("training goes on, and the save is tried again after the next step: %s", error)
-        else:
-            self._failures = 0
-
-    def _write(self, trainer: Trainer) -> None:
-        state, engine = trainer.state, trainer.engine
-        if self._saved_step == state.step:
-            return
-        objective_state = engine.held_model()
-        for hook in trainer.hooks:
-            held = hook.held(trainer)
-            objective_state = objective_state if held is None else objective_state.merged(held)
-        self.latest = self._save(
-            step=state.step,
-            objective_state=objective_state,
-            optimizer_state=engine.held_optimizer(),
-            groups=describe_groups(trainer.groups),
-            train_state=trainer.saved_state(),
-        )
-        self._saved_step = state.step

@@ -44,8 +44,10 @@ class StopRequests:
         self._before: dict[signal.Signals, Any] = {}
         self._pending: Tensor | None = None
         self._last_save = time.monotonic()
+        self.wants_save = False  # set by whoever wants a checkpoint on this rank
 
     def __enter__(self) -> StopRequests:
+        self._last_save = time.monotonic()
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._ask) for number in REASONS}
         return self
@@ -78,8 +80,11 @@ class StopRequests:
         return _NAMES[int(flag)]
 
     def _asked(self) -> str | None:
-        if self._reason is not None or rank() != 0:
+        if self._reason is not None:
             return self._reason
+        asked, self.wants_save = SAVE if self.wants_save else None, False
+        if rank() != 0:
+            return asked
         if self._stop_file is not None and self._stop_file.exists():
             self._stop_file.unlink(missing_ok=True)
             log.warning("%s is there: stopping after this step and saving", self._stop_file)
@@ -89,4 +94,4 @@ class StopRequests:
         if self._save_every_sec is not None and now - self._last_save >= self._save_every_sec:
             self._last_save = now
             return SAVE
-        return None
+        return asked

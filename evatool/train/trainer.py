@@ -85,7 +85,7 @@ class Trainer:
         self.record: dict[str, float] = {}  # the last figures
         self._micro_batch_size, self._work, self._tower_norms = micro_batch_size, work, tower_norms
         self._busy_sec, self._before_sec, self._busy_steps = 0.0, 0.0, 0
-        self._stop_file, self._save_every_sec = stop_file, save_every_sec
+        self._requests = StopRequests(engine.device, stop_file=stop_file, save_every_sec=save_every_sec)
         self._throughput = Throughput(work)
 
     def fit(self) -> TrainState:
@@ -97,8 +97,7 @@ class Trainer:
         """
         self.objective.train()
         with ExitStack() as stack:
-            requests = StopRequests(self.engine.device, stop_file=self._stop_file, save_every_sec=self._save_every_sec)
-            stack.enter_context(requests)
+            requests = stack.enter_context(self._requests)
             for hook in self.hooks:
                 stack.callback(hook.close)
                 hook.at_start(self)
@@ -228,6 +227,10 @@ class Trainer:
         for hook in self.hooks:
             hook.load(saved, self)
             hook.on_rollback(self)
+
+    def ask_for_save(self) -> None:
+        """Have all ranks' hooks save after a step soon, the same one on every rank; one rank may ask alone."""
+        self._requests.wants_save = True
 
     def saved_state(self) -> dict[str, object]:
         """`state` as a checkpoint keeps it; every rank must call it."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_run import ToyLoader, ToyObjective, make_trainer, toy_engine, toy_groups, toy_optim
+from toy_run import LetSavesEnd, ToyLoader, ToyObjective, make_trainer, toy_engine, toy_groups, toy_optim
 
 from evatool.checkpoint.load import load_checkpoint
 from evatool.checkpoint.save import save_run
@@ -177,7 +177,7 @@ def stop_one_rank(folder: Path) -> tuple[str, int]:
 
 
 def fail_to_save(folder: Path) -> str:
-    trainer = make_trainer(folder)
+    trainer = make_trainer(folder, hooks=[LetSavesEnd()])
     os.fsync = lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space left"))  # this process only
     try:
         trainer.fit()
@@ -212,7 +212,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(run_on_ranks, tmp_pa
 
 def test_a_full_disk_on_rank_0_ends_all_ranks(run_on_ranks, tmp_path):
     first, second = run_on_ranks(fail_to_save, 2, tmp_path)
-    assert first.startswith("76 after step 7: 3 saves in a row failed; the last: the disk is full")
+    assert first.startswith("76 after step 8: 3 saves in a row failed; the last: the disk is full")
     assert "step_00000007 could not be saved by rank 0" in first
     assert second == first
 

@@ -7,7 +7,7 @@ import logging
 import os
 
 import pytest
-from toy_run import NUM_STEPS, make_trainer
+from toy_run import NUM_STEPS, let_saves_end, make_trainer
 
 from evatool.checkpoint.load import latest_checkpoint, load_checkpoint
 from evatool.errors import ExitCode, TransientError
@@ -21,6 +21,7 @@ class FullDisk(Hook):
         self.first, self.last, self.fsync = first, last, os.fsync
 
     def after_step(self, state, losses, trainer):
+        let_saves_end()  # that of the step before, on the disk as it was then
         os.fsync = self._fail if self.first <= state.step <= self.last else self.fsync
 
     def close(self):
@@ -35,7 +36,7 @@ def test_training_goes_on_and_the_save_is_tried_again(tmp_path, monkeypatch, cap
     monkeypatch.setattr(logging.getLogger("evatool"), "propagate", True)
     state = make_trainer(tmp_path, hooks=[FullDisk(5, 6)], every_steps=5).fit()
     assert state.step == NUM_STEPS
-    warnings = [record.message for record in caplog.records if "tried again after the next step" in record.message]
+    warnings = [record.message for record in caplog.records if "the state is saved again" in record.message]
     assert len(warnings) == 2
     assert "the disk is full" in warnings[0]
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())

@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from tiny_clip import TinyPatchTeacher, TinyStudent, TinyTeacher, make_batch, tiny_clip
+from tiny_clip import TinyPatchTeacher, TinyStudent, make_batch, tiny_clip
+from tiny_distill import DISTILLATIONS, tiny_distillation
 from torch import nn
 
 from evatool.distributed.engine import Engine, build_engine
@@ -14,7 +15,6 @@ from evatool.distributed.world import World
 from evatool.model.clip import build_clip
 from evatool.model.presets import resolve_preset
 from evatool.objective.contrastive import ClipObjective
-from evatool.objective.distill import DistillObjective
 from evatool.objective.mim import MimObjective
 from evatool.recipe import schema
 from evatool.train.accumulation import forward_backward
@@ -58,11 +58,8 @@ def assert_equal(found: Found, expected: Found, rtol: float) -> None:
 def tiny_objective(kind: str) -> tuple[nn.Module, Batch]:
     batch = make_batch(12, num_captions=9)
     match kind:
-        case "distill":
-            section = schema.DistillObjective(positives="equal-captions")
-            teacher = TinyTeacher(tiny_clip(seed=1, width=6).double(), context_length=12)
-            widths = {"context_length": 12, "student_width": 8, "teacher_width": 6}
-            return DistillObjective(tiny_clip(), teacher, section, **widths).double(), batch
+        case _ if kind in DISTILLATIONS:
+            return tiny_distillation(kind), batch
         case "sigmoid":
             return ClipObjective(tiny_clip(), schema.SigmoidObjective(positives="equal-captions")).double(), batch
         case "fixed temperature":
@@ -80,7 +77,7 @@ def tiny_objective(kind: str) -> tuple[nn.Module, Batch]:
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 4, 6])
-@pytest.mark.parametrize("kind", ["pair", "equal-captions", "sigmoid", "fixed temperature", "distill", "mim"])
+@pytest.mark.parametrize("kind", ["pair", "equal-captions", "sigmoid", "fixed temperature", "mim", *DISTILLATIONS])
 def test_small_batches_give_the_whole_batchs_losses_and_gradients(kind: str, micro_batch_size: int) -> None:
     objective, batch = tiny_objective(kind)
     found = gradients(objective, batch, micro_batch_size)
@@ -94,7 +91,7 @@ def test_the_teacher_runs_once_and_the_features_once_more() -> None:
     objective, batch = tiny_objective("distill")
     calls = {"student": 0, "teacher": 0}
     objective.model.visual.register_forward_hook(lambda *_: calls.update(student=calls["student"] + 1))
-    objective.teacher.model.visual.register_forward_hook(lambda *_: calls.update(teacher=calls["teacher"] + 1))
+    objective.teachers[0].clip.model.visual.register_forward_hook(lambda *_: calls.update(teacher=calls["teacher"] + 1))
     copied = copy.deepcopy
     try:
         copy.deepcopy = lambda x: x  # the hooks count on this very objective

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from toy_run import NUM_STEPS, B, ToyObjective, make_trainer, toy_engine, toy_groups, toy_optim
+from toy_run import NUM_STEPS, B, ToyObjective, let_saves_end, make_trainer, toy_engine, toy_groups, toy_optim
 
 from evatool.checkpoint.load import latest_checkpoint, load_checkpoint
 from evatool.errors import CheckpointError, ExitCode, Interrupted, Preempted
@@ -73,7 +73,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
     class Crash(Hook):
         def after_step(self, state, losses, trainer):
             if state.step == 8:
-                raise RuntimeError("crash")
+                raise RuntimeError("crash")  # with the save of step 5 under way, maybe
 
     whole = make_trainer(tmp_path / "whole")
     whole.fit()
@@ -178,6 +178,7 @@ class FillDisk(Hook):
 
     def after_step(self, state, losses, trainer):
         if state.step == self.step:
+            let_saves_end()
             full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self.monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(full))
 
