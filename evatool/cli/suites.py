@@ -72,6 +72,7 @@ def _show(name: str, data: Path) -> Report:
                 "variant": entry.variant,
                 "num_samples": entry.num_samples,
                 "num_classes": entry.num_classes,
+                "source": entry.source,
                 "looks_in": [str(folder.parent / option) for option in entry.folders],
                 "present": is_present,
                 "command": command,

@@ -66,6 +66,8 @@ class SuiteSet(BaseModel):
     """Classes of the full set."""
     num_captions: int | None = None
     """Captions of the full set, with repetitions."""
+    source: str = ""
+    """Who says so: where the counts are from."""
     not_comparable: str = ""
     """Why the published numbers of this benchmark are not of this variant."""
     compose: Composition | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,48 @@ def test_eva27_pins_27_benchmarks_with_their_counts() -> None:
     assert suite.set("sun397").num_samples == 108_754
     assert suite.set("caltech101").metric == "mean_per_class"
     assert suite.set("cifar10").hub_repo == "clip-benchmark/wds_vtab-cifar10"
+
+
+@pytest.mark.parametrize("name", [name for name in list_suites() if load_suite(name).partial == "refused"])
+def test_counts_that_refuse_a_set_have_a_source(name: str) -> None:
+    for entry in load_suite(name).sets:
+        assert entry.num_samples, entry.name
+        assert entry.source, entry.name
+
+
+@pytest.mark.parity
+def test_eva27_is_what_clip_benchmark_itself_says() -> None:
+    """Names, class names and templates of the sets against the package's own tables."""
+    from clip_benchmark.datasets import builder, voc2007
+
+    tables = Path(builder.__file__).parent
+    names = json.loads((tables / "en_classnames.json").read_text())
+    templates = json.loads((tables / "en_zeroshot_classification_templates.json").read_text())
+    sets = {entry.name: entry for entry in load_suite("eva27").sets}
+    # Food-101 is in DataComp's list alone, Birdsnap in none
+    assert {e.name for e in sets.values() if e.wds not in builder.dataset_collection["vtab+"]} == {
+        "food101",
+        "birdsnap",
+    }
+    checked = {e.name for e in sets.values() if e.prompts in names}
+    assert checked >= {
+        "imagenet1k",
+        "mnist",
+        "caltech101",
+        "country211",
+        "eurosat",
+        "fer2013",
+        "flowers",
+        "pcam",
+        "pets",
+    }
+    for name in checked:
+        assert len(names[sets[name].prompts]) == sets[name].num_classes, name
+        assert templates[sets[name].prompts], name
+    assert len(builder.all_imagenet_wordnet_ids) == sets["imagenet1k"].num_classes
+    assert len(voc2007.object_categories) == sets["voc2007"].num_classes
+    retrieval = load_suite("retrieval")
+    assert {e.wds for e in retrieval.sets} <= set(builder.dataset_collection["retrieval"])
 
 
 def test_another_count_is_not_that_benchmark() -> None:
