@@ -1,63 +1,56 @@
-"""Distillation: the contrastive loss plus what a frozen teacher adds, each part with its own weight.
+"""Distillation: the contrastive loss plus what frozen teachers add, each part with its own weight.
 
-Source: feature matching and logit distillation as in CLIP-KD (arXiv 2307.12732) and open_clip `DistillClipLoss`
-(peers.md A5), with weights, the teacher's own picture size and context, and over all ranks.
+Source: feature matching, logit distillation and interactive contrastive learning as in CLIP-KD (arXiv 2307.12732);
+logit distillation as in open_clip `DistillClipLoss` too (peers.md A5). With weights over the run, several teachers,
+each with its own picture size and context, and over all ranks.
 """
 
-# B this rank's batch, G global batch, L text tokens, E student's and T teacher's embedding
+# B this rank's batch, L text tokens, E student's and T teacher's embedding
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evatool.distributed.collectives import all_gather_with_grad
 from evatool.objective.cached import FeatureObjective, Features
-from evatool.objective.contrastive import PARAMETER_BOUNDS, encode_pair, logit_scale, positive_ids, unit
+from evatool.objective.contrastive import (
+    PARAMETER_BOUNDS,
+    encode_pair,
+    logit_scale,
+    positive_ids,
+    set_logit_scale,
+    unit,
+)
+from evatool.objective.distill_logits import Pair, sigmoid_divergence, softmax_divergence
+from evatool.objective.distill_relations import interactive_loss, relation_loss
+from evatool.objective.distill_teachers import Teacher, teacher_features
 from evatool.objective.infonce import infonce_loss
-from evatool.objective.text import encode_text, fit_tokens
-from evatool.objective.tiles import exact
+from evatool.objective.sigmoid import sigmoid_loss
+from evatool.objective.text import fit_tokens
 from evatool.recipe import schema
+from evatool.recipe.distill_sections import is_used, weight_at
 from evatool.types import Batch, LossDict
 
-
-class ClipTeacher(Protocol):
-    """A frozen CLIP model in eval mode, on the device of the batch, that keeps its own pixel statistics."""
-
-    @property
-    def model(self) -> nn.Module:
-        """The towers, for the text side."""
-        ...
-
-    @property
-    def context_length(self) -> int:
-        """Text tokens of a caption."""
-        ...
-
-    @property
-    def logit_scale(self) -> float:
-        """The temperature, exponentiated."""
-        ...
-
-    def encode_image(self, image: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, T)."""
-        ...
+INITIAL_SCALE, INITIAL_BIAS = 10.0, -10.0
+"""Of a sigmoid loss, as train-clip's."""
 
 
 class DistillObjective(FeatureObjective):
-    """A student CLIP that learns from pairs and from a teacher.
+    """A student CLIP that learns from pairs and from teachers.
 
     Args:
         student: as in `ClipObjective`.
-        teacher: frozen; kept out of this module's parameters and state.
+        teachers: frozen; kept out of this module's parameters and state.
         section: the recipe's `[objective]`.
         context_length: text tokens of the student; batches may hold more, cut to it for the student.
-        student_width, teacher_width: E and T. Where they differ and features are matched, one learned projection per
-            tower carries the student's features to the teacher's width; the projections are no part of the student.
+        student_width: E. Where it is not a teacher's, and features are matched with it or contrasted, one learned
+            projection per tower carries the student's features to the teacher's width; they are no part of the student.
+    Attributes:
+        weights: of each loss now; `set_samples_seen` moves them on.
     """
 
     parameter_bounds = PARAMETER_BOUNDS
@@ -65,136 +58,125 @@ class DistillObjective(FeatureObjective):
     def __init__(
         self,
         student: nn.Module,
-        teacher: ClipTeacher,
+        teachers: Sequence[Teacher],
         section: schema.DistillObjective,
         *,
         context_length: int,
         student_width: int,
-        teacher_width: int,
     ) -> None:
         super().__init__()
         self.model = student
         self.section = section
         self.context_length = context_length
-        self._teacher = (teacher,)  # in a tuple, so that torch does not register a module
-        if section.feature_weight > 0 and student_width != teacher_width:
-            self.image_projection: nn.Module = nn.Linear(student_width, teacher_width, bias=False)
-            self.text_projection: nn.Module = nn.Linear(student_width, teacher_width, bias=False)
-        else:
-            self.image_projection = self.text_projection = nn.Identity()
+        self.teachers = tuple(teachers)
+        self._used = {name for name, weight in section.weights.items() if is_used(weight)}
+        self._needs_width = not self._used.isdisjoint({"feature_loss", "interactive_loss"})
+        for teacher in self.teachers:
+            if self._needs_width and teacher.width != student_width:
+                for tower in ("image", "text"):
+                    layer = nn.Linear(student_width, teacher.width, bias=False)
+                    self.add_module(_projection_name(tower, teacher), layer)
+        if section.loss == "sigmoid":
+            set_logit_scale(student, section.initial_scale or INITIAL_SCALE)
+            bias = INITIAL_BIAS if section.initial_bias is None else section.initial_bias
+            self.logit_bias = nn.Parameter(torch.full((1,), bias))
+        self.weights: dict[str, float] = {}
+        self.set_samples_seen(0)
 
-    @property
-    def teacher(self) -> ClipTeacher:
-        """The frozen teacher."""
-        return self._teacher[0]
+    def set_samples_seen(self, samples_seen: int) -> None:
+        """The losses' weights from here on are those after so many samples of the run."""
+        self.weights = {name: weight_at(weight, samples_seen) for name, weight in self.section.weights.items()}
 
     def encode(self, batch: Batch) -> Features:
         image, text = encode_pair(self.model, self.student_view(batch))
         features = {"image": image, "text": text, "scale": logit_scale(self.model)}
-        if self.section.feature_weight > 0:
-            features["projected_image"], features["projected_text"] = self.project(image, text)
+        if self.section.loss == "sigmoid":
+            features["bias"] = self.logit_bias.squeeze()
+        for teacher in self.teachers:
+            for tower in ("image", "text"):
+                layer = getattr(self, _projection_name(tower, teacher), None)
+                if layer is not None:
+                    features[teacher.key(f"projected_{tower}")] = unit(layer(features[tower]))
         return features
 
     def targets(self, batch: Batch) -> Features:
-        image, text = teacher_features(self.teacher, batch)
-        return {"teacher_image": image, "teacher_text": text}
+        found: Features = {}
+        for teacher in self.teachers:
+            image, text = teacher_features(teacher.clip, batch)
+            found |= {teacher.key("teacher_image"): image, teacher.key("teacher_text"): text}
+        return found
 
     def losses(self, features: Features, batch: Batch) -> LossDict:
         """Losses of this rank's samples against the global batch; all ranks must call it together.
 
-        Returns: `loss` (the weighted sum, with gradient); unweighted, for the log: `contrastive_loss`, `feature_loss`
-            and `logit_loss` (those whose weight is not 0), `i2t_top1`, `t2i_top1`, `logit_scale` (exponentiated).
+        Returns: `loss` (the weighted sum, with gradient); unweighted, for the log: `contrastive_loss`, and of those
+            that have weight at any time of the run `feature_loss`, `logit_loss`, `relation_loss` and
+            `interactive_loss` (`.../NAME` of each of several teachers); `i2t_top1`, `t2i_top1`, `logit_scale`
+            (exponentiated) and, of a sigmoid loss, `logit_bias`.
         """
-        section, scale = self.section, features["scale"]
+        scale, bias = features["scale"], features.get("bias")
         student = features["image"], features["text"]
-        teacher = features["teacher_image"], features["teacher_text"]
+        caption_id = positive_ids(batch, self.section.positives)
         # Also at weight 0: every parameter then takes part in each step, which the multi-rank engines ask for.
-        contrastive_loss, accuracies = infonce_loss(*student, scale, positive_ids(batch, section.positives))
-        parts = {"contrastive_loss": contrastive_loss}
-        if section.feature_weight > 0:
-            projected = features["projected_image"], features["projected_text"]
-            parts["feature_loss"] = feature_loss(projected, teacher)
-        if section.logit_weight > 0:
-            parts["logit_loss"] = logit_loss(pair_logits(*student, scale), teacher_logits(self.teacher, teacher))
-        weights = {
-            "contrastive_loss": section.contrastive_weight,
-            "feature_loss": section.feature_weight,
-            "logit_loss": section.logit_weight,
-        }
-        loss = sum((weights[name] * part for name, part in parts.items()), torch.zeros((), device=scale.device))
-        logs = {name: part.detach() for name, part in parts.items()}
-        return {"loss": loss, **logs, **accuracies, "logit_scale": scale.detach()}
+        if bias is None:
+            contrastive_loss, logs = infonce_loss(*student, scale, caption_id)
+        else:
+            contrastive_loss, logs = sigmoid_loss(*student, scale, bias, caption_id)
+            # A copy: it is read after the step, which changes the parameter in place.
+            logs["logit_bias"] = bias.detach().clone()
+        loss = self.weights["contrastive_loss"] * contrastive_loss
+        parts = {"contrastive_loss": contrastive_loss.detach()}
+        for teacher in self.teachers:
+            for name, part in self._taught(teacher, features, caption_id).items():
+                loss = loss + teacher.weight * self.weights[name] * part
+                parts[teacher.key(name)] = part.detach()
+        return {"loss": loss, **parts, **logs, "logit_scale": scale.detach()}
+
+    def _taught(self, teacher: Teacher, features: Features, caption_id: Tensor | None) -> dict[str, Tensor]:
+        """What one teacher adds, unweighted."""
+        scale, bias, section = features["scale"], features.get("bias"), self.section
+        student = features["image"], features["text"]
+        image, text = (features[teacher.key(f"teacher_{tower}")].to(student[0].dtype) for tower in ("image", "text"))
+        fitted = tuple(features.get(teacher.key(f"projected_{tower}"), features[tower]) for tower in ("image", "text"))
+        parts: dict[str, Tensor] = {}
+        if "feature_loss" in self._used:
+            parts["feature_loss"] = feature_loss(fitted, (image, text), section.feature_loss)
+        if "logit_loss" in self._used:
+            known = (image, text), teacher.logit_scale
+            if bias is None:
+                parts["logit_loss"] = softmax_divergence(student, scale, *known, section.logit_temperature)
+            else:
+                assert teacher.bias is not None, "a sigmoid loss's teacher needs a bias"
+                parts["logit_loss"] = sigmoid_divergence(
+                    student, scale, bias, *known, teacher.bias, section.logit_temperature
+                )
+        if "relation_loss" in self._used:
+            parts["relation_loss"] = relation_loss(student, (image, text))
+        if "interactive_loss" in self._used:
+            parts["interactive_loss"] = interactive_loss(fitted, (image, text), scale, caption_id, bias)
+        return parts
 
     def student_view(self, batch: Batch) -> Batch:
-        """The batch at the student's context length: captions are tokenized once, for the longer of both contexts."""
+        """The batch at the student's context length: captions are tokenized once, for the longest of all contexts."""
         assert batch.tokens is not None, "distillation needs tokens in its batches"
         assert batch.text_lengths is not None
         lengths = batch.text_lengths.clamp(max=self.context_length)
         return replace(batch, tokens=fit_tokens(batch.tokens, self.context_length), text_lengths=lengths)
 
-    def project(self, image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
-        """The student's features at the teacher's width, unit length."""
-        return unit(self.image_projection(image_features)), unit(self.text_projection(text_features))
+
+def _projection_name(tower: str, teacher: Teacher) -> str:
+    return (f"{teacher.name}_" if teacher.name else "") + f"{tower}_projection"
 
 
-# -------------------------------------------------------------------------------------------------------- teacher
-
-
-@torch.no_grad()
-def teacher_features(teacher: ClipTeacher, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The teacher's unit-length image and text features (B, T) of the same samples, without gradient."""
-    assert batch.tokens is not None, "distillation needs tokens in its batches"
-    assert batch.text_lengths is not None
-    image = batch.image if batch.teacher_image is None else batch.teacher_image
-    tokens = fit_tokens(batch.tokens, teacher.context_length)
-    lengths = batch.text_lengths.clamp(max=teacher.context_length)
-    return unit(teacher.encode_image(image)), unit(encode_text(teacher.model, tokens, lengths))
-
-
-@torch.no_grad()
-def teacher_logits(teacher: ClipTeacher, features: tuple[Tensor, Tensor]) -> Logits:
-    """The teacher's similarities of this rank's samples against the global batch, at the teacher's own temperature."""
-    return pair_logits(*features, teacher.logit_scale)
-
-
-# --------------------------------------------------------------------------------------------------------- losses
-
-
-Logits = tuple[Tensor, Tensor]
-"""This rank's rows, image against all texts and text against all images, each (B, G) float32 or wider."""
-
-
-def pair_logits(image_features: Tensor, text_features: Tensor, scale: Tensor | float) -> Logits:
-    """Scaled similarities of this rank's samples against the global batch; gradients reach every rank's features.
-
-    Args:
-        image_features, text_features: (B, E) unit length; the same B on every rank. All ranks must call this.
-        scale: exponentiated temperature.
-    """
-    with exact(image_features.device):
-        per_image = scale * image_features @ all_gather_with_grad(text_features).T
-        per_text = scale * text_features @ all_gather_with_grad(image_features).T
-    return per_image, per_text
-
-
-def feature_loss(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> Tensor:
-    """1 - cosine between student and teacher, averaged over this rank's samples and both towers; in [0, 2].
+def feature_loss(student: Pair, teacher: Pair, kind: str = "cosine") -> Tensor:
+    """How far the student's features are from the teacher's, averaged over this rank's samples; no collective.
 
     Args:
         student, teacher: (image, text) features (B, T) of unit length.
+        kind: "cosine" for 1 - cosine averaged over both towers, in [0, 2]; "mse" for the mean squared difference of
+            elements, both towers added, as CLIP-KD's FD.
     """
-    dtype = student[0].dtype
-    cosines = [(s * t.to(dtype)).sum(dim=-1).mean() for s, t in zip(student, teacher, strict=True)]
+    if kind == "mse":
+        return F.mse_loss(student[0], teacher[0]) + F.mse_loss(student[1], teacher[1])
+    cosines = [(s * t).sum(dim=-1).mean() for s, t in zip(student, teacher, strict=True)]
     return 1 - (cosines[0] + cosines[1]) / 2
-
-
-def logit_loss(student: Logits, teacher: Logits) -> Tensor:
-    """KL divergence from the teacher's to the student's softmax over the global batch, both directions averaged.
-
-    Its gradient is open_clip `DistillClipLoss`'s, which reports the cross-entropy (KL plus the teacher's entropy).
-    """
-    parts = [
-        F.kl_div(s.log_softmax(dim=1), t.to(s.dtype).log_softmax(dim=1), reduction="batchmean", log_target=True)
-        for s, t in zip(student, teacher, strict=True)
-    ]
-    return (parts[0] + parts[1]) / 2

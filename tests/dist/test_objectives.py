@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from dense_loss import dense_infonce, dense_sigmoid, dense_top1
-from tiny_clip import TinyPatchTeacher, TinyStudent, TinyTeacher, make_batch, rows_of, tiny_clip
+from tiny_clip import TinyPatchTeacher, TinyStudent, make_batch, rows_of, tiny_clip
+from tiny_distill import DISTILLATIONS, tiny_distillation
 from torch import nn
 
 from evatool.distributed.collectives import all_reduce_mean, rank, world_size
@@ -13,7 +14,6 @@ from evatool.distributed.engine import build_engine
 from evatool.distributed.world import World
 from evatool.objective import tiles
 from evatool.objective.contrastive import ClipObjective, unit
-from evatool.objective.distill import DistillObjective
 from evatool.objective.infonce import infonce_loss
 from evatool.objective.mim import MimObjective
 from evatool.objective.sigmoid import sigmoid_loss
@@ -22,7 +22,7 @@ from evatool.types import Batch, ParamGroup
 
 pytestmark = pytest.mark.dist
 
-KINDS = ["pair", "equal-captions", "sigmoid", "sigmoid equal-captions", "fixed temperature", "distill", "mim"]
+KINDS = ["pair", "equal-captions", "sigmoid", "sigmoid equal-captions", "fixed temperature", "mim", *DISTILLATIONS]
 
 
 def build(kind: str) -> tuple[nn.Module, Batch]:
@@ -35,12 +35,9 @@ def build(kind: str) -> tuple[nn.Module, Batch]:
             teacher.head.double()
             # Two of four patches each: ranks with unequal counts weigh their patches differently, as in the release.
             batch.mask = torch.tensor([[True, False, False, True], [False, True, True, False]]).repeat(4, 1)
-            return MimObjective(TinyStudent(), teacher, schema.MimObjective()).double(), batch
-        case "distill":
-            section = schema.DistillObjective(positives="equal-captions")
-            teacher = TinyTeacher(tiny_clip(seed=1, width=6).double(), context_length=12)
-            widths = {"context_length": 12, "student_width": 8, "teacher_width": 6}
-            return DistillObjective(tiny_clip(), teacher, section, **widths).double(), batch
+            return MimObjective(TinyStudent(), teacher).double(), batch
+        case _ if kind in DISTILLATIONS:
+            return tiny_distillation(kind), batch
         case "sigmoid":
             return ClipObjective(tiny_clip(), schema.SigmoidObjective()).double(), batch
         case "sigmoid equal-captions":

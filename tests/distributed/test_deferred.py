@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tiny_clip import TinyTeacher, tiny_clip
 from torch import nn
 
 from evatool.distributed.deferred import DeferredBuild, FirstWeights
@@ -15,6 +16,7 @@ from evatool.model.presets import PRESETS, resolve_preset
 from evatool.model.vision import restore_buffers
 from evatool.objective.contrastive import ClipObjective
 from evatool.objective.distill import DistillObjective
+from evatool.objective.distill_teachers import Teacher
 from evatool.recipe import schema
 from evatool.recipe.schema import SigmoidObjective
 
@@ -52,9 +54,10 @@ def test_clip_and_mim_models(name):
 def test_objectives_with_weights_of_their_own():
     config = resolve_preset("EVA02-CLIP-debug")
     sigmoid, distill = SigmoidObjective(kind="sigmoid"), schema.DistillObjective(kind="distill", feature_weight=1.0)
-    widths = {"context_length": 8, "student_width": config.embed_dim or 0, "teacher_width": 7}
+    teacher = Teacher(TinyTeacher(tiny_clip(width=7), context_length=8), width=7)
+    widths = {"context_length": 8, "student_width": config.embed_dim or 0}
     assert_equal(*both(lambda: ClipObjective(build_clip(config), sigmoid)))
-    assert_equal(*both(lambda: DistillObjective(build_clip(config), None, distill, **widths)))
+    assert_equal(*both(lambda: DistillObjective(build_clip(config), [teacher], distill, **widths)))
 
 
 def test_the_stream_of_random_numbers_is_left_alone():

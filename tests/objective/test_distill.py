@@ -5,64 +5,95 @@ from collections.abc import Callable
 import pytest
 import torch
 from tiny_clip import TinyTeacher, make_batch, tiny_clip
+from tiny_distill import EVERYTHING, tiny_distillation
 from torch import Tensor
 
 from evatool.objective.contrastive import unit
-from evatool.objective.distill import (
-    DistillObjective,
-    feature_loss,
-    fit_tokens,
-    logit_loss,
-    pair_logits,
-    teacher_features,
-)
+from evatool.objective.distill import DistillObjective, feature_loss
+from evatool.objective.distill_logits import softmax_divergence
+from evatool.objective.distill_teachers import Teacher, teacher_features
+from evatool.objective.text import fit_tokens
 from evatool.recipe import schema
 from evatool.types import Batch
 
 
 @pytest.fixture
 def objective() -> Callable[..., DistillObjective]:
-    def make(teacher_width: int = 8, **section: float) -> DistillObjective:
-        teacher = TinyTeacher(tiny_clip(seed=1, width=teacher_width, context_length=9), context_length=9)
+    def make(teacher_width: int = 8, **section: object) -> DistillObjective:
+        clip = TinyTeacher(tiny_clip(seed=1, width=teacher_width, context_length=9), context_length=9)
         return DistillObjective(
             tiny_clip(),
-            teacher,
+            [Teacher(clip, teacher_width)],
             schema.DistillObjective(**section),
             context_length=12,
             student_width=8,
-            teacher_width=teacher_width,
         )
 
     return make
 
 
-def random_logits(seed: int) -> tuple[Tensor, Tensor]:
-    rows = 5 * torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return rows, rows.T.contiguous()
+def features(width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    image, text = torch.randn(2, 6, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return unit(image), unit(text)
 
 
 @pytest.mark.parity
 def test_logit_loss_is_open_clips_less_the_teachers_entropy() -> None:
     from open_clip.loss import DistillClipLoss
 
-    raw = torch.randn(4, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    image, text, teacher_image, teacher_text = unit(raw)
+    (image, text), teacher = features(8), features(8, seed=1)
     image.requires_grad_()
-    teacher = pair_logits(teacher_image, teacher_text, 30.0)
-    entropy = sum(-(t.softmax(1) * t.log_softmax(1)).sum(1).mean() for t in teacher) / 2
-    ours = logit_loss(pair_logits(image, text, 14.0), teacher)
-    _, theirs = DistillClipLoss()(image, text, 14.0, teacher_image, teacher_text, 30.0)
+    scale = torch.tensor(14.0, dtype=torch.float64, requires_grad=True)
+    logits = 30.0 * teacher[0] @ teacher[1].T
+    entropy = sum(-(t.softmax(1) * t.log_softmax(1)).sum(1).mean() for t in (logits, logits.T)) / 2
+    ours = softmax_divergence((image, text), scale, teacher, 30.0)
+    _, theirs = DistillClipLoss()(image, text, scale, *teacher, 30.0)
     torch.testing.assert_close(ours, theirs - entropy, rtol=0, atol=1e-12)
-    torch.testing.assert_close(
-        torch.autograd.grad(ours, image), torch.autograd.grad(theirs, image), rtol=1e-10, atol=1e-12
-    )
+    grads = [torch.autograd.grad(loss, (image, scale)) for loss in (ours, theirs)]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
 
 
-def test_logit_loss_is_zero_only_at_the_teachers_distribution() -> None:
-    logits = random_logits(0)
-    shifted = (logits[0] + 3.0, logits[1] - 2.0)  # softmax ignores a shift
-    assert float(logit_loss(shifted, logits)) == pytest.approx(0.0, abs=1e-12)
-    assert float(logit_loss(random_logits(1), logits)) > 0.1
+@pytest.mark.parity
+def test_all_parts_are_clip_kds_with_its_weights() -> None:
+    """As its loss.py adds them up: task + 2000 FD + CRD + ICL, where ICL's factor is the student's temperature."""
+    import torch.nn.functional as F
+
+    section = schema.DistillObjective(feature_loss="mse", feature_weight=2000.0, interactive_weight=1.0)
+    student, batch = tiny_clip().double(), make_batch(6)
+    clip = TinyTeacher(tiny_clip(seed=1, width=6).double(), context_length=12)
+    torch.manual_seed(5)
+    module = DistillObjective(student, [Teacher(clip, 6)], section, context_length=12, student_width=8).double()
+    losses = module(batch)
+
+    image, text = (unit(x) for x in (student.encode_image(pixels(batch)), student.encode_text(batch.tokens)))
+    t_image, t_text = teacher_features(clip, batch)
+    scale, right = student.logit_scale.exp().squeeze(), torch.arange(6)
+    logits, t_logits = scale * image @ text.T, clip.logit_scale * t_image @ t_text.T
+    wide_image, wide_text = unit(module.image_projection(image)), unit(module.text_projection(text))
+    kl = [
+        F.kl_div(s.log_softmax(1), t.softmax(1), reduction="batchmean")
+        for s, t in ((logits, t_logits), (logits.T, t_logits.T))
+    ]
+    crossed = [scale * wide_image @ t_text.T, scale * wide_text @ t_image.T]
+    expected = {
+        "contrastive_loss": (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2,
+        "feature_loss": F.mse_loss(wide_image, t_image) + F.mse_loss(wide_text, t_text),
+        "logit_loss": (kl[0] + kl[1]) / 2,
+        "interactive_loss": sum(F.cross_entropy(x, right) for x in crossed) / 2,
+    }
+    for name, value in expected.items():
+        assert float(losses[name]) == pytest.approx(float(value.detach()), rel=1e-12), name
+    whole = expected["contrastive_loss"] + 2000 * expected["feature_loss"] + expected["logit_loss"]
+    whole = whole + expected["interactive_loss"]
+    params = list(module.parameters())
+    grads = [torch.autograd.grad(loss, params) for loss in (losses["loss"], whole)]
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-11)
+
+
+def pixels(batch: Batch) -> Tensor:
+    from evatool.pixels import normalize_images
+
+    return normalize_images(batch.image, dtype=torch.float64)
 
 
 def test_feature_loss_averages_both_towers() -> None:
@@ -71,27 +102,79 @@ def test_feature_loss_averages_both_towers() -> None:
     assert float(feature_loss((same, same), (same, same))) == 0.0
     assert float(feature_loss((same, same), (same, across))) == 0.5
     assert float(feature_loss((same, same), (across, -same))) == 1.5
+    pairs = features(6), features(6, seed=1)
+    assert float(feature_loss(*pairs, "mse")) == pytest.approx(4 / 6 * float(feature_loss(*pairs)))
 
 
-@pytest.mark.parametrize(
-    "section",
-    [{}, {"contrastive_weight": 0.0, "logit_weight": 3.0}, {"feature_weight": 0.0}, {"logit_weight": 0.0}],
-    ids=["all", "no contrastive", "no feature", "no logit"],
-)
-def test_loss_is_the_weighted_sum_of_what_is_logged(section: dict[str, float], objective) -> None:
+WEIGHTED = {
+    "all": {},
+    "no contrastive": {"contrastive_weight": 0.0, "logit_weight": 3.0},
+    "no feature": {"feature_weight": 0.0},
+    "no logit": {"logit_weight": 0.0},
+    "everything": EVERYTHING,
+    "relation alone": {"feature_weight": 0.0, "logit_weight": 0.0, "relation_weight": 1.0},
+}
+
+
+@pytest.mark.parametrize("section", WEIGHTED.values(), ids=WEIGHTED.keys())
+def test_loss_is_the_weighted_sum_of_what_is_logged(section: dict[str, object], objective) -> None:
     module = objective(**section)
     losses = module(make_batch(6))
-    names = {"contrastive_loss": "contrastive_weight", "feature_loss": "feature_weight", "logit_loss": "logit_weight"}
-    logged = {name: weight for name, weight in names.items() if name in losses}
-    expected = sum(getattr(module.section, weight) * losses[name] for name, weight in logged.items())
+    logged = [name for name in module.section.weights if name in losses]
+    expected = sum(module.section.weights[name] * losses[name] for name in logged)
     assert float(losses["loss"].detach()) == pytest.approx(float(expected), rel=1e-6)
-    assert "contrastive_loss" in losses
-    assert ("feature_loss" in losses, "logit_loss" in losses) == (
-        module.section.feature_weight > 0,
-        module.section.logit_weight > 0,
-    )
+    used = {name for name, weight in module.section.weights.items() if weight > 0}
+    assert set(logged) == used | {"contrastive_loss"}
     losses["loss"].backward()
     assert all(p.grad is not None for p in module.parameters()), "an unused parameter stops multi-rank engines"
+
+
+def test_each_of_several_teachers_counts_with_its_weight() -> None:
+    module, batch = tiny_distillation("distill, all parts, two teachers"), make_batch(8, num_captions=5)
+    losses = module(batch)
+    expected = losses["contrastive_loss"]
+    for name, weight in module.section.weights.items():
+        if name != "contrastive_loss":
+            expected = expected + weight * (0.5 * losses[f"{name}/small"] + losses[f"{name}/large"])
+    assert float(losses["loss"].detach()) == pytest.approx(float(expected), rel=1e-12)
+    assert {n for n, _ in module.named_parameters() if not n.startswith("model.")} == {
+        "small_image_projection.weight",
+        "small_text_projection.weight",
+    }
+
+
+def test_a_teachers_own_temperature_can_be_replaced(objective) -> None:
+    batch, found = make_batch(6), {}
+    for scale in (None, 50.0, 5.0):
+        module = objective()
+        module.teachers = (Teacher(module.teachers[0].clip, 8, scale=scale),)
+        found[scale] = float(module(batch)["logit_loss"])
+    assert found[None] == found[50.0] != found[5.0]
+
+
+def test_weights_follow_the_run(objective) -> None:
+    module = objective(feature_weight=((0, 4.0), (100, 2.0), (200, 0.0)), logit_weight=((50, 0.0), (51, 1.0)))
+    seen = {}
+    for samples_seen in (0, 50, 51, 100, 150, 200, 10**9):
+        module.set_samples_seen(samples_seen)
+        seen[samples_seen] = module.weights["feature_loss"], module.weights["logit_loss"]
+        losses = module(make_batch(6))
+        expected = sum(
+            module.weights[name] * losses[name] for name in ("contrastive_loss", "feature_loss", "logit_loss")
+        )
+        assert float(losses["loss"].detach()) == pytest.approx(float(expected), rel=1e-6)
+    assert seen == {0: (4, 0), 50: (3, 0), 51: (2.98, 1), 100: (2, 1), 150: (1, 1), 200: (0, 1), 10**9: (0, 1)}
+    losses["loss"].backward()
+    assert all(p.grad is not None for p in module.parameters()), "also where a weight has come down to 0"
+
+
+def test_sigmoid_starts_from_the_recipes_scale_and_bias(objective) -> None:
+    module = objective(loss="sigmoid", logit_weight=0.0, initial_scale=20.0, initial_bias=-7.0)
+    losses = module(make_batch(6))
+    assert float(losses["logit_scale"]) == pytest.approx(20.0)
+    assert float(losses["logit_bias"]) == -7.0
+    default = objective(loss="sigmoid", logit_weight=0.0)(make_batch(6))
+    assert (float(default["logit_scale"]), float(default["logit_bias"])) == (pytest.approx(10.0), -10.0)
 
 
 def test_teacher_is_frozen_and_no_part_of_the_module(objective) -> None:
@@ -99,8 +182,8 @@ def test_teacher_is_frozen_and_no_part_of_the_module(objective) -> None:
     assert not any("teacher" in name for name in module.state_dict())
     module.train()
     module(make_batch(6))["loss"].backward()
-    assert not module.teacher.model.training
-    assert all(p.grad is None for p in module.teacher.model.parameters())
+    assert not module.teachers[0].clip.model.training
+    assert all(p.grad is None for p in module.teachers[0].clip.model.parameters())
 
 
 def test_projections_exist_only_where_widths_differ(objective) -> None:
@@ -118,21 +201,21 @@ def test_projections_exist_only_where_widths_differ(objective) -> None:
 def test_teacher_sees_its_own_view_and_context(objective) -> None:
     module, batch = objective(), make_batch(6)
     other = Batch(**{**vars(batch), "teacher_image": 255 - batch.image})
-    teacher_features(module.teacher, batch)
-    teacher_features(module.teacher, other)
-    assert torch.equal(module.teacher.seen[0], batch.image)
-    assert torch.equal(module.teacher.seen[1], other.teacher_image)
+    teacher_features(module.teachers[0].clip, batch)
+    teacher_features(module.teachers[0].clip, other)
+    assert torch.equal(module.teachers[0].clip.seen[0], batch.image)
+    assert torch.equal(module.teachers[0].clip.seen[1], other.teacher_image)
 
 
 def test_a_copy_of_the_teacher_has_nothing_to_learn_from_it() -> None:
     student = tiny_clip(seed=3)
-    teacher = TinyTeacher(tiny_clip(seed=3), context_length=12, logit_scale=1 / 0.07)
-    objective = DistillObjective(
-        student, teacher, schema.DistillObjective(), context_length=12, student_width=8, teacher_width=8
-    )
+    teacher = Teacher(TinyTeacher(tiny_clip(seed=3), context_length=12, logit_scale=1 / 0.07), 8)
+    section = schema.DistillObjective(relation_weight=1.0)
+    objective = DistillObjective(student, [teacher], section, context_length=12, student_width=8)
     losses = objective(make_batch(6, context_length=40))  # captions at a longer context than either's
     assert float(losses["feature_loss"]) == pytest.approx(0.0, abs=1e-6)
     assert float(losses["logit_loss"]) == pytest.approx(0.0, abs=1e-5)
+    assert float(losses["relation_loss"]) == pytest.approx(0.0, abs=1e-12)
 
 
 @pytest.mark.parametrize("context_length", [5, 8, 20, 77])

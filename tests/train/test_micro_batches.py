@@ -71,7 +71,7 @@ def tiny_objective(kind: str) -> tuple[nn.Module, Batch]:
             torch.manual_seed(0)
             batch.mask = torch.rand(12, 4) < torch.linspace(0.2, 0.9, 12)[:, None]  # other counts in each part
             batch.mask[:, 0] = True
-            return MimObjective(TinyStudent(), teacher, schema.MimObjective()).double(), batch
+            return MimObjective(TinyStudent(), teacher).double(), batch
         case _:
             return ClipObjective(tiny_clip(), schema.InfoNceObjective(positives=kind)).double(), batch
 
