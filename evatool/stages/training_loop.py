@@ -26,7 +26,7 @@ from evatool.stages.wiring import Job
 from evatool.train.ema import WeightAverage
 from evatool.train.gate import SpikeGate
 from evatool.train.guards import NonFiniteGuard, StuckAtStart
-from evatool.train.health import HangWatch, ReplicaCheck
+from evatool.train.health import DividedCheck, HangWatch, ReplicaCheck
 from evatool.train.hooks import ConsoleLog, Hook, MetricsFile, StatusFile, read_metrics
 from evatool.train.loss_curve import LossCurve
 from evatool.train.patch_dropout import PatchDropoutSchedule
@@ -79,6 +79,7 @@ def build_hooks(
         *hooks,
         Stragglers(),
         ReplicaCheck(),
+        DividedCheck(),
         ConsoleLog(job.options.name),
         MetricsFile(run_dir.metrics),
         *(Tracker(kind, run_dir.path, job.options.name, settings) for kind in train.trackers),
@@ -170,7 +171,8 @@ def training_result(
         "parameters": _count_parameters(trainer),
     }
     metrics |= {key: value for key, value in record.items() if key.startswith("train/") and value is not None}
-    if isinstance(job.recipe, TrainClipRecipe | DistillRecipe) and job.recipe.objective.kind != "sigmoid":
+    kinds = job.recipe.objective.kind, getattr(job.recipe.objective, "loss", None)
+    if isinstance(job.recipe, TrainClipRecipe | DistillRecipe) and "sigmoid" not in kinds:
         metrics["stuck_at_start"] = int("stuck_at_start" in state.notes)
     metrics |= {key.replace("data/", ""): int(count) for key, count in trainer.data_figures().items()}
     if state.notes:
