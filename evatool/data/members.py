@@ -10,6 +10,7 @@ import json
 import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,9 +62,13 @@ class ShardMembers:
 
     def members(self, number: int) -> list[tuple[str, Place]]:
         """Extensions and places of a sample's members, in the order of the tar; an extension may come twice."""
-        first, last = int(self.starts[number]), int(self.starts[number + 1])
-        ids, places = self.extension_ids[first:last].tolist(), self.places[first:last].tolist()
+        ids, places = self.rows(number)
         return [(self.extensions[i], Place(*place)) for i, place in zip(ids, places, strict=True)]
+
+    def rows(self, number: int) -> tuple[list[int], list[list[int]]]:
+        """The same as plain numbers: indices into `extensions`, and offset, size and crc32 of each."""
+        first, last = self.starts[number : number + 2].tolist()
+        return self.extension_ids[first:last].tolist(), self.places[first:last].tolist()
 
 
 def scan_file(path: Path) -> ShardMembers:
@@ -79,97 +84,87 @@ def scan_file(path: Path) -> ShardMembers:
 
 def group_members(members: Iterable[Member], problems: list[TarProblem]) -> ShardMembers:
     """Members of a tar, in its order, as samples."""
-    builder = _Builder()
-    starts, ids, places = builder.starts, builder.ids, builder.places
-    last, known = None, builder.extensions
-    for name, offset, size in members:  # without calls: once a member of a first epoch over plain tars
+    keys: list[bytes] = []
+    starts: list[int] = []
+    ids: list[int] = []
+    places: list[int] = []
+    known: dict[str, int] = {}
+    last = None
+    for number, (name, offset, size) in enumerate(members):  # without calls: once a member of a new plain tar
         dot = name.find(".", name.rfind("/") + 1)
         key, extension = (name[:dot], name[dot + 1 :].lower()) if dot >= 0 else (name, "")
         if key != last:
-            builder.keys.append(key.encode("utf-8", "surrogatepass"))
-            starts.append(len(ids))
+            keys.append(key.encode("utf-8", "surrogatepass"))
+            starts.append(number)
             last = key
-        number = known.get(extension)
-        if number is None:
-            number = known[extension] = len(known)
-        ids.append(number)
-        places.append((offset, size, -1))
-    return builder.finish(problems)
+        known_id = known.get(extension)
+        if known_id is None:
+            known_id = known[extension] = len(known)
+        ids.append(known_id)
+        places += (offset, size, -1)
+    return _table(keys, [*starts, len(ids)], ids, list(known), np.array(places, dtype=np.int64), problems)
 
 
 def read_index(path: Path) -> ShardMembers:
     """The index that stands beside a tar. Raises: OSError, ValueError where it is none."""
     index = json.loads(path.read_text(encoding="utf-8"))
     try:
-        builder = _Builder()
-        for key, members in zip(index["keys"], index["members"], strict=True):
-            builder.start(key)
-            for extension, place in members.items():
-                builder.add(extension, *place)
-        return builder.finish([TarProblem(*problem) for problem in index.get("problems", ())])
-    except (KeyError, TypeError, AttributeError) as err:
+        places = np.stack([np.array(index[name], dtype=np.int64) for name in _COLUMNS], axis=1).reshape(-1)
+        keys = [key.encode("utf-8", "surrogatepass") for key in index["keys"]]
+        problems = [TarProblem(*problem) for problem in index["problems"]]
+        return _table(keys, index["starts"], index["extension_ids"], index["extensions"], places, problems)
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as err:
         raise ValueError(f"{path} is not an index of a tar ({err!r})") from err
 
 
 def index_json(members: ShardMembers, **extra: Any) -> bytes:
-    """The index as `read_index` takes it. Of members with the same extension the first is kept: see `ShardReader`."""
-    keys, samples, start = [], [], 0
-    first, names = 0, [members.extensions[i] for i in members.extension_ids.tolist()]
-    places = [place if place[2] >= 0 else place[:2] for place in members.places.tolist()]
-    for end, last in zip(members.key_ends.tolist(), members.starts[1:].tolist(), strict=True):
-        keys.append(members.key_bytes[start:end].decode("utf-8", "surrogatepass"))
-        sample = dict(zip(names[first:last], places[first:last], strict=True))
-        if len(sample) < last - first:
-            sample = _with_duplicates(names[first:last], places[first:last])
-        samples.append(sample)
-        start, first = end, last
+    """The index as `read_index` takes it, a column each of what there is about members: small, and quickly read."""
+    ends = [0, *members.key_ends.tolist()]
+    keys = [members.key_bytes[a:b].decode("utf-8", "surrogatepass") for a, b in pairwise(ends)]
     table = {
         **extra,
         "keys": keys,
-        "members": samples,
-        **({"problems": [list(vars(p).values()) for p in members.problems]} if members.problems else {}),
+        "starts": members.starts.tolist(),
+        "extensions": members.extensions,
+        "extension_ids": members.extension_ids.tolist(),
+        **dict(zip(_COLUMNS, members.places.T.tolist(), strict=True)),
+        "problems": [list(vars(problem).values()) for problem in members.problems],
     }
     return json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
 
 
-def _with_duplicates(names: list[str], places: list[list[int]]) -> dict[str, list[int]]:
-    """A second member of one name makes the sample bad; two places would not fit one key of JSON."""
-    sample: dict[str, list[int]] = {}
-    for name, place in zip(names, places, strict=True):
-        while name in sample:
-            name += DUPLICATE
-        sample[name] = place
-    return sample
+_COLUMNS = ("offsets", "sizes", "crc32")
 
 
-DUPLICATE = "\0twice"
-"""Ends the extension, in an index, of a member whose name the sample already had. No name in a tar holds a NUL."""
-
-
-class _Builder:
-    def __init__(self) -> None:
-        self.keys: list[bytes] = []
-        self.starts: list[int] = []
-        self.ids: list[int] = []
-        self.extensions: dict[str, int] = {}
-        self.places: list[tuple[int, int, int]] = []
-
-    def start(self, key: str) -> None:
-        self.keys.append(key.encode("utf-8", "surrogatepass"))
-        self.starts.append(len(self.ids))
-
-    def add(self, extension: str, offset: int, size: int, crc32: int = -1) -> None:
-        self.ids.append(self.extensions.setdefault(extension, len(self.extensions)))
-        self.places.append((offset, size, crc32))
-
-    def finish(self, problems: list[TarProblem]) -> ShardMembers:
-        wide = len(self.extensions) > np.iinfo(np.uint16).max
-        return ShardMembers(
-            key_ends=np.cumsum([len(key) for key in self.keys], dtype=np.int64),
-            key_bytes=b"".join(self.keys),
-            starts=np.array([*self.starts, len(self.ids)], dtype=np.int32),
-            extension_ids=np.array(self.ids, dtype=np.uint32 if wide else np.uint16),
-            extensions=list(self.extensions),
-            places=np.array(self.places, dtype=np.int64).reshape(-1, 3),
-            problems=problems,
-        )
+def _table(
+    keys: list[bytes],
+    starts: list[int],
+    ids: list[int],
+    extensions: list[str],
+    places: np.ndarray,
+    problems: list[TarProblem],
+) -> ShardMembers:
+    """Raises: ValueError where the columns do not belong together."""
+    wide = len(extensions) > np.iinfo(np.uint16).max
+    table = ShardMembers(
+        key_ends=np.cumsum([len(key) for key in keys], dtype=np.int64),
+        key_bytes=b"".join(keys),
+        starts=np.array(starts, dtype=np.int32),
+        extension_ids=np.array(ids, dtype=np.uint32 if wide else np.uint16),
+        extensions=extensions,
+        places=places.reshape(-1, 3),
+        problems=problems,
+    )
+    rising = np.diff(table.starts)
+    if (
+        len(table.starts) != len(keys) + 1
+        or table.starts[0] != 0
+        or table.starts[-1] != len(ids)
+        or len(table.places) != len(ids)
+        or (rising < 0).any()
+        or (len(ids) and int(table.extension_ids.max()) >= len(extensions))
+        or not all(isinstance(extension, str) for extension in extensions)
+        or (np.diff(table.places[:, 0]) <= 0).any()
+    ):
+        raise ValueError(f"{len(keys)} keys, {len(starts)} starts and {len(ids)} members do not fit together")
+    return table

@@ -10,12 +10,12 @@ import os
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from evatool.data.fetch import FetchError, Patience, display_url, is_remote, local_path
-from evatool.data.members import DUPLICATE, Place, ShardMembers
+from evatool.data.members import ShardMembers
 from evatool.data.shard_cache import RETRY_SEC, ShardCache
 from evatool.data.sources import ShardList, read_members
 
@@ -29,6 +29,9 @@ MAX_OPEN = 256
 
 MAX_MEMBER_BYTES = 256 * 2**20
 """A larger member is refused by its header."""
+
+MAX_SPAN_BYTES = 2**20
+"""Members of a sample that lie within so many bytes are read at once."""
 
 
 class UnreadableSample(Exception):
@@ -51,6 +54,8 @@ class _Open:
 
     handle: int
     members: ShardMembers
+    names: list[str | None]
+    """By number of the extension: None where the member is not wanted."""
     process: int
 
 
@@ -72,7 +77,7 @@ class ShardReader:
     def key(self, shard: int, number: int) -> str:
         """Key of a sample; its number where the shard does not say."""
         try:
-            members = self._members(shard)
+            members = self._opened(shard).members
         except UnreadableSample:
             return f"#{number}"
         return members.key(number) if number < len(members) else f"#{number}"
@@ -83,19 +88,32 @@ class ShardReader:
 
     def read(self, shard: int, number: int) -> dict[str, bytes]:
         """Wanted members of a sample by extension. Raises: UnreadableSample."""
-        members = self._members(shard)
+        opened = self._opened(shard)
+        members, names = opened.members, opened.names
         if number >= len(members):
             found = members.problems[-1] if members.problems else f"only {len(members)} samples"
             raise UnreadableSample("truncated-shard", f"{found}; sample {number} is not there")
-        out: dict[str, bytes] = {}
-        for extension, place in members.members(number):
-            name = extension.partition(DUPLICATE)[0]
-            if not self.wanted(name):
+        places: dict[str, list[int]] = {}
+        last, are_neighbours = -1, True
+        for row, (i, place) in enumerate(zip(*members.rows(number), strict=True)):
+            name = names[i]
+            if name is None:
                 continue
-            if name in out or name != extension:
+            are_neighbours = are_neighbours and last in (-1, row - 1)
+            last = row
+            if name in places:
                 raise UnreadableSample("duplicate-member", f"two members with extension {name}")
-            out[name] = self._read_member(shard, name, place)
-        return out
+            if place[1] > MAX_MEMBER_BYTES:
+                raise UnreadableSample("too-large-member", f"{name} of {place[1]} bytes, limit {MAX_MEMBER_BYTES}")
+            places[name] = place
+        read = self._patiently(shard, lambda: _read_places(self._open[shard].handle, places, are_neighbours))
+        for name, (_, size, crc32) in places.items():
+            data = read[name]
+            if len(data) != size:
+                raise UnreadableSample("truncated-shard", f"the tar ends inside member {name}")
+            if crc32 >= 0 and zlib.crc32(data) != crc32:
+                raise UnreadableSample("corrupt-member", f"{name} has another checksum than when it was written")
+        return read
 
     def fetch_ahead(self, shards: Sequence[int]) -> None:
         """Begin to fetch those of these shards that are remote."""
@@ -111,18 +129,8 @@ class ShardReader:
             if found.process == os.getpid():
                 os.close(found.handle)
 
-    def _read_member(self, shard: int, extension: str, place: Place) -> bytes:
-        if place.size > MAX_MEMBER_BYTES:
-            raise UnreadableSample("too-large-member", f"{extension} of {place.size} bytes, limit {MAX_MEMBER_BYTES}")
-        data = self._patiently(shard, lambda: _read_at(self._open[shard].handle, place.offset, place.size))
-        if len(data) != place.size:
-            raise UnreadableSample("truncated-shard", f"the tar ends inside member {extension}")
-        if place.crc32 >= 0 and zlib.crc32(data) != place.crc32:
-            raise UnreadableSample("corrupt-member", f"{extension} has another checksum than when it was written")
-        return data
-
-    def _members(self, shard: int) -> ShardMembers:
-        """The shard's table, opened if it is not; what was not used longest is closed."""
+    def _opened(self, shard: int) -> _Open:
+        """The shard, opened if it is not; what was not used longest is closed."""
         lost = self._lost.get(shard)
         if lost is not None:
             if time.monotonic() - lost[0] < RETRY_SEC:
@@ -131,7 +139,7 @@ class ShardReader:
         found = self._open.get(shard)
         if found is not None and found.process == os.getpid():
             self._open.move_to_end(shard)
-            return found.members
+            return found
         try:
             found = self._patiently(shard, lambda: self._open_shard(shard))
         except UnreadableSample as err:
@@ -144,7 +152,7 @@ class ShardReader:
             _, oldest = self._open.popitem(last=False)
             if oldest.process == os.getpid():
                 os.close(oldest.handle)
-        return found.members
+        return found
 
     def _open_shard(self, shard: int) -> _Open:
         url, size = self.shards.urls[shard], int(self.shards.sizes[shard])
@@ -171,26 +179,46 @@ class ShardReader:
                 self.shards.counts[shard],
                 "; the others are not read" if len(members) > self.shards.counts[shard] else "",
             )
-        return _Open(handle, members, os.getpid())
+        names = [name if self.wanted(name) else None for name in members.extensions]
+        return _Open(handle, members, names, os.getpid())
 
     def _remote(self, shard: int) -> tuple[str, int, str | None]:
         return self.shards.urls[shard], int(self.shards.sizes[shard]), self.shards.sha256[shard]
 
     def _patiently(self, shard: int, once: Callable[[], Any]) -> Any:
         """Repeat what the file system refuses. Raises: UnreadableSample after the last try."""
-        pauses = self.patience.pauses()
+        pauses = None
         while True:
             try:
                 return once()
             except FetchError as err:  # has had its tries
                 raise UnreadableSample(err.cause, err.detail, is_whole_shard=True) from err
             except OSError as err:
+                pauses = pauses or self.patience.pauses()
                 pause = next(pauses, None)
                 if pause is None:
                     cause = "missing-shard" if isinstance(err, FileNotFoundError) else "unreadable"
                     raise UnreadableSample(cause, str(err), is_whole_shard=True) from err
                 log.info("%s: %s; again in %.1f s", self.shard_name(shard), err, pause)
                 time.sleep(pause)
+
+
+def _read_places(handle: int, places: Mapping[str, Sequence[int]], are_neighbours: bool) -> dict[str, bytes]:
+    """The bytes at each (offset, size, ...), which rise; fewer only where the file ends.
+
+    Args:
+        are_neighbours: nothing but headers lies between them: they are read at once.
+    Raises: OSError.
+    """
+    if not places:
+        return {}
+    ordered = list(places.values())
+    start = ordered[0][0]
+    span = ordered[-1][0] + ordered[-1][1] - start
+    if not are_neighbours or span > MAX_SPAN_BYTES:
+        return {name: _read_at(handle, offset, size) for name, (offset, size, _) in places.items()}
+    data = _read_at(handle, start, span)
+    return {name: data[offset - start : offset - start + size] for name, (offset, size, _) in places.items()}
 
 
 def _read_at(handle: int, offset: int, size: int) -> bytes:

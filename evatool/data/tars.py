@@ -11,8 +11,8 @@ import zlib
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-BLOCK = 512
-"""Tars are made of blocks of this many bytes."""
+from evatool.data.tar_runs import BLOCK as BLOCK
+from evatool.data.tar_runs import ordinary_members
 
 MAX_NAME_BYTES = 4096
 """A member whose name is longer is left out: `PATH_MAX` of Linux."""
@@ -41,7 +41,7 @@ _ZERO_BLOCK = bytes(BLOCK)
 _REGULAR = b"0\x007"  # "7" is a contiguous file, which nobody stores in another way
 _LINKS, _DEVICES, _SPARSE, _DIRECTORY = b"12", b"346", b"S", b"5"
 _WITHOUT_DATA = _LINKS + _DEVICES + _DIRECTORY  # whatever size their header gives
-_LONG_NAME, _LONG_LINK, _PAX_GLOBAL, _PAX = b"L", b"K", b"g", ord("x")
+_LONG_NAME, _LONG_LINK, _PAX_GLOBAL = b"L", b"K", b"g"
 _HEADERS_OF_OTHERS = _LONG_NAME + _LONG_LINK + _PAX_GLOBAL + b"xX"
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap
@@ -119,74 +119,36 @@ class _Walk:
     def __init__(self, buffer: Buffer, scan: TarScan) -> None:
         self.buffer = buffer if isinstance(buffer, bytes | mmap.mmap) else _Sliced(buffer)
         self.end, self.scan = len(buffer), scan
-        self.position = 0
-        self.sums: dict[bytes, int] = {}  # checksum field -> low half of Adler-32 of a header that has it rightly
+        self.position = self._ordinary()
         self.extension, self.defaults = _Extension(), _Extension()
         self.is_extended = False
-        self.stamp, self.stamp_end = b"", 0  # a pax header with nothing that matters here, and where its record ends
 
     def run(self) -> None:
         """Fill the scan. Raises: _DamagedHeader or ValueError for the header at `position`."""
-        # A plain file, and the time stamp that webdataset puts before each, are handled here without a call: this loop
-        # runs some hundred thousand times a second.
-        buffer, end, append, sums = self.buffer, self.end, self.scan.members.append, self.sums
-        adler32, new = zlib.adler32, tuple.__new__
-        position = 0
-        while position + BLOCK <= end:
+        position = self.position
+        while position + BLOCK <= self.end:
             self.position = position
-            if self.stamp and not self.is_extended:
-                header = buffer[position : position + 3 * BLOCK]
-                if self._is_stamped(header):
-                    self.position = position = position + 2 * BLOCK
-                    header = header[2 * BLOCK :]
-                else:
-                    header = header[:BLOCK]
-            else:
-                header = buffer[position : position + BLOCK]
-            if adler32(header) & 0xFFFF != sums.get(header[148:156]):
-                if header == _ZERO_BLOCK:
-                    if not _is_zero(buffer, position):
-                        self._report("data-after-end", b"")
-                    return
-                self._check_sum(header)
-            kind, data = header[156], position + BLOCK
-            size = int(header[124:135], 8) if header[135] in b"\0 " and header[124] < 0x80 else _number(header[124:136])
-            if kind == _PAX and size <= BLOCK and not self.is_extended:
-                payload = buffer[data : data + size]
-                if not (b"path=" in payload or b"size=" in payload or b"GNU.sparse" in payload) and data + size <= end:
-                    position = data + BLOCK if size else data
-                    self.stamp, self.stamp_end = header, BLOCK + size
-                    continue
-            name = header[: header.find(b"\0", 0, 100)] if not header[99] else header[:100].partition(b"\0")[0]
-            if (
-                kind not in b"0\0"
-                or header[345]
-                or self.is_extended
-                or size < 0
-                or b".." in name
-                or name.endswith(b"/")
-                or name[:1] in b"/"  # no bytes at all are in b"/", too
-            ):
-                position = self._step(header, name, data, size)
-                if position < 0:
-                    return
-                continue
-            position = data + (size + BLOCK - 1) // BLOCK * BLOCK
-            if data + size > end:
-                self._report("truncated", name)
+            header = self.buffer[position : position + BLOCK]
+            if header == _ZERO_BLOCK:
+                if not _is_zero(self.buffer, position):
+                    self._report("data-after-end", b"")
                 return
-            append(new(Member, (name.decode("utf-8", "backslashreplace"), data, size)))
-        self.position = min(position, end)
-        self._report("no-end-mark" if _is_zero(buffer, self.position) else "truncated", b"")
+            self._check_sum(header)
+            name = header[:100].partition(b"\0")[0]
+            position = self._step(header, name, position + BLOCK, _number(header[124:136]))
+            if position < 0:
+                return
+        self.position = min(position, self.end)
+        self._report("no-end-mark" if _is_zero(self.buffer, self.position) else "truncated", b"")
 
-    def _is_stamped(self, blocks: bytes) -> bool:
-        """True if three blocks are the pax header seen last, its one record, of a time, and the header after it."""
-        return (
-            blocks.startswith(self.stamp)
-            and blocks.startswith(b" mtime=", BLOCK + 2)
-            and blocks.find(b"\n", BLOCK, self.stamp_end) == self.stamp_end - 1
-            and len(blocks) == 3 * BLOCK
-        )
+    def _ordinary(self) -> int:
+        """Members up to the first header that is not ordinary; its offset."""
+        buffer = self.buffer.view.tobytes() if isinstance(self.buffer, _Sliced) else self.buffer
+        position, has_more, new = 0, True, tuple.__new__
+        while has_more:
+            names, offsets, sizes, position, has_more = ordinary_members(buffer, position)
+            self.scan.members += [new(Member, parts) for parts in zip(names, offsets, sizes, strict=True)]
+        return position
 
     def _check_sum(self, header: bytes) -> None:
         """Raises: _DamagedHeader, ValueError unless the checksum is that of the header with its field as spaces."""
@@ -195,7 +157,6 @@ class _Walk:
         # Adler-32's low half is 1 + the sum of the bytes modulo 65521: C speed, for a sum that takes 17 bits at most.
         expected = (stored + sum(field) - 8 * ord(" ") + 1) % 65521
         if zlib.adler32(header) & 0xFFFF == expected:
-            self.sums[field] = expected
             return
         plain = header[:148] + header[156:]  # some old writers summed signed bytes
         if stored != sum(plain) + 8 * ord(" ") - 256 * sum(byte > 127 for byte in plain):

@@ -11,8 +11,20 @@ import pytest
 import webdataset
 from sample_pictures import picture
 
+from evatool.data.members import read_index
 from evatool.data.shards import Sample, ShardIndex, ShardWriter, TarReader
 from evatool.errors import DataError
+
+ONE_SAMPLE = {
+    "keys": ["a"],
+    "starts": [0, 1],
+    "extensions": ["txt"],
+    "extension_ids": [0],
+    "offsets": [512],
+    "sizes": [1],
+    "crc32": [-1],
+    "problems": [],
+}
 
 
 def samples(n: int) -> list[Sample]:
@@ -81,6 +93,32 @@ def test_a_lost_index_is_rebuilt_from_the_tar(written: Path) -> None:
     assert ShardIndex(written).read(5) == before
 
 
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        {"keys": ["a", "b"]},
+        {"starts": [0, 2]},
+        {"starts": [1, 1]},
+        {"extension_ids": [1]},
+        {"extension_ids": [-1]},
+        {"extensions": [7]},
+        {"offsets": ["far"]},
+        {"sizes": [1, 2]},
+        {"offsets": [512, 512], "sizes": [1, 1], "crc32": [-1, -1], "extension_ids": [0, 0], "starts": [0, 2]},
+        {"problems": [["link"]]},
+        {"crc32": None},
+    ],
+    ids=str,
+)
+def test_an_index_that_does_not_fit_together_is_none(tmp_path: Path, spoiled: dict[str, object]) -> None:
+    path = tmp_path / "00000.index.json"
+    path.write_text(json.dumps(ONE_SAMPLE))
+    assert read_index(path).members(0) == [("txt", (512, 1, -1))]
+    path.write_text(json.dumps({**ONE_SAMPLE, **spoiled}))
+    with pytest.raises(ValueError, match="is not an index of a tar"):
+        read_index(path)
+
+
 def test_index_survives_a_process_border(written: Path) -> None:
     index = ShardIndex(written)
     first = index.read(0)
@@ -101,7 +139,7 @@ def spoil(folder: Path, how: str) -> None:
         manifest = json.loads((folder / "manifest.json").read_text())
         (folder / "manifest.json").write_text(json.dumps({**manifest, "shards": []}))
     else:
-        (folder / "00001.index.json").write_text(json.dumps({"keys": ["a"], "members": [{"txt": [0, 1]}]}))
+        (folder / "00001.index.json").write_text(json.dumps(ONE_SAMPLE))
 
 
 @pytest.mark.parametrize(

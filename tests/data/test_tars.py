@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evatool.data import tar_runs, tars
 from evatool.data.tars import BLOCK, CAUSES, MAX_NAME_BYTES, Member, TarScan, scan_tar
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -171,6 +172,69 @@ def test_flipped_bytes() -> None:
         else:  # the checksum's own padding
             assert scan.members == whole
             assert 148 <= place - headers[hit[0]] < 156
+
+
+def looked_at_closely(data: bytes, monkeypatch: pytest.MonkeyPatch) -> TarScan:
+    """What a scan finds that takes no header for an ordinary one."""
+    with monkeypatch.context() as patched:
+        patched.setattr(tars, "ordinary_members", lambda buffer, start: ([], [], [], start, False))
+        return scan_tar(data)
+
+
+def webdataset_like(rng: random.Random, count: int) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for i in range(count):
+            info = tarfile.TarInfo(f"{i:05d}.jpg")
+            info.size, info.mtime = rng.randrange(1500), 1.7e9 + rng.random()
+            tar.addfile(info, io.BytesIO(rng.randbytes(info.size)))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 7, 512])
+@pytest.mark.parametrize("form", [*FORMATS, "webdataset"])
+def test_ordinary_headers_judged_at_once_are_those_judged_one_by_one(
+    form: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(at_once)
+    files = [(f"{i:03d}.txt", rng.randbytes(rng.randrange(600))) for i in range(12)]
+    files[7:7] = [("n" * 99, b"x"), ("d/" + "n" * 120, b"y")] if form in ("gnu", "pax") else [("n" * 99, b"x")]
+    data = webdataset_like(rng, 12) if form == "webdataset" else make_tar(files, FORMATS[form])
+    monkeypatch.setattr(tar_runs, "_HEADERS_AT_ONCE", at_once)
+    names, *_ = tar_runs.ordinary_members(data, 0)
+    # A time and its file are two headers: one of them alone is left to the closer look.
+    assert len(names) == (
+        min(12, at_once // 2) if form == "webdataset" else min(7, at_once) if at_once < 8 else len(names)
+    )
+    assert scan_tar(data) == looked_at_closely(data, monkeypatch)
+    for _ in range(150):
+        changed = bytearray(data)
+        # Headers are where most can go wrong.
+        member = rng.choice(scan_tar(data).members)
+        place = (
+            member.offset
+            - BLOCK * rng.choice([1, 1, 2, 3])
+            + rng.choice([*range(100), *range(100, 512, 3), 124, 135, 156])
+        )
+        changed[max(0, place)] = rng.choice([0, 1, 32, 47, 46, 55, 56, 120, 128, 255])
+        assert scan_tar(bytes(changed)) == looked_at_closely(bytes(changed), monkeypatch)
+    for _ in range(30):
+        cut = data[: rng.randrange(len(data))]
+        assert scan_tar(cut) == looked_at_closely(cut, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "../a.txt", "a/../b.txt", "folder/", "\xff\xfe.txt", "a..b.txt", "é" * 40]
+)
+def test_unsafe_and_odd_names_among_ordinary_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = bytearray(make_header("x" * 90, size=3))
+    encoded = name.encode("latin-1" if name[0] == "\xff" else "utf-8")
+    header[:100] = encoded.ljust(100, b"\0")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    data = make_tar(FILES[:2])[:4096] + bytes(header) + b"abc".ljust(BLOCK, b"\0") + make_tar(FILES[2:])
+    assert [m.name for m in scan_tar(data).members][:2] == ["a.jpg", "a.txt"]
+    assert scan_tar(data) == looked_at_closely(data, monkeypatch)
 
 
 @settings(max_examples=300, deadline=None)
