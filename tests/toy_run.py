@@ -159,13 +159,15 @@ def make_trainer(
     resume: bool = False,
     seed: int = 7,
     keep_every_steps: int | None = None,
+    kind: str = "auto",
+    zero_stage: int = 0,
     **settings: Any,
 ) -> Trainer:
     """`NUM_STEPS` toy steps in `run_dir`, from the start or the newest checkpoint; `hooks` come before saving."""
     torch.manual_seed(seed)
     objective = ToyObjective(has_projection=True)
     groups = toy_groups(objective)
-    engine = toy_engine(objective, groups)
+    engine = toy_engine(objective, groups, kind, zero_stage)
     state = TrainState(seed=seed)
     if resume:
         latest = latest_checkpoint(run_dir)

@@ -77,6 +77,13 @@ class Engine(ABC):
         """Tensors that must be the same, bit for bit, on every rank after a step; none where all is divided."""
 
     @abstractmethod
+    def divided(self) -> list[Tensor]:
+        """Weights and moments that exist on this rank alone, and that nothing but `step` and loading changes.
+
+        None where every rank holds all of them.
+        """
+
+    @abstractmethod
     def held_model(self) -> HeldState:
         """Parameters and persistent buffers under the objective's `state_dict()` names; may alias live weights."""
 

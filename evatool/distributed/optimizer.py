@@ -69,6 +69,12 @@ def create_moments(optimizer: torch.optim.Optimizer, pieces: Pieces) -> None:
         optimizer.state[tensor] = {"step": torch.zeros((), dtype=torch.float32, device=tensor.device), **moments}
 
 
+def moments_of(optimizer: torch.optim.Optimizer, pieces: Pieces) -> list[Tensor]:
+    """Both moments of every tensor that is stepped and has them."""
+    states = [optimizer.state[tensor] for tensor in pieces if optimizer.state.get(tensor)]
+    return [state[moment] for state in states for moment in MOMENTS if moment in state]
+
+
 def held_moments(
     optimizer: torch.optim.Optimizer, pieces: Pieces, shapes: Mapping[str, Sequence[int]], *, is_writer: bool
 ) -> HeldState:

@@ -126,6 +126,9 @@ class ReplicatedEngine(Engine):
     def replicas(self) -> list[Tensor]:
         return [tensor.detach() for tensor in self.module.state_dict().values()]
 
+    def divided(self) -> list[Tensor]:
+        return []
+
     def held_model(self) -> HeldState:
         return HeldState.whole(self.module.state_dict(), is_writer=self._is_writer)
 

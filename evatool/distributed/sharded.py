@@ -20,7 +20,15 @@ from torch.nn.utils import get_total_norm
 from evatool.distributed.blocks import blocks_of, give_memory, has_no_weights
 from evatool.distributed.collectives import all_reduce_sum
 from evatool.distributed.held import HeldState, check_names, read_piece
-from evatool.distributed.optimizer import LayerwiseOptimizer, Piece, Pieces, create_moments, held_moments, step_instead
+from evatool.distributed.optimizer import (
+    LayerwiseOptimizer,
+    Piece,
+    Pieces,
+    create_moments,
+    held_moments,
+    moments_of,
+    step_instead,
+)
 from evatool.distributed.replicated import ReplicatedEngine
 from evatool.distributed.world import World
 from evatool.types import ParamGroup
@@ -100,6 +108,9 @@ class ShardedEngine(ReplicatedEngine):
 
     def replicas(self) -> list[Tensor]:
         return [buffer.detach() for buffer in self.module.buffers()]
+
+    def divided(self) -> list[Tensor]:
+        return [*self._local.values(), *moments_of(self._optimizer, self._pieces)]
 
     def _own_tensors(self) -> Iterator[tuple[str, Tensor, Piece | None]]:
         """State names with this rank's tensor, and which numbers it is of a parameter; buffers are whole."""

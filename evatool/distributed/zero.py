@@ -27,6 +27,7 @@ from evatool.distributed.optimizer import (
     create_moments,
     held_moments,
     load_moments,
+    moments_of,
     step_instead,
     whole_pieces,
 )
@@ -147,6 +148,12 @@ class ZeroEngine(Engine):
     def replicas(self) -> list[Tensor]:
         state = self.module.state_dict(keep_vars=True).values()
         return [tensor.detach() for tensor in state if not self._is_divided(tensor)]
+
+    def divided(self) -> list[Tensor]:
+        if self._zero is None:
+            return []
+        weights = [param.ds_tensor.data for param in self._named.values() if self._is_divided(param)]
+        return [*weights, *(flat.detach() for flat in self._pieces), *moments_of(self._optimizer, self._pieces)]
 
     def held_model(self) -> HeldState:
         held = HeldState()

@@ -115,15 +115,71 @@ class ReplicaCheck(Hook):
             where=f"step {state.step}",
             expected="equal weights on every rank; they were when last compared, at most "
             f"{self._every_steps} steps ago",
-            fix="leave that machine out, remove the checkpoints of these steps, and go on with --resume",
+            fix=_LEAVE_OUT,
         )
 
 
-def checksum(tensors: list[Tensor]) -> int:
-    """A number that any flipped bit changes: the sum of all words, as integers. One fetch from a GPU."""
+class DividedCheck(Hook):
+    """Finds bits that flip in divided weights and moments, which no other rank has to compare with.
+
+    Nothing but an update may change them, so their sums are taken after one and again before the next. All memory is
+    looked at in every step; what was found is read, and told to the other ranks, every `every_steps` steps. An update
+    itself, a small part of a step, is not watched.
+
+    Raises: UnhealthyNodeError (exit code 79), on every rank, naming the ranks and machines with such bits.
+    """
+
+    def __init__(self, every_steps: int = 100) -> None:
+        self._every_steps = every_steps
+        self._after_update: list[Tensor] = []
+        self._differs: Tensor | None = None
+
+    def at_start(self, trainer: Trainer) -> None:
+        self._after_update = []
+
+    on_rollback = at_start
+
+    def before_update(self, trainer: Trainer) -> None:
+        if self._after_update:
+            pairs = zip(self._after_update, _sums(trainer.engine.divided()), strict=True)
+            found = torch.stack([(before != now).any().to(trainer.engine.device) for before, now in pairs]).any()
+            self._differs = found if self._differs is None else self._differs | found
+
+    def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
+        self._after_update = _sums(trainer.engine.divided())
+        if world_size() > 1 and state.step % self._every_steps == 0:
+            self._tell(state)
+
+    def _tell(self, state: TrainState) -> None:
+        differs, self._differs = self._differs, None
+        found = gather_objects((differs is not None and bool(differs), platform.node()))
+        odd = [f"rank {number} on {node}" for number, (is_odd, node) in enumerate(found) if is_odd]
+        if odd:
+            raise UnhealthyNodeError(
+                f"weights or moments have changed between two steps: {', '.join(odd)}",
+                where=f"step {state.step}",
+                expected="memory that only changes when it is written to; it did until "
+                f"{self._every_steps} steps ago at least",
+                fix=_LEAVE_OUT,
+            )
+
+
+_LEAVE_OUT = "leave that machine out, remove the checkpoints of these steps, and go on with --resume"
+
+
+def _sums(tensors: list[Tensor]) -> list[Tensor]:
+    """The sum of each tensor's words, as integers, stacked by device."""
+    by_device: dict[torch.device, list[Tensor]] = {}
     with torch.no_grad():
-        sums = [_words(tensor).sum(dtype=torch.int64) for tensor in tensors if tensor.numel()]
-        return int(torch.stack(sums).sum())
+        for tensor in tensors:
+            if tensor.numel():
+                by_device.setdefault(tensor.device, []).append(_words(tensor).sum(dtype=torch.int64))
+        return [torch.stack(sums) for sums in by_device.values()]
+
+
+def checksum(tensors: list[Tensor]) -> int:
+    """A number that any flipped bit changes: the sum of all words, as integers. One fetch a device."""
+    return sum(int(sums.sum()) for sums in _sums(tensors))
 
 
 def _words(tensor: Tensor) -> Tensor:

@@ -30,6 +30,9 @@ class Hook:
     def at_start(self, trainer: Trainer) -> None:
         """Before the first step of this attempt."""
 
+    def before_update(self, trainer: Trainer) -> None:
+        """In every step, once the gradients are there and nothing has changed yet."""
+
     def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
         """After every step. `losses` are this rank's, on the device: fetching one makes a GPU wait.
 

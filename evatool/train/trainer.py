@@ -140,6 +140,8 @@ class Trainer:
         self._busy_steps += 1
         if self._tower_norms is not None:
             self._tower_norms.is_wanted = self._is_logged(state.step + 1)
+        for hook in self.hooks:
+            hook.before_update(self)
         self.grad_norm = engine.step()
 
         state.step += 1

@@ -15,7 +15,7 @@ from toy_run import NUM_STEPS, ToyLoader, ToyObjective, make_trainer, toy_engine
 from evatool.checkpoint.load import latest_checkpoint, load_checkpoint
 from evatool.distributed.collectives import rank, world_size
 from evatool.errors import ExitCode, UnhealthyNodeError
-from evatool.train.health import HangWatch, ReplicaCheck
+from evatool.train.health import DividedCheck, HangWatch, ReplicaCheck
 from evatool.train.hooks import Hook
 from evatool.train.state import TrainState
 
@@ -79,6 +79,63 @@ def test_a_flipped_bit_in_one_replica_is_found_and_the_rank_named(run_on_ranks, 
     for answer in run_on_ranks(flip_a_bit, 3, kind, zero_stage):
         assert answer.startswith("79 step 10 weights differ between ranks that hold the same: rank 1 on ")
         assert "rank 2" not in answer
+
+
+class FlipABit(Hook):
+    """One bit of one number of what a rank holds alone, after a step or within the next."""
+
+    def __init__(self, which: int, step: int, is_within_step: bool) -> None:
+        self.which, self.step, self.is_within_step = which, step, is_within_step
+
+    def before_update(self, trainer):
+        if self.is_within_step and trainer.state.step == self.step:
+            self.flip(trainer)
+
+    def after_step(self, state, losses, trainer):
+        if not self.is_within_step and state.step == self.step:
+            self.flip(trainer)
+
+    def flip(self, trainer):
+        tensors = trainer.engine.divided()
+        # Of a number that counts: the lowest bit of a float that is not 0.
+        tensor = next(t for t in [*tensors[self.which :], *tensors] if t.numel() and t.abs().max() > 0)
+        flat = tensor.view(-1)
+        flat.view(torch.int32)[int(flat.abs().argmax())] ^= 1
+
+
+CELLS = [("ddp", 0), ("fsdp2", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
+
+
+def watch_divided(folder: Path) -> dict[tuple[str, int, str], str]:
+    """What each engine's run says where nothing happens, where a weight's bit flips and where a moment's does."""
+    answers = {}
+    for kind, stage in CELLS:
+        for fault in ("none", "weight", "moment"):
+            hooks: list[Hook] = [DividedCheck(every_steps=4)]
+            if rank() == 1 and fault == "weight":  # within a step, before the check looks
+                hooks.insert(0, FlipABit(0, 5, is_within_step=True))
+            if rank() == 1 and fault == "moment":  # after a step, when the check has looked
+                hooks.append(FlipABit(-1, 5, is_within_step=False))
+            path = folder / f"{kind}{stage}{fault}"
+            trainer = make_trainer(path, hooks=hooks, every_steps=None, kind=kind, zero_stage=stage)
+            if fault != "none" and not trainer.engine.divided():
+                continue
+            try:
+                answers[kind, stage, fault] = f"trained to step {trainer.fit().step}"
+            except UnhealthyNodeError as error:
+                answers[kind, stage, fault] = f"{int(error.exit_code)} {error.where} {error.what}"
+    return answers
+
+
+def test_a_flipped_bit_in_divided_state_is_found_and_the_rank_named(run_on_ranks, tmp_path):
+    """R14 where no other rank holds the same; and training alone is never taken for it."""
+    for answers in run_on_ranks(watch_divided, 2, tmp_path):
+        assert len(answers) == len(CELLS) + 2 * 4, "fsdp2 and ZeRO 1 to 3 divide"
+        for (kind, stage, fault), answer in answers.items():
+            expected = f"trained to step {NUM_STEPS}"
+            if fault != "none":
+                expected = "79 step 8 weights or moments have changed between two steps: rank 1 on "
+            assert answer.startswith(expected), (kind, stage, fault)
 
 
 class SignalItself(Hook):
