@@ -187,6 +187,41 @@ def distill(
 
 
 @app.command(
+    "store-features",
+    epilog=opt.examples(
+        "evatool store-features demo/pretrain-mim --set teacher.store.views=4",
+        "evatool store-features demo/pretrain-mim --set teacher.store.views=4 --dry-run",
+    ),
+)
+def store_features(
+    source: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe for pretrain-mim or distill with a teacher.store.")
+    ],
+    overrides: opt.Overrides = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option("--run-dir", metavar="DIR", help="Folder of its log. Default: the run's with -store-features."),
+    ] = None,
+    dry_run: opt.DryRun = False,
+    json_output: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Store what a recipe's teachers say, ahead of time.
+
+    The training run then reads their features and does not load them. Interrupt it and run it again: what is stored
+    is not made again.
+    """
+
+    def action() -> Report:
+        from evatool.cli.store_features import store_features_report
+
+        return store_features_report(source, overrides or [], run_dir, dry_run, debug)
+
+    go_on = "run the same command again: it goes on where it stopped"
+    execute(action, json_output=json_output, debug=debug, go_on=go_on)
+
+
+@app.command(
     "export",
     epilog=opt.examples(
         "evatool export demo/export", "evatool export runs/demo/distill --to open_clip --out exported/student"

@@ -10,11 +10,13 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 
 from torch.utils.data import Sampler
 
 from evatool.data.bad_samples import LIMIT_FLOOR, LIMIT_FLOOR_SHARDS, BadSamples
 from evatool.data.decode import fast_jpeg_decoder
+from evatool.data.feature_store import FeatureStore, Views, open_store
 from evatool.data.fetch import Patience
 from evatool.data.masking import MaskSpec
 from evatool.data.mixing import Mix, MixPhase
@@ -49,6 +51,7 @@ class TrainLoader:
         num_samples: samples in all sources.
         bad: what could not be read so far in this process, replaced by spares.
         order_name: what the order of samples depends on besides the seed; a run must go on with the one it began with.
+        stores: teachers' stored features, by teacher.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class TrainLoader:
         self.dataset, self.position, self.section, self.order_name = dataset, position, section, order_name
         orders = [source.order for source in dataset.sources]
         self.num_samples = sum(order.num_samples for order in orders)
+        self.stores: dict[str, FeatureStore] = {store.spec.name: store for store in dataset.stores}
         windowed = [order for order in orders if order.window < len(order.counts)]
         floor = max([LIMIT_FLOOR, *(LIMIT_FLOOR_SHARDS * order.num_samples // len(order.counts) for order in windowed)])
         self.bad = BadSamples(self.num_samples, floor, section.max_bad_fraction)
@@ -119,6 +123,8 @@ class TrainLoader:
     def _account(self, made: Made) -> None:
         self.bad.add(made.bad, len(self.dataset.slots), made.num_spares, made.converted)
         self.bad.check(no_spare=made.batch is None)
+        for place in made.damaged:
+            log.warning("data: stored features are damaged and made again: %s", place)
 
 
 def build_train_loader(
@@ -136,6 +142,7 @@ def build_train_loader(
     with_text: bool = True,
     tokenizer: Tokenizer | None = None,
     one_pass: bool = False,
+    views: Views | None = None,
 ) -> TrainLoader:
     """The training loader of one rank.
 
@@ -150,7 +157,9 @@ def build_train_loader(
         with_text: tokens and caption ids; without, captions are not even read.
         one_pass: end after each sample was read once; every rank gets as many batches, and what fills the last one,
             or stands in for a bad sample, is marked in `Batch.valid`.
-    Raises: DataError where a source is not what it should be; RecipeError where the batch does not divide.
+        views: how many draws of each sample there are, under a seed of their own, and teachers' features of them.
+    Raises: DataError where a source is not what it should be, or a store is another's; RecipeError where the batch
+        does not divide.
     """
     if global_batch_size % world_size:
         near = global_batch_size // world_size * world_size
@@ -168,6 +177,8 @@ def build_train_loader(
         TrainingPictures(section.odd_pictures, section.decode, transform.min_side),
     )
     shards, sources = _open_sources(section, seed, records, global_batch_size)
+    if views is not None:
+        sources = [replace(source, seed=seed_of(views.seed, number)) for number, source in enumerate(sources)]
     decoded = [found.decoded_bytes for found in shards]
     keep_decoded = all(n is not None for n in decoded) and (
         sum(n or 0 for n in decoded) * max(1, section.num_workers) <= CACHE_BYTES
@@ -186,9 +197,38 @@ def build_train_loader(
         masks=None if mask is None else mask.generator(),
         keep_decoded=keep_decoded,
         end=position + sum(found.num_samples for found in shards) if one_pass else None,
+        num_views=None if views is None else views.count,
+        stores=[] if views is None else _open_stores(views, shards, section, sizes[-1], transform, mask, with_text),
     )
     name = _order_name(section, shards, sources)
     return TrainLoader(dataset, position=position, section=section, order_name=name)
+
+
+def _open_stores(
+    views: Views,
+    shards: Sequence[ShardList],
+    section: TrainDataSection,
+    teacher_size: int,
+    transform: TrainTransform,
+    mask: MaskSpec | None,
+    with_text: bool,
+) -> list[FeatureStore]:
+    """The stores of `views`, each checked against everything that what a teacher sees depends on."""
+    facts: dict[str, object] = {
+        "views": views.count,
+        "seed": views.seed,
+        "teacher.picture": teacher_size,
+        "data": [found.content_digest() for found in shards],
+        "data.decode": [section.decode, section.odd_pictures, transform.min_side],
+    }
+    facts |= {f"data.augment.{key}": value for key, value in section.augment.model_dump(mode="json").items()}
+    if with_text:
+        caption = section.caption
+        facts["data.caption"] = caption if isinstance(caption, str) else [c.model_dump(mode="json") for c in caption]
+    counts = [found.counts for found in shards]
+    drawn = {} if mask is None else {f"mask.{key}": value for key, value in asdict(mask).items()}
+    # A mask only tells which patches a row holds where it does not hold all.
+    return [open_store(spec, counts, facts | drawn if spec.masked_only else facts) for spec in views.stores]
 
 
 def _open_sources(

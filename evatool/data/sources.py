@@ -82,6 +82,11 @@ class ShardList:
             digest.update(url.rpartition("/")[2].encode("utf-8", "surrogatepass") + b"\0")
         return digest.hexdigest()[:16]
 
+    def content_digest(self) -> str:
+        """The same, and what is known of the contents: checksums where there are any, else sizes."""
+        known = [sha or size for sha, size in zip(self.sha256, self.sizes.tolist(), strict=True)]
+        return hashlib.sha256(f"{self.digest()} {known}".encode()).hexdigest()[:16]
+
 
 def open_source(
     name: str,

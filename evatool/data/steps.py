@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from evatool.data import order
 from evatool.data.bad_samples import BadSample, Converted
+from evatool.data.feature_store import FeatureStore
 from evatool.data.masking import BlockMaskGenerator
 from evatool.data.mixing import Mix
 from evatool.data.order import SourceOrder
@@ -37,6 +38,7 @@ class Made:
     bad: list[BadSample] = field(default_factory=list)
     num_spares: int = 0
     converted: list[Converted] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)  # stored features whose checksum does not fit
 
     def pin_memory(self) -> Made:
         """Called by the DataLoader."""
@@ -50,7 +52,7 @@ class Source:
     order: SourceOrder
     reader: ShardReader
     seed: int
-    """Of the random numbers of its samples."""
+    """Of the random numbers of its samples: the run's, or the store's."""
     max_pixels: int
 
 
@@ -71,6 +73,9 @@ class StepDataset(Dataset[Made]):
         masks: None makes no masks.
         keep_decoded: keep decoded samples in memory.
         end: position from which on samples do not count: `Batch.valid` is False there. None: no end.
+        num_views: epoch e of a sample has the draws of epoch e mod this. None: of e.
+        stores: teachers' features to read; a batch whose features are all there gets no teacher's view.
+        skip_stored: make an empty batch where all features of all stores are there.
     """
 
     def __init__(
@@ -87,9 +92,13 @@ class StepDataset(Dataset[Made]):
         masks: BlockMaskGenerator | None,
         keep_decoded: bool,
         end: int | None = None,
+        num_views: int | None = None,
+        stores: Sequence[FeatureStore] = (),
+        skip_stored: bool = False,
     ) -> None:
         self.sources, self.mix, self.records, self.transform = list(sources), mix, records, transform
         self.global_batch_size, self.end = global_batch_size, end
+        self.num_views, self.stores, self.skip_stored = num_views, list(stores), skip_stored
         self.slots = np.arange(rank, global_batch_size, world_size)
         self.tokens = None if tokenizer is None else CaptionMemory(tokenizer)
         self.masks = masks
@@ -107,6 +116,9 @@ class StepDataset(Dataset[Made]):
             draws[mine] = self.sources[number].order.draws(own[mine])
             self._fetch_ahead(number, int(own[mine][-1]))
         made = Made(None)
+        if self.skip_stored and len(self._stored(self._places(numbers, samples, draws), made)) == len(self.stores):
+            made.batch = Batch(image=torch.empty(0, 3, 0, 0), keys=[], position=position + self.global_batch_size)
+            return made
         records, names, is_spare = [], [], np.zeros(len(slots), dtype=bool)
         for i, (number, place) in enumerate(zip(numbers.tolist(), own.tolist(), strict=True)):
             found = self._readable(number, place, int(draws[i]), int(samples[i]), made)
@@ -122,12 +134,37 @@ class StepDataset(Dataset[Made]):
                 made.converted.append(Converted(record.odd, reader.shard_name(shard), names[-1]))
         made.num_spares = int(is_spare.sum())
         seeds = np.array([source.seed for source in self.sources], dtype=np.uint64)[numbers]
-        made.batch = self._assemble(records, order.sample_keys_of(seeds, draws, samples))
+        places = self._places(numbers, samples, draws)
+        stored = self._stored(places, made)
+        views = draws if self.num_views is None else draws % self.num_views
+        has_all = bool(self.stores) and len(stored) == len(self.stores)
+        made.batch = self._assemble(records, order.sample_keys_of(seeds, views, samples), with_teacher=not has_all)
+        if self.stores:
+            made.batch.stored, made.batch.places = stored, torch.from_numpy(places)
         made.batch.keys = names
         made.batch.position = position + self.global_batch_size
         if self.end is not None:
             made.batch.valid = torch.from_numpy((slots < self.end) & ~is_spare)
         return made
+
+    def _places(self, numbers: np.ndarray, samples: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """Where a store keeps these views of these samples, int64 (B, 4)."""
+        if not self.stores:
+            return np.empty((len(samples), 0), dtype=np.int64)
+        inside = [self.sources[n].order.locate(s) for n, s in zip(numbers.tolist(), samples.tolist(), strict=True)]
+        shards, rows = np.array(inside, dtype=np.int64).T
+        return np.stack([numbers, shards, rows, draws % (self.num_views or 1)], axis=1)
+
+    def _stored(self, places: np.ndarray, made: Made) -> dict[str, torch.Tensor]:
+        """Features by teacher, of those whose rows are all there."""
+        found = {}
+        for store in self.stores:
+            rows = store.read(places)
+            made.damaged += store.damaged
+            store.damaged.clear()
+            if rows is not None:
+                found[store.spec.name] = rows
+        return found
 
     def _fetch_ahead(self, number: int, own_position: int) -> None:
         """Remote shards of this window and the next begin to come when a window is entered."""
@@ -176,9 +213,10 @@ class StepDataset(Dataset[Made]):
         source = self.sources[number]
         return source.reader.key(*source.order.locate(sample))
 
-    def _assemble(self, records: list[Record], keys: np.ndarray) -> Batch:
-        views = self.transform([r.picture for r in records], keys)
-        batch = Batch(image=views[0], keys=[], teacher_image=views[1] if len(views) > 1 else None)
+    def _assemble(self, records: list[Record], keys: np.ndarray, *, with_teacher: bool = True) -> Batch:
+        views = self.transform([r.picture for r in records], keys, None if with_teacher else 1)
+        teacher_image = views[1] if len(views) > 1 else None
+        batch = Batch(image=views[0], keys=[], teacher_image=teacher_image, more_views=views[2:] or None)
         if self.tokens is not None:
             draws = order.uniforms(keys, order.STREAM_CAPTION, 1)[:, 0].tolist()
             captions = [choose_caption(r, u) for r, u in zip(records, draws, strict=True)]

@@ -48,18 +48,20 @@ class TrainTransform:
             return None
         return math.ceil(max(self.sizes) / math.sqrt(self.section.crop_scale[0]))
 
-    def __call__(self, pictures: Sequence[Tensor], keys: np.ndarray) -> list[Tensor]:
+    def __call__(self, pictures: Sequence[Tensor], keys: np.ndarray, num_views: int | None = None) -> list[Tensor]:
         """Views of a batch.
 
         Args:
             pictures: B tensors (3, H, W) uint8, of any sizes.
             keys: uint64 (B,), from `order.sample_keys`.
+            num_views: make only the first this many views.
         Returns: for each output size a tensor (B, 3, S, S) uint8; equal sizes share one tensor.
         """
         shapes = np.array([p.shape[-2:] for p in pictures])
         boxes = crop_boxes(shapes, keys, self.section.crop_scale, self.section.crop_ratio)
-        views = {size: self._finish(_crop_all(pictures, boxes, size, self.decode), keys) for size in set(self.sizes)}
-        return [views[size] for size in self.sizes]
+        sizes = self.sizes[:num_views]
+        views = {size: self._finish(_crop_all(pictures, boxes, size, self.decode), keys) for size in set(sizes)}
+        return [views[size] for size in sizes]
 
     def _finish(self, image: Tensor, keys: np.ndarray) -> Tensor:
         section = self.section

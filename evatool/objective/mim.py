@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evatool.pixels import normalize_images
-from evatool.recipe import schema
 from evatool.types import Batch, LossDict
 
 
@@ -27,19 +26,35 @@ class PatchTeacher(Protocol):
         ...
 
 
+class PatchStore(Protocol):
+    """Where a teacher's features are kept (`data.feature_store.FeatureStore`)."""
+
+    def rows(self, batch: Batch) -> Tensor | None:
+        """The batch's rows; None where any is missing."""
+        ...
+
+    def keep(self, batch: Batch, features: Tensor) -> Tensor:
+        """Write features (B, N, T), and hand back their rows."""
+        ...
+
+    def at_masked(self, rows: Tensor, mask: Tensor) -> Tensor:
+        """Features (M, T) at the masked patches."""
+        ...
+
+
 class MimObjective(nn.Module):
     """A student that sees masked pictures, a teacher that sees whole ones, and the loss between their patch features.
 
     Args:
         student: called as `student(image, mask)`, returns predictions (M, T) at the masked patches, row-major.
         teacher: frozen; kept out of this module's parameters and state.
-        section: the recipe's `[objective]`; the masks themselves come with the batches.
+        store: what the teacher has said before; it then runs only where a batch has pictures that are not in there.
     """
 
-    def __init__(self, student: nn.Module, teacher: PatchTeacher, section: schema.MimObjective) -> None:
+    def __init__(self, student: nn.Module, teacher: PatchTeacher, store: PatchStore | None = None) -> None:
         super().__init__()
         self.model = student
-        self.section = section
+        self.store = store
         self._teacher = (teacher,)  # in a tuple, so that torch does not register a module
 
     @property
@@ -52,20 +67,31 @@ class MimObjective(nn.Module):
 
         Returns: `loss` with gradient, in [-1, 1]; `mask_ratio`, the share of patches that was masked.
         """
-        prediction, target, mask = self.predict(batch)
-        return {"loss": masked_feature_loss(prediction, target[mask]), "mask_ratio": mask.float().mean()}
+        prediction, target = self.predict(batch)
+        assert batch.mask is not None
+        return {"loss": masked_feature_loss(prediction, target), "mask_ratio": batch.mask.float().mean()}
 
     def shares(self, batches: Sequence[Batch]) -> list[float]:
         """What each part of a batch counts in its loss: its share of the masked patches."""
         counts = [int(batch.mask.sum()) for batch in batches if batch.mask is not None]
         return [count / sum(counts) for count in counts]
 
-    def predict(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The student's predictions (M, T), the teacher's features (B, N, T) without gradient, and the mask (B, N)."""
+    def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The student's predictions and the teacher's features, without gradient, at the masked patches; both (M, T)."""
         assert batch.mask is not None, "masked image modelling needs masks in its batches"
-        target = teacher_tokens(self.teacher, batch)
+        target = self.targets(batch)
         dtype = next(self.model.parameters()).dtype
-        return self.model(normalize_images(batch.image, dtype=dtype), batch.mask), target, batch.mask
+        return self.model(normalize_images(batch.image, dtype=dtype), batch.mask), target
+
+    def targets(self, batch: Batch) -> Tensor:
+        """The teacher's features (M, T) at the masked patches, from the store where it has all of the batch's."""
+        assert batch.mask is not None, "masked image modelling needs masks in its batches"
+        if self.store is None:
+            return teacher_tokens(self.teacher, batch)[batch.mask]
+        rows = self.store.rows(batch)
+        if rows is None:
+            rows = self.store.keep(batch, teacher_tokens(self.teacher, batch))
+        return self.store.at_masked(rows, batch.mask)
 
 
 @torch.no_grad()

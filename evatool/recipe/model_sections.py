@@ -1,4 +1,4 @@
-"""The models of a training recipe: what is built, where its first weights come from, who teaches it. No torch."""
+"""The models of a training recipe: what is built, and where its first weights come from. No torch."""
 
 from __future__ import annotations
 
@@ -24,12 +24,23 @@ class ImageTowerInit(Section):
     """Run folder or file of the MIM or CLIP model."""
 
 
+class SelectSection(Section):
+    """Part of a larger model of the same kind of blocks (weight selection, arXiv 2311.18823)."""
+
+    layers: Literal["even", "first"] = "even"
+    """Which layers: at equal steps, or the first."""
+    channels: Literal["even", "first"] = "even"
+    """Which channels and heads: at equal steps, or the first; heads stay whole."""
+
+
 class WholeModelInit(Section):
-    """All weights from another CLIP model of the same shape."""
+    """All weights from another CLIP model: of the same shape, or with `select` from a larger one."""
 
     kind: Literal["clip"] = "clip"
     path: Path
     """Run folder or file."""
+    select: SelectSection | None = None
+    """Take part of the layers, heads and channels; when absent the model has to be of the same shape."""
 
 
 class TextTowerSource(Section):
@@ -39,6 +50,8 @@ class TextTowerSource(Section):
     """Run folder, or a file or folder of a published model (docs/models.md)."""
     fresh: list[str] | None = None
     """Parameters that keep their first weights, `*` for anything; the projection when absent (EVA's choice)."""
+    select: SelectSection | None = None
+    """Take part of a larger tower; when absent it has to be of the same shape."""
 
 
 class ImageTowerSource(TextTowerSource):
@@ -129,10 +142,3 @@ class MimModelSection(Section):
     """Stochastic depth at the last block, linear from 0 at the first."""
     patch_embed_grad_scale: Fraction = 0.1
     """Factor on the gradient of the patch embedding: 0.1 in EVA-02, 1.0 in EVA-01 (eva.md 2.3)."""
-
-
-class TeacherSection(Section):
-    """A frozen model to learn from."""
-
-    model: str
-    """Run folder, exported folder, released file or preset name, as `evatool.load_clip` reads it."""

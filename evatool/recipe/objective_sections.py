@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, Tag, model_validator
+from pydantic import Field, Tag
 
-from evatool.recipe.section import NonNegativeFloat, Section, by_kind
+from evatool.recipe.section import Section, by_kind
 
 
 class LearnedTemperature(Section):
@@ -55,23 +55,3 @@ class MimObjective(Section):
     """Target share of masked patches, reached at most; the count is round(mask_ratio N): 105 of 256 in EVA."""
     min_block_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.0625
     """Smallest masked block as a share of the grid: 16 of 256 patches in EVA."""
-
-
-class DistillObjective(Section):
-    """Contrastive loss plus what the student learns from the teacher, each with its own weight."""
-
-    kind: Literal["distill"] = "distill"
-    positives: Literal["pair", "equal-captions"] = "pair"
-    """As in the contrastive loss."""
-    contrastive_weight: NonNegativeFloat = 1.0
-    """Weight of the contrastive loss."""
-    feature_weight: NonNegativeFloat = 1.0
-    """Weight of feature matching: 1 - cosine between student and teacher features of both towers."""
-    logit_weight: NonNegativeFloat = 1.0
-    """Weight of the KL divergence from the teacher's to the student's softmax, averaged over both directions."""
-
-    @model_validator(mode="after")
-    def _something_is_taught(self) -> DistillObjective:
-        if self.feature_weight == 0 and self.logit_weight == 0:
-            raise ValueError("feature_weight and logit_weight are both 0: nothing is distilled; use train-clip instead")
-        return self

@@ -22,6 +22,9 @@ from evatool.recipe.data_sections import FolderSource as FolderSource
 from evatool.recipe.data_sections import RemoteSection as RemoteSection
 from evatool.recipe.data_sections import ShardSection as ShardSection
 from evatool.recipe.data_sections import TrainDataSection as TrainDataSection
+from evatool.recipe.distill_sections import DistillObjective as DistillObjective
+from evatool.recipe.distill_sections import DistillTeacherSection as DistillTeacherSection
+from evatool.recipe.distill_sections import TeacherName, check_teachers
 from evatool.recipe.engine_sections import EngineSection as EngineSection
 from evatool.recipe.eval_sections import EvalRecipe as EvalRecipe
 from evatool.recipe.eval_sections import EvalSection as EvalSection
@@ -36,11 +39,10 @@ from evatool.recipe.model_sections import ImageTowerSource as ImageTowerSource
 from evatool.recipe.model_sections import LockSection as LockSection
 from evatool.recipe.model_sections import MimModelSection as MimModelSection
 from evatool.recipe.model_sections import NoInit as NoInit
-from evatool.recipe.model_sections import TeacherSection as TeacherSection
+from evatool.recipe.model_sections import SelectSection as SelectSection
 from evatool.recipe.model_sections import TextTowerSource as TextTowerSource
 from evatool.recipe.model_sections import TowersInit as TowersInit
 from evatool.recipe.model_sections import WholeModelInit as WholeModelInit
-from evatool.recipe.objective_sections import DistillObjective as DistillObjective
 from evatool.recipe.objective_sections import FixedTemperature as FixedTemperature
 from evatool.recipe.objective_sections import InfoNceObjective as InfoNceObjective
 from evatool.recipe.objective_sections import LearnedTemperature as LearnedTemperature
@@ -53,6 +55,10 @@ from evatool.recipe.optim_sections import LambSection as LambSection
 from evatool.recipe.optim_sections import OptimSection as OptimSection
 from evatool.recipe.optim_sections import ScheduleSection as ScheduleSection
 from evatool.recipe.section import Section, by_kind
+from evatool.recipe.teacher_sections import PatchStoreSection as PatchStoreSection
+from evatool.recipe.teacher_sections import PatchTeacherSection as PatchTeacherSection
+from evatool.recipe.teacher_sections import StoreSection as StoreSection
+from evatool.recipe.teacher_sections import TeacherSection as TeacherSection
 from evatool.recipe.train_sections import CheckpointSection as CheckpointSection
 from evatool.recipe.train_sections import EvaluateSection as EvaluateSection
 from evatool.recipe.train_sections import GuardSection as GuardSection
@@ -112,7 +118,7 @@ class PretrainMimRecipe(TrainingRecipe):
 
     stage: Literal["pretrain-mim"] = "pretrain-mim"
     model: MimModelSection
-    teacher: TeacherSection
+    teacher: PatchTeacherSection
     objective: MimObjective = MimObjective()
 
 
@@ -151,11 +157,24 @@ class TrainClipRecipe(ClipTrainingRecipe):
 
 
 class DistillRecipe(ClipTrainingRecipe):
-    """A student CLIP learns from the data and from a frozen teacher."""
+    """A student CLIP learns from the data and from one or several frozen teachers."""
 
     stage: Literal["distill"] = "distill"
-    teacher: TeacherSection
+    teacher: DistillTeacherSection | None = None
+    """The only teacher; absent where there are several."""
+    teachers: dict[TeacherName, DistillTeacherSection] | None = None
+    """Several teachers, each in a table of its own: `[teachers.big]`."""
     objective: DistillObjective = DistillObjective()
+
+    @property
+    def all_teachers(self) -> dict[str, DistillTeacherSection]:
+        """By name; the only one has none."""
+        return check_teachers(self.teacher, self.teachers, self.objective)
+
+    @model_validator(mode="after")
+    def _teachers_are_what_is_needed(self) -> DistillRecipe:
+        check_teachers(self.teacher, self.teachers, self.objective)
+        return self
 
 
 Recipe = DataPrepareRecipe | PretrainMimRecipe | TrainClipRecipe | DistillRecipe | ExportRecipe | EvalRecipe

@@ -22,20 +22,23 @@ from evatool.types import Result
 log = logging.getLogger(__name__)
 
 
-def run_stage(resolved: Resolved, options: RunOptions) -> Result:
+def run_stage(resolved: Resolved, options: RunOptions, task: str | None = None) -> Result:
     """Run the recipe's stage and keep the run folder's `status.json` true, also when it fails.
 
     A finished run that is resumed hands back its stored result at once. Every exception is raised again.
+
+    Args:
+        task: something else to do with the stage's recipe, done anew whenever it is asked for ("store-features").
     """
     recipe = resolved.recipe
-    stored = stored_result(recipe, options)
+    stored = None if task is not None else stored_result(recipe, options)
     if stored is not None:
         log.info("%s is already done: nothing to do", stored.run_dir)
         return stored
     options.opened = None
     if logs.env_rank() == 0:
         check_run_dir(recipe, options)  # before the seconds that importing torch takes
-    stage = import_module("evatool.stages." + recipe.stage.replace("-", "_"))
+    stage = import_module("evatool.stages." + (task or recipe.stage).replace("-", "_"))
     try:
         with _sigterm_raises(), _full_disk_in_words(run_path(recipe, options)):
             result: Result = stage.run(recipe, options)

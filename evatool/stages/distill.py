@@ -1,4 +1,4 @@
-"""`evatool distill`: a student CLIP learns from the data and from a frozen teacher."""
+"""`evatool distill`: a student CLIP learns from the data and from frozen teachers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from evatool.objective.distill import DistillObjective
 from evatool.plan.towers import image_flops, text_flops
 from evatool.recipe.schema import DistillRecipe
 from evatool.stages import chain, training_loop, wiring
+from evatool.stages.distill_data import open_distill_data
 from evatool.stages.run_dir import RunOptions
+from evatool.train.loss_weights import LossWeights
 from evatool.types import Result
 
 
@@ -14,25 +16,25 @@ def run(recipe: DistillRecipe, run: RunOptions) -> Result:
     """Train the student of `recipe`, or go on with it; every rank calls it."""
     with wiring.open_job(recipe, run) as job:
         config = wiring.clip_config(recipe.model)
-        teacher = wiring.load_teacher(job, recipe.teacher)
-        context_length = max(config.context_length, teacher.context_length)
-        loader = wiring.build_job_loader(job, config, context_length=context_length, teacher=teacher)
+        data = open_distill_data(job, recipe, config)
         with wiring.first_weights(job):
             model = wiring.build_clip_model(config, recipe.model, is_resumed=job.saved is not None, sources=job.sources)
             objective = DistillObjective(
                 model,
-                teacher,
+                data.teachers,
                 recipe.objective,
                 context_length=config.context_length,
                 student_width=config.embed_dim or 0,
-                teacher_width=teacher.embed_dim,
             )
         groups = wiring.build_groups(recipe, objective, config)
         engine = wiring.build_job_engine(job, objective, groups)
-        state = wiring.start_state(job, engine, groups, loader)
-        hooks = training_loop.build_hooks(job, config, model=model, contrastive_key="contrastive_loss")
+        state = wiring.start_state(job, engine, groups, data.loader)
+        is_softmax = recipe.objective.loss == "infonce"  # only its loss starts at ln(batch)
+        key = "contrastive_loss" if is_softmax else None
+        hooks = training_loop.build_hooks(job, config, model=model, contrastive_key=key)
+        hooks.insert(0, LossWeights(objective, recipe.objective.changing_weights))
         flops = 3 * (image_flops(config, recipe.model.patch_dropout) + text_flops(config))
-        trainer = training_loop.build_trainer(job, objective, engine, loader, groups, hooks, state, flops)
+        trainer = training_loop.build_trainer(job, objective, engine, data.loader, groups, hooks, state, flops)
         trainer.fit()
         path = job.run_dir.path
         following = chain.next_in_chain(recipe, run.name, path) or chain.use_clip(recipe, path)

@@ -38,10 +38,11 @@ def masked_cosines(objective: MimObjective, batch: Batch) -> Tensor:
     """
     was_training = objective.training
     objective.eval()
-    prediction, target, mask = objective.predict(batch)
+    prediction, target = objective.predict(batch)
     objective.train(was_training)
-    cosine = torch.zeros(mask.shape, device=mask.device)
-    cosine[mask] = patch_cosine(prediction, target[mask]).float()
+    assert batch.mask is not None
+    cosine = torch.zeros(batch.mask.shape, device=batch.mask.device)
+    cosine[batch.mask] = patch_cosine(prediction, target).float()
     return cosine
 
 

@@ -14,9 +14,9 @@ from open_clip.transformer import PatchDropout as ClipPatchDropout
 from timm.layers import PatchDropout, PatchDropoutWithIndices
 from torch import nn
 
-from evatool.api import LoadedClip, load_clip, read_weights
 from evatool.checkpoint.layout import MODEL_PREFIX
 from evatool.checkpoint.load import Checkpoint, latest_checkpoint, load_checkpoint
+from evatool.data.feature_store import Views
 from evatool.data.loader import TrainLoader, build_train_loader
 from evatool.data.masking import MaskSpec
 from evatool.distributed.collectives import gather_objects
@@ -28,23 +28,18 @@ from evatool.errors import RecipeError
 from evatool.model.clip import build_clip
 from evatool.model.presets import ModelConfig, resolve_preset
 from evatool.model.vision import restore_buffers
-from evatool.model.weights import Sources, init_image_tower, init_text_tower, load_clip_weights
+from evatool.model.weights import Sources
 from evatool.optim.build import build_optimizer
 from evatool.optim.locking import lock
 from evatool.optim.param_groups import build_param_groups, group_table
 from evatool.recipe.schema import (
     ClipModelSection,
     DistillRecipe,
-    ImageTowerInit,
-    ImageTowerSource,
     PretrainMimRecipe,
-    TeacherSection,
-    TextTowerSource,
-    TowersInit,
     TrainClipRecipe,
     TrainingRecipe,
-    WholeModelInit,
 )
+from evatool.stages.first_weights import init_clip
 from evatool.stages.run_dir import RunDir, RunOptions, open_run_dir, write_text
 from evatool.train.state import TrainState, resume_from
 from evatool.train.tower_norms import TowerNorms
@@ -151,7 +146,8 @@ def build_job_loader(
     *,
     context_length: int = 0,
     mask: MaskSpec | None = None,
-    teacher: LoadedClip | None = None,
+    teacher_size: int | None = None,
+    views: Views | None = None,
     num_preview: int | None = None,
 ) -> TrainLoader:
     """This rank's batches from the start of the run; `start_state` moves it on.
@@ -160,14 +156,14 @@ def build_job_loader(
         config: of the model that learns.
         context_length: tokens of a caption; no text when 0.
         mask: block masks for the model that learns.
-        teacher: gets its own view of each picture where its input size differs.
+        teacher_size: input side of a teacher, which gets its own view of each picture where it differs.
+        views: of each sample, where a teacher's features are stored.
         num_preview: instead, on every rank and in this process, the first this many samples of the run.
     """
     section, batch_size = job.recipe.data, job.recipe.train.global_batch_size
     rank, world_size = job.world.rank, job.world.world_size
     if num_preview is not None:
         section, batch_size, rank, world_size = section.model_copy(update={"num_workers": 0}), num_preview, 0, 1
-    sizes_differ = teacher is not None and teacher.image_size != config.image_size
     return build_train_loader(
         section,
         image_size=config.image_size,
@@ -177,8 +173,9 @@ def build_job_loader(
         world_size=world_size,
         seed=job.recipe.train.seed,
         mask=mask,
-        teacher_image_size=teacher.image_size if teacher is not None and sizes_differ else None,
+        teacher_image_size=None if teacher_size == config.image_size else teacher_size,
         with_text=context_length > 0,
+        views=views,
     )
 
 
@@ -227,7 +224,7 @@ def build_clip_model(
     clip = build_clip(config, patch_dropout=max(shares), drop_path_rate=section.drop_path_rate)
     if not is_resumed:
         with torch.device("cpu"):  # also where the model is built on the meta device
-            _init_clip(clip, section, sources)
+            init_clip(clip, config, section, sources)
     depths = {"visual": config.depth, "text": config.text_depth}
     for tower, layers in (("visual", section.lock.visual), ("text", section.lock.text)):
         if layers is not None:
@@ -240,49 +237,6 @@ def build_clip_model(
 def patch_dropouts(model: nn.Module) -> list[nn.Module]:
     """The modules that drop patches, timm's and open_clip's."""
     return [m for m in model.modules() if isinstance(m, PatchDropout | PatchDropoutWithIndices | ClipPatchDropout)]
-
-
-def _init_clip(clip: CustomTextCLIP, section: ClipModelSection, sources: Sources | None) -> None:
-    match section.init:
-        case ImageTowerInit(path=path):
-            report = init_image_tower(clip, read_weights(path).state, where=str(path), sources=sources)
-            log.info("image tower from %s: %s", path, report)
-        case TowersInit(image=image, text=text):
-            init_towers(clip, image, text, sources)
-        case WholeModelInit(path=path):
-            report = load_clip_weights(clip, read_weights(path).state, where=str(path), sources=sources)
-            log.info("all weights from %s: %s", path, report)
-
-
-def init_towers(
-    clip: CustomTextCLIP,
-    image: ImageTowerSource | None,
-    text: TextTowerSource | None,
-    sources: Sources | None = None,
-) -> None:
-    """Each tower's first weights from its own source. Raises: CheckpointError where one does not fit."""
-    if image is not None:
-        state = read_weights(image.path).state
-        report = init_image_tower(
-            clip,
-            state,
-            where=str(image.path),
-            may_be_fresh=image.fresh,
-            patch_resize=image.patch_resize,
-            sources=sources,
-        )
-        log.info("image tower from %s: %s", image.path, report)
-    if text is not None:
-        state = read_weights(text.path).state
-        report = init_text_tower(clip, state, where=str(text.path), may_be_fresh=text.fresh, sources=sources)
-        log.info("text tower from %s: %s", text.path, report)
-
-
-def load_teacher(job: Job, section: TeacherSection) -> LoadedClip:
-    """The frozen teacher on this rank's device. Raises: CheckpointError, UsageError as `load_clip`."""
-    teacher = load_clip(section.model, device=job.world.device)
-    log.info("teacher: %s, %s", teacher.config.name, teacher.source)
-    return teacher
 
 
 # --------------------------------------------------------------------------------------------------- optim, engine

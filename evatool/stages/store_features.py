@@ -1,0 +1,82 @@
+"""`evatool store-features`: what the teachers of a recipe say of every view of every sample, ahead of time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evatool.data.loader import TrainLoader
+from evatool.data.store_pass import missing_batches, num_rows
+from evatool.distributed.collectives import gather_objects
+from evatool.errors import UsageError
+from evatool.progress import progress
+from evatool.recipe.schema import DistillRecipe, PretrainMimRecipe, TrainClipRecipe
+from evatool.stages import wiring
+from evatool.stages.run_dir import RunOptions
+from evatool.types import Batch, Result
+
+COMMAND = "store-features"
+
+
+@dataclass
+class StoreWork:
+    """A training run's loader with stores, and for each store the teacher's part."""
+
+    loader: TrainLoader
+    features: dict[str, Callable[[Batch], Tensor]]
+    """Store -> what fills it: a batch on the device, whose `image` is the teacher's picture, to (B, ...) features."""
+
+
+def run(recipe: PretrainMimRecipe | DistillRecipe | TrainClipRecipe, run: RunOptions) -> Result:
+    """Fill the stores of `recipe`; every rank calls it and takes its share. What is stored already is left alone.
+
+    Raises: UsageError where the recipe stores no features.
+    """
+    with wiring.open_job(recipe, run) as job:
+        work = _work(job, recipe)
+        started, made = time.perf_counter(), 0
+        with progress(COMMAND, num_rows(work.loader), unit="samples") as bar, torch.no_grad():
+            for batch in missing_batches(work.loader):
+                bar.advance(recipe.train.global_batch_size)
+                if len(batch.keys):
+                    made += _fill(work, batch.to(job.world.device))
+        made, seconds = sum(gather_objects(made)), time.perf_counter() - started
+        stores = work.loader.stores.values()
+        metrics: dict[str, float | int | str] = {
+            "samples": work.loader.num_samples,
+            "views": work.loader.dataset.num_views or 1,
+            "rows_made": made,
+            "store_bytes": sum(store.spec.row_bytes for store in stores) * num_rows(work.loader),
+            "samples_per_sec": round(made / seconds, 2),
+        }
+        outputs = {f"store {store.spec.name}".strip(): store.spec.path for store in stores}
+        name = run.name.removesuffix(f"-{COMMAND}")
+        following = f"evatool {recipe.stage} {name}"
+        return Result(COMMAND, job.run_dir.path, outputs=outputs, metrics=metrics, next_command=following)
+
+
+def _fill(work: StoreWork, batch: Batch) -> int:
+    """Rows written."""
+    for name, store in work.loader.stores.items():
+        if store.rows(batch) is None:
+            store.keep(batch, work.features[name](batch))
+    return len(batch.keys)
+
+
+def _work(job: wiring.Job, recipe: PretrainMimRecipe | DistillRecipe | TrainClipRecipe) -> StoreWork:
+    match recipe:
+        case PretrainMimRecipe() if recipe.teacher.store is not None:
+            from evatool.stages.pretrain_mim import STORE, open_mim_data
+
+            data = open_mim_data(job, recipe)
+            return StoreWork(data.loader, {STORE: lambda batch: data.patches.visual_tokens(batch.image)})
+        case _:
+            raise UsageError(
+                f"this {recipe.stage} recipe stores no teacher's features",
+                expected="a recipe for pretrain-mim or distill with a table [teacher.store]",
+                fix="add it to the recipe, or --set teacher.store.views=1",
+            )
