@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 # One thread a test process: the tests run two at a time, and tiny tensors gain nothing from more.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest
 
-.PHONY: demo test test-full lint format quickstart reference install clean
+.PHONY: demo test test-full lint format quickstart reference evidence install clean
 
 demo: $(STAMP)
 	$(VENV)/bin/evatool demo
@@ -38,6 +38,10 @@ quickstart: $(STAMP)
 reference: $(STAMP)
 	$(VENV)/bin/evatool recipe reference > docs/recipes.md
 	$(VENV)/bin/evatool recipe schema > docs/recipe.schema.json
+
+# The runs behind docs/evidence.md, an hour of two cores, and the page. Resumable: a finished run is not repeated.
+evidence: $(STAMP)
+	$(PY) recipes/evidence/run.py
 
 install: $(STAMP)
 
