@@ -170,7 +170,10 @@ def _commit() -> str:
     git = ["git", "-C", str(HERE)]
     head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=False)
     changed = subprocess.run(
-        [*git, "status", "--porcelain", "--", "../../evatool", "."], capture_output=True, text=True, check=False
+        [*git, "status", "--porcelain", "--", "../../evatool", "*.py", "*.toml"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return (head.stdout.strip() or "unknown") + ("+" if changed.stdout.strip() else "")
 
