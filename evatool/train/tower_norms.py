@@ -24,6 +24,9 @@ class TowerNorms:
 
     def __init__(self, optimizer: torch.optim.Optimizer, groups: Sequence[ParamGroup]) -> None:
         self._towers = [group.tower for group in groups]
+        # Said in the groups themselves: DeepSpeed's ZeRO-1 and 2 step one of them at a time.
+        for tower, group in zip(self._towers, optimizer.param_groups, strict=True):
+            group["tower"] = tower
         self._squares: dict[str, Tensor] = {}
         self.is_wanted = False
         optimizer.register_step_pre_hook(self._look)
@@ -31,7 +34,8 @@ class TowerNorms:
     def _look(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if not self.is_wanted:
             return
-        for tower, group in zip(self._towers, optimizer.param_groups, strict=True):
+        for group in optimizer.param_groups:
+            tower = group["tower"]
             grads = [param.grad for param in group["params"] if param.grad is not None]
             if grads:
                 square = torch.stack(torch._foreach_norm(grads, dtype=torch.float64)).square().sum()
