@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Iterable
+import os
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from evatool.data.tars import CAUSES, Member, TarProblem, scan_tar
+from evatool.data.tars import CAUSES, TarProblem, TarScan, scan_tar
 
 WHOLE_TAR = frozenset(list(CAUSES)[: list(CAUSES).index("link")]) - {"no-end-mark"}
 """Problems that can cost samples after them; the others cost one member, or nothing."""
@@ -75,41 +75,41 @@ def scan_file(path: Path) -> ShardMembers:
     """The samples of a tar by its headers. Raises: OSError."""
     with path.open("rb") as file:
         if path.stat().st_size == 0:
-            scan = scan_tar(b"")
-        else:
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-                scan = scan_tar(mapped)
-    return group_members(scan.members, scan.problems)
+            return group_members(scan_tar(b""))
+        handle = file.fileno()
+        with mmap.mmap(handle, 0, access=mmap.ACCESS_READ) as mapped:
+            # Reading costs less than the page faults of the mapping, whose pages few headers share.
+            return group_members(scan_tar(mapped, lambda start: os.pread(handle, _HEADERS_BYTES, start)))
 
 
-def group_members(members: Iterable[Member], problems: list[TarProblem]) -> ShardMembers:
+def group_members(scan: TarScan) -> ShardMembers:
     """Members of a tar, in its order, as samples."""
     keys: list[bytes] = []
     starts: list[int] = []
     ids: list[int] = []
-    places: list[int] = []
     known: dict[str, int] = {}
     last = None
-    for number, (name, offset, size) in enumerate(members):  # without calls: once a member of a new plain tar
+    for name in scan.names:  # without calls: once a member of a new plain tar
         dot = name.find(".", name.rfind("/") + 1)
         key, extension = (name[:dot], name[dot + 1 :].lower()) if dot >= 0 else (name, "")
         if key != last:
             keys.append(key.encode("utf-8", "surrogatepass"))
-            starts.append(number)
+            starts.append(len(ids))
             last = key
-        known_id = known.get(extension)
-        if known_id is None:
-            known_id = known[extension] = len(known)
-        ids.append(known_id)
-        places += (offset, size, -1)
-    return _table(keys, [*starts, len(ids)], ids, list(known), np.array(places, dtype=np.int64), problems)
+        number = known.get(extension)
+        if number is None:
+            number = known[extension] = len(known)
+        ids.append(number)
+    places = np.full((len(ids), 3), -1, dtype=np.int64)
+    places[:, 0], places[:, 1] = scan.offsets, scan.sizes
+    return _table(keys, [*starts, len(ids)], ids, list(known), places, scan.problems)
 
 
 def read_index(path: Path) -> ShardMembers:
     """The index that stands beside a tar. Raises: OSError, ValueError where it is none."""
     index = json.loads(path.read_text(encoding="utf-8"))
     try:
-        places = np.stack([np.array(index[name], dtype=np.int64) for name in _COLUMNS], axis=1).reshape(-1)
+        places = np.stack([np.array(index[name], dtype=np.int64) for name in _COLUMNS], axis=1)
         keys = [key.encode("utf-8", "surrogatepass") for key in index["keys"]]
         problems = [TarProblem(*problem) for problem in index["problems"]]
         return _table(keys, index["starts"], index["extension_ids"], index["extensions"], places, problems)
@@ -134,6 +134,7 @@ def index_json(members: ShardMembers, **extra: Any) -> bytes:
 
 
 _COLUMNS = ("offsets", "sizes", "crc32")
+_HEADERS_BYTES = 2**13  # of a tar, read together
 
 
 def _table(
@@ -152,7 +153,7 @@ def _table(
         starts=np.array(starts, dtype=np.int32),
         extension_ids=np.array(ids, dtype=np.uint32 if wide else np.uint16),
         extensions=extensions,
-        places=places.reshape(-1, 3),
+        places=places,
         problems=problems,
     )
     rising = np.diff(table.starts)

@@ -7,7 +7,8 @@ than one by one; at the first that is anything else the run ends, and `tars` loo
 
 from __future__ import annotations
 
-import mmap
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,34 +23,46 @@ _PLAIN, _OLD_PLAIN, _PAX = ord("0"), 0, ord("x")
 _SLASH, _NEWLINE, _SPACE, _ZERO = ord("/"), ord("\n"), ord(" "), ord("0")
 _MTIME = np.frombuffer(b" mtime=", dtype=np.uint8)
 
+Read = Callable[[int], bytes]
+"""Offset in a tar -> some thousand bytes from there on, fewer at its end."""
+
 # n headers that were followed
 
 
-def ordinary_members(buffer: bytes | mmap.mmap, start: int) -> tuple[list[str], list[int], list[int], int, bool]:
+class Run(NamedTuple):
+    """Ordinary members, and what follows them."""
+
+    names: list[str]
+    offsets: np.ndarray  # (members,) int64, of the data
+    sizes: np.ndarray  # (members,) int64
+    end: int  # offset of the header after them
+    has_more: bool  # the next headers may be ordinary, too
+
+
+def ordinary_members(read: Read, start: int, num_bytes: int) -> Run:
     """Ordinary members from `start` on, as many as one look takes in.
 
     A member is ordinary if its header is a regular file's of ustar, GNU or pax with its right checksum, a whole name
     that no one could take for a path outside, and all of its bytes; a pax header before it may give its time.
 
     Args:
-        buffer: the tar.
+        read: of the tar.
         start: offset of a header, a multiple of 512.
-    Returns: names, offsets of the data and sizes; the offset of the header after them; True if more may follow there.
+        num_bytes: of the whole tar.
     """
-    positions, following = _followed(buffer, start)
+    positions, headers, stamps, following = _followed(read, start, num_bytes)
+    nothing = Run([], np.empty(0, np.int64), np.empty(0, np.int64), start, False)
     if not positions:
-        return [], [], [], start, False
+        return nothing
     where = np.array(positions, dtype=np.int64)
-    blocks = np.frombuffer(buffer, dtype=np.uint8, count=len(buffer) // BLOCK * BLOCK).reshape(-1, BLOCK)
-    headers = blocks[where // BLOCK]
     sizes, is_right = _octal(headers[:, 124:135])
     is_right &= (headers[:, 135] == 0) | (headers[:, 135] == _SPACE)
     is_right &= _sums_are_right(headers)
     kinds = headers[:, 156]
     is_file = is_right & ((kinds == _PLAIN) | (kinds == _OLD_PLAIN)) & _names_are_short(headers)
-    is_stamp = is_right & (kinds == _PAX) & (sizes > 0) & (sizes <= _STAMP_BYTES)
-    rows = np.flatnonzero(is_stamp)
-    is_stamp[rows] = _are_stamps(blocks[where[rows] // BLOCK + 1, :_STAMP_BYTES], sizes[rows])
+    is_stamp = is_right & (kinds == _PAX)
+    rows = np.flatnonzero(kinds == _PAX)
+    is_stamp[rows] &= _are_stamps(stamps, sizes[rows])
     is_stamp[:-1] &= is_file[1:]
     is_stamp[-1] = False  # the file it belongs to was not looked at
     odd = np.flatnonzero(~(is_file | is_stamp))
@@ -59,28 +72,49 @@ def ordinary_members(buffer: bytes | mmap.mmap, start: int) -> tuple[list[str], 
     joined = b"\0".join(names)
     has_gaps = joined.count(b"\0") != max(0, len(names) - 1)
     if has_gaps or b".." in joined or b"/\0" in joined or joined.endswith(b"/"):
-        return [], [], [], start, False
+        return nothing
     text = joined.decode("utf-8", "backslashreplace").split("\0") if names else []
-    after = following if count == len(where) else positions[count]
+    end = following if count == len(where) else positions[count]
     is_whole = count == len(where) or (count == len(where) - 1 and bool(kinds[count] == _PAX))
-    return text, (where[chosen] + BLOCK).tolist(), sizes[chosen].tolist(), after, is_whole and count > 0
+    return Run(text, where[chosen] + BLOCK, sizes[chosen], end, is_whole and count > 0)
 
 
-def _followed(buffer: bytes | mmap.mmap, start: int) -> tuple[list[int], int]:
-    """Offsets of what would be headers if their sizes are true, and of the one after them."""
+def _followed(read: Read, start: int, num_bytes: int) -> tuple[list[int], np.ndarray, np.ndarray, int]:
+    """What would be headers if their sizes are true.
+
+    Returns: offsets; the headers (n, 512) uint8; the first 64 bytes after each that is a pax header, (p, 64) uint8; the
+        offset after them all.
+    """
     positions: list[int] = []
-    append, position, end = positions.append, start, len(buffer)
-    for _ in range(_HEADERS_AT_ONCE):
+    rows: list[int] = []  # offsets of the headers in what was read
+    parts: list[bytes] = []
+    position, shift, end, window = start, 0, start, b""  # shift: from an offset in the tar to one in what was read
+    base, num_read = start, 0
+    while len(positions) < _HEADERS_AT_ONCE:
+        if position + 2 * BLOCK > end:
+            window = read(position)
+            window = window[: len(window) // BLOCK * BLOCK]  # a tar may end in the middle of a block
+            shift = num_read - position
+            num_read += len(window)
+            base, end = position, position + len(window)
+            parts.append(window)
+        at = position - base + 124
         try:
-            size = int(buffer[position + 124 : position + 135], 8)
+            size = int(window[at : at + 11], 8)
         except ValueError:  # the tar's end, or what only a closer look can tell
             break
-        following = position + BLOCK + (size + BLOCK - 1) // BLOCK * BLOCK
-        if size < 0 or following > end:
+        following = position + BLOCK + (size + BLOCK - 1 & -BLOCK)
+        if size < 0 or following > num_bytes:
             break
-        append(position)
+        positions.append(position)
+        rows.append(position + shift)
         position = following
-    return positions, position
+    blocks = np.frombuffer(b"".join(parts), dtype=np.uint8).reshape(-1, BLOCK)
+    header_rows = np.array(rows, dtype=np.int64) // BLOCK
+    headers = blocks[header_rows]
+    # Where the tar ends with a header of nothing there is no block after it, and its size of 0 tells.
+    following_rows = np.minimum(header_rows[headers[:, 156] == _PAX] + 1, len(blocks) - 1)
+    return positions, headers, blocks[following_rows, :_STAMP_BYTES], position
 
 
 def _octal(digits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -96,7 +130,10 @@ def _sums_are_right(headers: np.ndarray) -> np.ndarray:
     stored, is_octal = _octal(field[:, :6])
     words = headers.view(np.uint64)
     # Two bytes apart, 64 words add up to less than 2**16 in each of the four lanes.
-    lanes = ((words & _LOW_BYTES) + ((words >> np.uint64(8)) & _LOW_BYTES)).sum(axis=1, dtype=np.uint64)
+    pairs = words >> np.uint64(8)
+    pairs &= _LOW_BYTES
+    pairs += words & _LOW_BYTES
+    lanes = pairs.sum(axis=1, dtype=np.uint64)
     sums = lanes.view(np.uint16).reshape(-1, 4).sum(axis=1, dtype=np.int64)
     sums += 8 * _SPACE - field.sum(axis=1, dtype=np.int64)
     return is_octal & (field[:, 6] == 0) & (field[:, 7] == _SPACE) & (sums == stored)
@@ -115,4 +152,5 @@ def _are_stamps(records: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     is_end = records == _NEWLINE
     says_size = 10 * tens + ones == sizes
     ends_there = (is_end.argmax(axis=1) == sizes - 1) & is_end.any(axis=1)
-    return is_digit & says_size & ends_there & (records[:, 2:9] == _MTIME).all(axis=1)
+    is_short = (sizes > 0) & (sizes <= _STAMP_BYTES)
+    return is_short & is_digit & says_size & ends_there & (records[:, 2:9] == _MTIME).all(axis=1)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import mmap
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from evatool.data.tar_runs import BLOCK as BLOCK
-from evatool.data.tar_runs import ordinary_members
+from evatool.data.tar_runs import Read, ordinary_members
 
 MAX_NAME_BYTES = 4096
 """A member whose name is longer is left out: `PATH_MAX` of Linux."""
@@ -38,6 +39,7 @@ CAUSES = {
 _MAX_EXTENSION_BYTES = 2**20  # of a long name or pax records; real ones have some hundred
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
 _ZERO_BLOCK = bytes(BLOCK)
+_WINDOW = 2**13  # bytes looked at together
 _REGULAR = b"0\x007"  # "7" is a contiguous file, which nobody stores in another way
 _LINKS, _DEVICES, _SPARSE, _DIRECTORY = b"12", b"346", b"S", b"5"
 _WITHOUT_DATA = _LINKS + _DEVICES + _DIRECTORY  # whatever size their header gives
@@ -69,10 +71,23 @@ class TarProblem:
 
 @dataclass
 class TarScan:
-    """Regular files in the order of the tar, and what could not be used."""
+    """Regular files in the order of the tar, a column each of what `Member` has, and what could not be used."""
 
-    members: list[Member] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
     problems: list[TarProblem] = field(default_factory=list)
+
+    @property
+    def members(self) -> list[Member]:
+        """The regular files."""
+        return list(map(Member, self.names, self.offsets, self.sizes))
+
+    def add(self, names: Iterable[str], offsets: Iterable[int], sizes: Iterable[int]) -> None:
+        """Append regular files."""
+        self.names += names
+        self.offsets += offsets
+        self.sizes += sizes
 
 
 class _DamagedHeader(Exception):
@@ -89,20 +104,21 @@ class _Extension:
     is_too_long: bool = False
 
 
-def scan_tar(buffer: Buffer) -> TarScan:
+def scan_tar(buffer: Buffer, read: Read | None = None) -> TarScan:
     """Walk the headers of a tar. Everything whole before a damage is kept; directories are passed over.
 
     A name's bytes that are no UTF-8 appear as `\\xff`, so that every name can be written to a log or an index.
 
     Args:
         buffer: the tar; of an `mmap` only the pages that hold headers are read.
+        read: a quicker way to the same bytes.
     Returns: members and problems, whatever the buffer holds.
     """
     scan = TarScan()
     if len(buffer) == 0:
         scan.problems.append(TarProblem("empty", "", 0))
         return scan
-    walk = _Walk(buffer, scan)
+    walk = _Walk(buffer, scan, read)
     try:
         walk.run()
     except (_DamagedHeader, ValueError):
@@ -116,10 +132,10 @@ def scan_tar(buffer: Buffer) -> TarScan:
 class _Walk:
     """One pass over the headers. `position` is the offset of the header looked at."""
 
-    def __init__(self, buffer: Buffer, scan: TarScan) -> None:
+    def __init__(self, buffer: Buffer, scan: TarScan, read: Read | None) -> None:
         self.buffer = buffer if isinstance(buffer, bytes | mmap.mmap) else _Sliced(buffer)
         self.end, self.scan = len(buffer), scan
-        self.position = self._ordinary()
+        self.position = self._ordinary(read or (lambda start: self.buffer[start : start + _WINDOW]))
         self.extension, self.defaults = _Extension(), _Extension()
         self.is_extended = False
 
@@ -141,13 +157,13 @@ class _Walk:
         self.position = min(position, self.end)
         self._report("no-end-mark" if _is_zero(self.buffer, self.position) else "truncated", b"")
 
-    def _ordinary(self) -> int:
+    def _ordinary(self, read: Read) -> int:
         """Members up to the first header that is not ordinary; its offset."""
-        buffer = self.buffer.view.tobytes() if isinstance(self.buffer, _Sliced) else self.buffer
-        position, has_more, new = 0, True, tuple.__new__
+        position, has_more = 0, True
         while has_more:
-            names, offsets, sizes, position, has_more = ordinary_members(buffer, position)
-            self.scan.members += [new(Member, parts) for parts in zip(names, offsets, sizes, strict=True)]
+            run = ordinary_members(read, position, self.end)
+            self.scan.add(run.names, run.offsets.tolist(), run.sizes.tolist())
+            position, has_more = run.end, run.has_more
         return position
 
     def _check_sum(self, header: bytes) -> None:
@@ -190,7 +206,7 @@ class _Walk:
         if cause is not None:
             self._report(cause, full_name)
         elif kind != _DIRECTORY[0]:
-            self.scan.members.append(Member(full_name.decode("utf-8", "backslashreplace"), data, size))
+            self.scan.add([full_name.decode("utf-8", "backslashreplace")], [data], [size])
         self.extension = _Extension()
         self.is_extended = self.defaults.name is not None or self.defaults.is_sparse
         return following

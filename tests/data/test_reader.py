@@ -22,7 +22,7 @@ from evatool.data.members import group_members, index_json, read_index, scan_fil
 from evatool.data.reader import ShardReader
 from evatool.data.shard_cache import ShardCache
 from evatool.data.sources import open_source
-from evatool.data.tars import Member
+from evatool.data.tars import TarScan
 
 
 def open_reader(folder: Path, cache: Path) -> ShardReader:
@@ -62,12 +62,9 @@ def test_tables_of_tars_have_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_table_takes_about_a_hundred_bytes_a_sample() -> None:
-    members = [
-        Member(f"{i:09d}.{extension}", 4096 * i + 1024 * j, 100)
-        for i in range(10_000)
-        for j, extension in enumerate(("jpg", "json", "txt"))
-    ]
-    assert group_members(members, []).num_bytes / 10_000 < 130
+    names = [f"{i:09d}.{extension}" for i in range(10_000) for extension in ("jpg", "json", "txt")]
+    scan = TarScan(names, [1024 * i for i in range(len(names))], [100] * len(names))
+    assert group_members(scan).num_bytes / 10_000 < 130
 
 
 def test_a_process_remembers_a_bounded_number_of_bad_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
