@@ -55,7 +55,7 @@ class StoreSpec:
         path: the folder; made where it is missing.
         row_shape: of one sample's features, for instance (N, T); (M, T) where only masked patches are kept.
         facts: what the features depend on besides the data, by dotted name: the teacher's fingerprint, its picture
-            size. The loader adds its own.
+            size. The loader adds its own; where both say something, this one counts.
         masked_only: rows hold the masked patches in order, padded with zeros up to M.
     """
 
@@ -220,7 +220,7 @@ def open_store(spec: StoreSpec, counts: Sequence[np.ndarray], facts: Mapping[str
         facts: of the loader, beside the spec's own: data, augmentation, masks, views, seed.
     Raises: DataError where the folder holds another store's features, naming what differs.
     """
-    wanted = {"row_shape": list(spec.row_shape), "masked_only": spec.masked_only, **spec.facts, **facts}
+    wanted = {"row_shape": list(spec.row_shape), "masked_only": spec.masked_only, **facts, **spec.facts}
     wanted = json.loads(json.dumps({"format": FORMAT, **dict(sorted(wanted.items()))}))
     found = read_header(spec.path)
     if found is None:

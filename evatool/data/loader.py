@@ -138,7 +138,7 @@ def build_train_loader(
     seed: int,
     position: int = 0,
     mask: MaskSpec | None = None,
-    teacher_image_size: int | None = None,
+    teacher_image_sizes: Sequence[int] = (),
     with_text: bool = True,
     tokenizer: Tokenizer | None = None,
     one_pass: bool = False,
@@ -148,7 +148,7 @@ def build_train_loader(
 
     Args:
         section: the recipe's `[data]`.
-        image_size, teacher_image_size: sides of the student's and (where given) the teacher's view of one crop.
+        image_size, teacher_image_sizes: sides of the student's and (where they differ) the teachers' views of one crop.
         context_length: of the built-in tokenizer, where none is given.
         global_batch_size: samples of a step over all ranks.
         seed: of order, augmentation, caption choice and masks.
@@ -169,7 +169,7 @@ def build_train_loader(
         )
     if section.decode != "exact":
         fast_jpeg_decoder()  # here, so that a missing one is said once and not by every worker
-    sizes = [image_size] if teacher_image_size is None else [image_size, teacher_image_size]
+    sizes = [image_size, *teacher_image_sizes]
     transform = TrainTransform(section.augment, sizes, section.decode)
     records = RecordReader(
         section.caption if with_text else None,

@@ -27,7 +27,7 @@ from evatool.objective.contrastive import (
 )
 from evatool.objective.distill_logits import Pair, sigmoid_divergence, softmax_divergence
 from evatool.objective.distill_relations import interactive_loss, relation_loss
-from evatool.objective.distill_teachers import Teacher, teacher_features
+from evatool.objective.distill_teachers import Teacher
 from evatool.objective.infonce import infonce_loss
 from evatool.objective.sigmoid import sigmoid_loss
 from evatool.objective.text import fit_tokens
@@ -102,7 +102,7 @@ class DistillObjective(FeatureObjective):
     def targets(self, batch: Batch) -> Features:
         found: Features = {}
         for teacher in self.teachers:
-            image, text = teacher_features(teacher.clip, batch)
+            image, text = teacher.features(batch)
             found |= {teacher.key("teacher_image"): image, teacher.key("teacher_text"): text}
         return found
 

@@ -39,6 +39,18 @@ class ClipTeacher(Protocol):
         ...
 
 
+class EmbeddingStore(Protocol):
+    """Where a teacher's embeddings are kept (`data.feature_store.FeatureStore`), rows of (2, T)."""
+
+    def rows(self, batch: Batch) -> Tensor | None:
+        """The batch's rows (B, 2, T); None where any is missing."""
+        ...
+
+    def keep(self, batch: Batch, features: Tensor) -> Tensor:
+        """Write features (B, 2, T), and hand back their rows."""
+        ...
+
+
 @dataclass(frozen=True)
 class Teacher:
     """One teacher, and what it counts for.
@@ -50,6 +62,8 @@ class Teacher:
         weight: factor on the weights of all that is learned from it.
         scale: exponentiated temperature; the model's own where it is None.
         bias: added to its scaled similarities, for a sigmoid loss.
+        image_size: side of its pictures, of which a batch may hold several; the teachers' view where it is None.
+        store: what it has said before; it then runs only where a batch has samples that are not in there.
     """
 
     clip: ClipTeacher
@@ -58,6 +72,8 @@ class Teacher:
     weight: float = 1.0
     scale: float | None = None
     bias: float | None = None
+    image_size: int | None = None
+    store: EmbeddingStore | None = None
 
     @property
     def logit_scale(self) -> float:
@@ -68,13 +84,31 @@ class Teacher:
         """`name` as this teacher has it: `logit_loss`, and `logit_loss/big` among several."""
         return f"{name}/{self.name}" if self.name else name
 
+    def picture(self, batch: Batch) -> Tensor:
+        """(B, 3, S, S) of the batch's views, the one for this teacher."""
+        views = [view for view in (batch.teacher_image, batch.image, *(batch.more_views or [])) if view is not None]
+        fitting = [view for view in views if self.image_size in (None, view.shape[-1])]
+        assert fitting, f"no view of {self.image_size} pixels among {[view.shape[-1] for view in views]}"
+        return fitting[0]
+
+    @torch.no_grad()
+    def features(self, batch: Batch) -> Pair:
+        """Its unit-length image and text features (B, T) of the same samples, from the store where it has them all."""
+        if self.store is None:
+            return teacher_features(self, batch)
+        rows = self.store.rows(batch)
+        if rows is None:
+            rows = self.store.keep(batch, torch.stack(teacher_features(self, batch), dim=1))
+        # float16 keeps a length to 5e-4
+        return unit(rows[:, 0]), unit(rows[:, 1])
+
 
 @torch.no_grad()
-def teacher_features(teacher: ClipTeacher, batch: Batch) -> Pair:
-    """The teacher's unit-length image and text features (B, T) of the same samples, without gradient."""
+def teacher_features(teacher: Teacher, batch: Batch) -> Pair:
+    """The teacher's unit-length image and text features (B, T) of the same samples, computed now, without gradient."""
     assert batch.tokens is not None, "distillation needs tokens in its batches"
     assert batch.text_lengths is not None
-    image = batch.image if batch.teacher_image is None else batch.teacher_image
-    tokens = fit_tokens(batch.tokens, teacher.context_length)
-    lengths = batch.text_lengths.clamp(max=teacher.context_length)
-    return unit(teacher.encode_image(image)), unit(encode_text(teacher.model, tokens, lengths))
+    clip = teacher.clip
+    tokens = fit_tokens(batch.tokens, clip.context_length)
+    lengths = batch.text_lengths.clamp(max=clip.context_length)
+    return unit(clip.encode_image(teacher.picture(batch))), unit(encode_text(clip.model, tokens, lengths))

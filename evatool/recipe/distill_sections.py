@@ -144,6 +144,7 @@ def check_teachers(
             else "there is no teacher: give [teacher] with its model, or [teachers.NAME] for each of several"
         )
     found = {"": teacher} if teacher is not None else dict(teachers)
+    _check_stores(found)
     needs_bias = objective.loss == "sigmoid" and is_used(objective.logit_weight)
     for name, section in found.items():
         where = f"teachers.{name}" if name else "teacher"
@@ -159,3 +160,23 @@ def check_teachers(
         if section.temperature is not None and not is_used(objective.logit_weight):
             raise ValueError(f"{where}.temperature has no effect while objective.logit_weight is 0: leave it out")
     return found
+
+
+def _check_stores(teachers: dict[str, DistillTeacherSection]) -> None:
+    """One loader serves all teachers: their stores are of the same views. ValueError otherwise."""
+    stores = {name: section.store for name, section in teachers.items() if section.store is not None}
+    if not stores:
+        return
+    without = sorted(set(teachers) - set(stores))
+    if without:
+        raise ValueError(
+            f"teachers.{without[0]} has no store, but teachers.{min(stores)} has one: store what all of them say, or "
+            "of none"
+        )
+    draws = {name: (store.views, store.seed) for name, store in stores.items()}
+    if len(set(draws.values())) > 1:
+        said = "; ".join(f"teachers.{name}: views = {views}, seed = {seed}" for name, (views, seed) in draws.items())
+        raise ValueError(f"stores of several teachers are of other views: {said}; give all the same views and seed")
+    paths = [store.path for store in stores.values() if store.path is not None]
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"two teachers share the store {max(paths, key=paths.count)}: give each a folder of its own")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,9 @@ class StoreWork:
 
     loader: TrainLoader
     features: dict[str, Callable[[Batch], Tensor]]
-    """Store -> what fills it: a batch on the device, whose `image` is the teacher's picture, to (B, ...) features."""
+    """Store -> what fills it: a batch on the device, of the teachers' pictures, to (B, ...) features."""
+    sizes: Sequence[int] | None = None
+    """Sides of the teachers' pictures; the last of the loader's views when None."""
 
 
 def run(recipe: PretrainMimRecipe | DistillRecipe | TrainClipRecipe, run: RunOptions) -> Result:
@@ -40,7 +42,7 @@ def run(recipe: PretrainMimRecipe | DistillRecipe | TrainClipRecipe, run: RunOpt
         work = _work(job, recipe)
         started, made = time.perf_counter(), 0
         with progress(COMMAND, num_rows(work.loader), unit="samples") as bar, torch.no_grad():
-            for batch in missing_batches(work.loader):
+            for batch in missing_batches(work.loader, work.sizes):
                 bar.advance(recipe.train.global_batch_size)
                 if len(batch.keys):
                     made += _fill(work, batch.to(job.world.device))
@@ -74,6 +76,10 @@ def _work(job: wiring.Job, recipe: PretrainMimRecipe | DistillRecipe | TrainClip
 
             data = open_mim_data(job, recipe)
             return StoreWork(data.loader, {STORE: lambda batch: data.patches.visual_tokens(batch.image)})
+        case DistillRecipe() if any(section.store for section in recipe.all_teachers.values()):
+            from evatool.stages.distill_data import open_store_work
+
+            return open_store_work(job, recipe)
         case _:
             raise UsageError(
                 f"this {recipe.stage} recipe stores no teacher's features",

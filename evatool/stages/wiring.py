@@ -146,7 +146,7 @@ def build_job_loader(
     *,
     context_length: int = 0,
     mask: MaskSpec | None = None,
-    teacher_size: int | None = None,
+    teacher_size: int | Sequence[int] = (),
     views: Views | None = None,
     num_preview: int | None = None,
 ) -> TrainLoader:
@@ -156,12 +156,13 @@ def build_job_loader(
         config: of the model that learns.
         context_length: tokens of a caption; no text when 0.
         mask: block masks for the model that learns.
-        teacher_size: input side of a teacher, which gets its own view of each picture where it differs.
+        teacher_size: input side of each teacher, which gets its own view of each picture where it differs.
         views: of each sample, where a teacher's features are stored.
         num_preview: instead, on every rank and in this process, the first this many samples of the run.
     """
     section, batch_size = job.recipe.data, job.recipe.train.global_batch_size
     rank, world_size = job.world.rank, job.world.world_size
+    teacher_sizes = [teacher_size] if isinstance(teacher_size, int) else teacher_size
     if num_preview is not None:
         section, batch_size, rank, world_size = section.model_copy(update={"num_workers": 0}), num_preview, 0, 1
     return build_train_loader(
@@ -173,7 +174,7 @@ def build_job_loader(
         world_size=world_size,
         seed=job.recipe.train.seed,
         mask=mask,
-        teacher_image_size=None if teacher_size == config.image_size else teacher_size,
+        teacher_image_sizes=sorted(set(teacher_sizes) - {config.image_size}),
         with_text=context_length > 0,
         views=views,
     )

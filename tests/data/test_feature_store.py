@@ -201,7 +201,7 @@ def features_of(batch: Batch) -> torch.Tensor:
 
 def test_draws_are_the_same_with_and_without_rows(shards: Path, tmp_path: Path) -> None:
     """The student's pictures and masks too; and what is read is what the teacher said, in float16."""
-    options = {"global_batch_size": 8, "teacher_image_size": 4}
+    options = {"global_batch_size": 8, "teacher_image_sizes": [4]}
     loaded = loader({"train": shards, "augment": AUGMENT}, mask=MASK, views=Views(2, 9, (spec(tmp_path),)), **options)
     first = list(islice(loaded, 15))  # an epoch and a half: nothing is there yet
     assert all(b.stored == {} and b.teacher_image is not None for b in first)
@@ -251,7 +251,7 @@ def test_what_a_teacher_sees_is_part_of_the_store(shards: Path, tmp_path: Path) 
     assert header["row_shape"] == [4, 3]
     for changes, key in (
         ({"views": Views(2, 8, (spec(tmp_path),))}, "seed: stored with 9, now 8"),
-        ({"teacher_image_size": 12}, "teacher.picture: stored with 8, now 12"),
+        ({"teacher_image_sizes": [12]}, "teacher.picture: stored with 8, now 12"),
     ):
         with pytest.raises(DataError, match=key):
             batches(shards, tmp_path, 1, **changes)

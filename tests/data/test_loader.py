@@ -36,7 +36,7 @@ def build(train: Path, section: dict[str, Any] | None = None, **options: Any) ->
         "world_size": 1,
         "seed": 5,
         "mask": MaskSpec((4, 4), 0.41, 0.0625),
-        "teacher_image_size": 16,
+        "teacher_image_sizes": [16],
         **options,
     }
     data = TrainDataSection(**{"train": train, "augment": AUGMENT, "caption": "json-captions", **(section or {})})
@@ -65,7 +65,7 @@ def test_a_batch_has_what_was_asked_for(small: Path) -> None:
     assert batch.mask is not None
     assert (batch.mask.shape, batch.mask.dtype) == ((24, 16), torch.bool)
     assert batch.position == 24
-    (bare,) = take(build(small / "train", mask=None, teacher_image_size=None, with_text=False), 1)
+    (bare,) = take(build(small / "train", mask=None, teacher_image_sizes=[], with_text=False), 1)
     assert bare.tokens is bare.caption_id is bare.mask is bare.teacher_image is None
     assert bare.keys == batch.keys
 

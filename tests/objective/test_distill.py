@@ -66,7 +66,7 @@ def test_all_parts_are_clip_kds_with_its_weights() -> None:
     losses = module(batch)
 
     image, text = (unit(x) for x in (student.encode_image(pixels(batch)), student.encode_text(batch.tokens)))
-    t_image, t_text = teacher_features(clip, batch)
+    t_image, t_text = teacher_features(Teacher(clip, 6), batch)
     scale, right = student.logit_scale.exp().squeeze(), torch.arange(6)
     logits, t_logits = scale * image @ text.T, clip.logit_scale * t_image @ t_text.T
     wide_image, wide_text = unit(module.image_projection(image)), unit(module.text_projection(text))
@@ -201,8 +201,8 @@ def test_projections_exist_only_where_widths_differ(objective) -> None:
 def test_teacher_sees_its_own_view_and_context(objective) -> None:
     module, batch = objective(), make_batch(6)
     other = Batch(**{**vars(batch), "teacher_image": 255 - batch.image})
-    teacher_features(module.teachers[0].clip, batch)
-    teacher_features(module.teachers[0].clip, other)
+    teacher_features(module.teachers[0], batch)
+    teacher_features(module.teachers[0], other)
     assert torch.equal(module.teachers[0].clip.seen[0], batch.image)
     assert torch.equal(module.teachers[0].clip.seen[1], other.teacher_image)
 

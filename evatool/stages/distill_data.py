@@ -1,0 +1,106 @@
+"""What a student learns from: its teachers, their stores, and the batches that serve them all."""
+
+# B batch, T teacher's embedding
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from evatool.data.feature_store import FeatureStore, StoreSpec, Views
+from evatool.data.loader import TrainLoader
+from evatool.errors import RecipeError
+from evatool.model.config import ModelConfig
+from evatool.objective.distill_teachers import Teacher, teacher_features
+from evatool.recipe.schema import DistillRecipe, DistillTeacherSection
+from evatool.stages import wiring
+from evatool.stages.store_features import StoreWork
+from evatool.stages.teachers import LazyTeacher, open_clip_teacher, required_store_path, views_of
+from evatool.types import Batch
+
+STORE = "embeddings"
+"""The store's name for the only teacher, and its folder's where the recipe names none."""
+
+
+@dataclass
+class DistillData:
+    """Teachers as the objective has them, and the training batches."""
+
+    teachers: list[Teacher]
+    loader: TrainLoader
+    views: Views | None
+
+
+def open_distill_data(job: wiring.Job, recipe: DistillRecipe, config: ModelConfig) -> DistillData:
+    """Every rank calls it. Raises: RecipeError, DataError where a store is missing its folder or is another's.
+
+    Args:
+        config: of the student.
+    """
+    sections = {name: _with_path(name, section, recipe) for name, section in recipe.all_teachers.items()}
+    opened = {name: open_clip_teacher(job, section) for name, section in sections.items()}
+    specs = tuple(_spec(name, sections[name], clip) for name, clip in opened.items() if sections[name].store)
+    store = next(iter(sections.values())).store
+    views = None if store is None else views_of(store, specs)
+    loader = wiring.build_job_loader(
+        job,
+        config,
+        context_length=max(config.context_length, *(clip.context_length for clip in opened.values())),
+        teacher_size=[clip.image_size for clip in opened.values()],
+        views=views,
+    )
+    teachers = [_teacher(name, sections[name], clip, loader) for name, clip in opened.items()]
+    return DistillData(teachers, loader, views)
+
+
+def open_store_work(job: wiring.Job, recipe: DistillRecipe) -> StoreWork:
+    """For filling the recipe's stores ahead of time."""
+    data = open_distill_data(job, recipe, wiring.clip_config(recipe.model))
+    features = {t.store.spec.name: partial(_rows, t) for t in data.teachers if isinstance(t.store, FeatureStore)}
+    sizes = sorted({teacher.image_size for teacher in data.teachers if teacher.image_size is not None})
+    return StoreWork(data.loader, features, sizes)
+
+
+def _rows(teacher: Teacher, batch: Batch) -> Tensor:
+    """What a store keeps of a batch: (B, 2, T), image and text embedding of unit length."""
+    return torch.stack(teacher_features(teacher, batch), dim=1)
+
+
+def _with_path(name: str, section: DistillTeacherSection, recipe: DistillRecipe) -> DistillTeacherSection:
+    """With the folder of its store, which is each teacher's own."""
+    if section.store is None:
+        return section
+    path = section.store.path
+    if path is None:
+        path = Path(required_store_path(section.store, recipe.data)) / (name or STORE)
+    return section.model_copy(update={"store": section.store.model_copy(update={"path": path})})
+
+
+def _spec(name: str, section: DistillTeacherSection, clip: LazyTeacher) -> StoreSpec:
+    assert section.store is not None
+    assert section.store.path is not None
+    facts = {"teacher": clip.facts.fingerprint, "teacher.picture": clip.image_size}
+    return StoreSpec(name or STORE, section.store.path, (2, clip.embed_dim), facts)
+
+
+def _teacher(name: str, section: DistillTeacherSection, clip: LazyTeacher, loader: TrainLoader) -> Teacher:
+    if clip.facts.config is None:
+        raise RecipeError(
+            f"{section.model} is no CLIP: it has no text tower to learn from",
+            where=f"teachers.{name}.model" if name else "teacher.model",
+            fix="name a CLIP; a model of pictures alone can teach pretrain-mim",
+        )
+    return Teacher(
+        clip,
+        clip.embed_dim,
+        name,
+        section.weight,
+        scale=None if section.temperature is None else 1 / section.temperature,
+        bias=section.bias,
+        image_size=clip.image_size,
+        store=loader.stores.get(name or STORE),
+    )
