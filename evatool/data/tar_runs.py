@@ -24,7 +24,7 @@ _SLASH, _NEWLINE, _SPACE, _ZERO = ord("/"), ord("\n"), ord(" "), ord("0")
 _MTIME = np.frombuffer(b" mtime=", dtype=np.uint8)
 
 Read = Callable[[int], bytes]
-"""Offset in a tar -> some thousand bytes from there on, fewer at its end."""
+"""Offset in a tar -> some thousand bytes from there on, at least two blocks but at the tar's end."""
 
 # n headers that were followed
 
