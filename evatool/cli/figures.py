@@ -21,6 +21,7 @@ def _training_figures(recipe: Any) -> dict[str, Any]:
     # What these import is torch-free; where it lives says how the stage itself computes the same figure.
     from evatool.model.presets import resolve_preset
     from evatool.optim.schedules import warmup_steps_of
+    from evatool.plan.store import store_figures
 
     train = recipe.train
     world_size = _world_size(recipe)
@@ -38,7 +39,7 @@ def _training_figures(recipe: Any) -> dict[str, Any]:
     }
     if isinstance(recipe, PretrainMimRecipe):
         figures["masked_patches_at_most"] = round(recipe.objective.mask_ratio * rows * columns)
-    return figures
+    return figures | store_figures(recipe)
 
 
 def samples_per_rank(global_batch_size: int, world_size: int) -> int:

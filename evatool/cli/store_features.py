@@ -1,4 +1,4 @@
-"""`evatool store-features`: the training recipe as a task of its own. No torch before the recipe is known to be good."""
+"""`evatool store-features`: a training recipe as a task of its own."""
 
 from __future__ import annotations
 

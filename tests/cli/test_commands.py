@@ -16,7 +16,9 @@ from evatool.errors import BadDataLimitError, DataError, NumericalError, Preempt
 from evatool.recipe.load import load_recipe
 from evatool.recipe.schema import RECIPES
 
-COMMANDS = [*RECIPES, "demo", "recipe", "compare", "plan", "suites"]
+_STAGES = list(RECIPES)
+_STAGES.insert(_STAGES.index("distill") + 1, "store-features")
+COMMANDS = [*_STAGES, "demo", "recipe", "compare", "plan", "suites"]
 
 
 def test_help_lists_the_stages_in_pipeline_order(invoke: Invoke) -> None:
