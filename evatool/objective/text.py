@@ -23,12 +23,15 @@ MAX_GROUPS = 6
 """Passes through the tower a batch. Web captions then leave a fifth to a quarter of padding, against 4 x trimmed."""
 
 
-def encode_text(model: nn.Module, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+def encode_text(
+    model: nn.Module, tokens: Tensor, lengths: Tensor | None = None, max_groups: int = MAX_GROUPS
+) -> Tensor:
     """Text features (B, E), not normalised, without work on padding where the tower allows; others get all columns.
 
     Args:
         tokens: (B, L) int64, zero-padded after the end-of-text token, which is the largest id.
         lengths: (B,) tokens of each caption, on the CPU; found out when absent, which makes a GPU wait.
+        max_groups: passes through the tower; 1 where ranks with divided weights have other numbers of captions.
     """
     tower = model.text
     assert isinstance(tower, nn.Module)
@@ -38,10 +41,10 @@ def encode_text(model: nn.Module, tokens: Tensor, lengths: Tensor | None = None)
         lengths = tokens.argmax(dim=-1).cpu() + 1
     order = lengths.argsort(stable=True)
     in_order = lengths[order].tolist()
-    counts = group_sizes(lengths.numpy(), MAX_GROUPS)
+    counts = group_sizes(lengths.numpy(), max_groups)
     if world_size() > 1:
         # Divided weights come together in each pass, so every rank must make as many.
-        counts = split_up(counts, min(MAX_GROUPS, len(lengths)))
+        counts = split_up(counts, min(max_groups, len(lengths)))
     order_there = order.to(tokens.device, non_blocking=True)
     longest = [in_order[last - 1] for last in np.cumsum(counts).tolist()]
     groups = [group[:, :length] for group, length in zip(tokens[order_there].split(counts), longest, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import signal
@@ -21,6 +22,7 @@ from evatool.distributed.engine import Engine
 from evatool.distributed.versions import own_versions
 from evatool.errors import NumericalError, Preempted, TransientError, UsageError
 from evatool.tensorfile import SafetensorsMap
+from evatool.train.gate import SpikeGate
 from evatool.train.guards import NonFiniteGuard
 from evatool.train.hooks import Hook
 from evatool.train.state import describe_groups, resume_from
@@ -239,3 +241,29 @@ def test_bad_values_on_one_rank_end_all_ranks(run_on_ranks, tmp_path):
     assert answers[0][0].startswith("1 of the last 100 steps")
     assert answers[0][1].startswith("step 3, rank 0: loss nan, samples sample16")
     assert "rank 1: loss nan, samples sample20" in answers[0][1]
+
+
+def spike_on_one_rank(folder: Path) -> tuple[list[int], list[float], list[dict]]:
+    trainer = make_trainer(
+        folder, hooks=[NonFiniteGuard(journal=folder / "journal.jsonl")], gate=SpikeGate(6.0, window=6)
+    )
+    forward = trainer.engine.forward
+
+    def spiking(batch, **options):
+        losses = forward(batch, **options)
+        return losses | {"loss": losses["loss"] * (500 if rank() == 1 and trainer.state.step == 9 else 1)}
+
+    trainer.engine.forward = spiking
+    state = trainer.fit()
+    events = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()] if rank() == 0 else []
+    return state.skipped_steps, trainer.gate.state(), events
+
+
+def test_a_spike_on_one_rank_is_skipped_on_all(run_on_ranks, tmp_path):
+    first, second = run_on_ranks(spike_on_one_rank, 2, tmp_path)
+    assert first[0] == second[0] == [10]
+    assert first[1] == second[1], "one window of losses, which the spike has not entered"
+    (event,) = first[2]
+    assert (event["cause"], event["step"], len(event["ranks"])) == ("spike", 10, 2)
+    losses = {each["rank"]: each["loss"] for each in event["ranks"]}
+    assert losses[1] > 100 > losses[0], "whose it is can be seen"

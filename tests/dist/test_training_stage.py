@@ -16,8 +16,8 @@ from evatool.stages.run_dir import RunOptions
 pytestmark = [pytest.mark.dist, pytest.mark.e2e]
 
 
-def train(data: Path, run_dir: Path) -> dict[str, float]:
-    """Three steps of a CLIP at debug size; this rank's metrics."""
+def train(data: Path, run_dir: Path, **more: dict) -> dict[str, float]:
+    """Three steps of a CLIP at debug size; this rank's metrics. `more` is merged into the recipe's tables."""
     table = {
         "data": {"train": str(data / "train")},
         "model": {"preset": "EVA02-CLIP-debug"},
@@ -25,6 +25,8 @@ def train(data: Path, run_dir: Path) -> dict[str, float]:
         "optim": {"visual": {"lr": 1e-3}, "text": {"lr": 1e-3}, "grad_clip_norm": 1.0, "eps": 1e-3},
         "train": {"samples_seen": 24, "global_batch_size": 8, "log_every": 1},
     }
+    for name, settings in more.items():
+        table[name] = table.get(name, {}) | settings
     return run_stage(resolve_table(table, "train-clip"), RunOptions(name="train-clip", run_dir=run_dir)).metrics
 
 
@@ -44,3 +46,49 @@ def test_two_ranks_end_where_one_process_ends(run_on_ranks, tmp_path):
     lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3], "only rank 0 writes"
     assert (tmp_path / "two" / "logs" / "rank_00001.log").exists()
+
+
+CELLS = {"ddp": {"kind": "ddp"}, "fsdp2": {"kind": "fsdp2"}, "zero3": {"kind": "deepspeed", "zero_stage": 3}}
+
+
+def asked(data: Path) -> dict[str, dict]:
+    sets = sorted(path.name for path in (data / "eval").iterdir())[:2]
+    return {"train": {"ema_decay": 0.5}, "evaluate": {"every_steps": 2, "data": str(data / "eval"), "sets": sets}}
+
+
+def train_cell(data: Path, run_dir: Path, engine: dict) -> None:
+    train(data, run_dir, engine=engine, **asked(data))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """A folder with prepared data and the run of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    source = {"data": {"kind": "drawings", "max_concepts": 12, "num_unseen": 2}}
+    run_stage(resolve_table(source, "data-prepare"), RunOptions(name="data", run_dir=folder / "data"))
+    train(folder / "data", folder / "one", **asked(folder / "data"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)]
+)
+def test_average_evaluation_and_mfu_of_two_ranks_are_those_of_one(run_on_ranks, alone, tmp_path, name):
+    """On every way to hold weights: the figures of `[evaluate]`, the moving average, and a share of the ranks' peak."""
+    run_on_ranks(train_cell, 2, alone / "data", tmp_path, CELLS[name])
+    records, expected = (
+        [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for path in (tmp_path, alone / "one")
+    )
+    keys = {key for key in expected[1] if key.startswith("eval/")}
+    assert keys
+    for ours, theirs in zip(records, expected, strict=True):
+        assert {key for key in ours if key.startswith("eval/")} == (keys if ours["step"] > 1 else set())
+        assert all(ours[key] == pytest.approx(theirs[key], abs=1e-6) for key in keys & set(ours))
+        assert 0 < ours["throughput/mfu"] < 1
+    found, average = (
+        load_file(path / "checkpoints" / "step_00000003" / "ema.safetensors") for path in (tmp_path, alone / "one")
+    )
+    assert found.keys() == average.keys()
+    for tensor_name, tensor in found.items():
+        torch.testing.assert_close(tensor, average[tensor_name], rtol=1e-4, atol=1e-6, msg=tensor_name)

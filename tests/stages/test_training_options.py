@@ -16,7 +16,8 @@ from evatool.model.clip import build_clip
 from evatool.model.presets import resolve_preset
 from evatool.optim.locking import lock
 from evatool.recipe.load import resolve_table
-from evatool.stages import wiring
+from evatool.stages import run_stage, wiring
+from evatool.stages.run_dir import RunOptions
 from evatool.train.hooks import Hook, read_metrics
 from evatool.types import Result
 
@@ -79,6 +80,10 @@ def test_the_moving_average_is_saved_resumed_and_loaded(run_training, tmp_path, 
     loaded = evatool.load_clip(whole.outputs["checkpoint"] / "ema.safetensors").model.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in averaged.items())
     assert evatool.load_clip(whole.run_dir).config.name == "EVA02-CLIP-debug"
+    table = {"export": {"checkpoint": str(whole.outputs["checkpoint"] / "ema.safetensors")}}
+    exported = run_stage(resolve_table(table, "export"), RunOptions(name="export", run_dir=tmp_path / "export"))
+    again = evatool.load_clip(exported.run_dir).model.state_dict()
+    assert all(torch.equal(again[name].reshape(-1), tensor.reshape(-1)) for name, tensor in averaged.items())
 
 
 # ------------------------------------------------------------------------------------------------- figures and pictures
