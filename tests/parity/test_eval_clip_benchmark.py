@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,18 @@ from evatool.data.eval_pictures import EvalTransform
 from evatool.data.eval_sets import open_eval_set
 from evatool.eval.retrieval import encode_pairs, retrieve
 from evatool.eval.zero_shot import classify
+from evatool.objective.text import encode_text
+from evatool.pixels import normalize_images
 from evatool.recipe.schema import DataPrepareRecipe, DrawingsSource
 from evatool.stages import data_prepare
 from evatool.stages.run_dir import RunOptions
+from evatool.tensorfile import write_safetensors
 
 pytestmark = pytest.mark.parity
 
 CONCEPTS = 120
+FITTED = ["new-artist", "never-seen", "coarse-group"]
+FITTING_STEPS = 150
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +85,60 @@ def test_recalls_are_the_same(sets: Path, clip: LoadedClip) -> None:
 def test_half_weights_change_logits_by_less_than_their_own_rounding(
     sets: Path, clip: LoadedClip, precision: str, least: float
 ) -> None:
-    """Accuracy needs a trained model (tests/benchmarks/eval_suite.py --bf16): random ones have near ties only."""
+    """Of random weights, whose answers are near ties; the next test has answers to lose."""
     torch.manual_seed(0)
     half = load_clip("EVA02-CLIP-toy-small", precision=precision)
     opened = open_eval_set(sets / "new-artist", transform=EvalTransform(clip.image_size), batch_size=64)
     pictures = next(iter(opened.loader))[0]
     cosine = torch.cosine_similarity(half.encode_image(pictures), clip.encode_image(pictures))
     assert float(cosine.min()) > least
+
+
+@pytest.fixture(scope="module")
+def fitted(sets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model that was fitted to the very sets, saved: its answers have margins, as a trained model's have."""
+    torch.manual_seed(0)
+    clip = load_clip("EVA02-CLIP-debug")
+    parameters = list(clip.model.requires_grad_(True).parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=6e-4, weight_decay=0.0)
+    opened = [open_eval_set(sets / name, transform=EvalTransform(clip.image_size), batch_size=1000) for name in FITTED]
+    batches = [next(iter(one.loader)) for one in opened]
+    pictures, sizes = torch.cat([images for images, _ in batches]), [len(images) for images, _ in batches]
+    prompts = [[one.templates[0].replace("{c}", name) for name in one.classnames] for one in opened]
+    tokens = clip.tokenizer([prompt for own in prompts for prompt in own])[:, :16]
+    for _ in range(FITTING_STEPS):
+        images = clip.model.encode_image(normalize_images(pictures), normalize=True).split(sizes)
+        texts = torch.nn.functional.normalize(encode_text(clip.model, tokens), dim=-1).split([len(p) for p in prompts])
+        logits = [30 * image @ text.T for image, text in zip(images, texts, strict=True)]
+        losses = [torch.nn.functional.cross_entropy(own, y) for own, (_, y) in zip(logits, batches, strict=True)]
+        optimizer.zero_grad()
+        torch.stack(losses).sum().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    folder = tmp_path_factory.mktemp("fitted")
+    (folder / "model_config.json").write_text(json.dumps(clip.config.to_json()))
+    write_safetensors(folder / "model.safetensors", {k: v.detach() for k, v in clip.model.named_parameters()})
+    return folder
+
+
+def test_bf16_weights_keep_top1_over_all_sets(sets: Path, fitted: Path) -> None:
+    """Right answers over all sets, pictures counting the same: ours in bf16 against clip-benchmark's in float32."""
+    from clip_benchmark.metrics.zeroshot_classification import run_classification, zero_shot_classifier
+
+    whole, half = load_clip(fitted), load_clip(fitted, precision="bf16")
+    right = {"float32": 0, "bf16": 0}
+    total = 0
+    for name in FITTED:
+        dataset, loader = theirs(sets / name, whole, "zeroshot_classification")
+        weights = zero_shot_classifier(whole, whole.tokenizer, dataset.classes, dataset.templates, "cpu", amp=False)
+        logits, target = run_classification(whole, weights, loader, "cpu", amp=False)
+        answers = classify(
+            half,
+            half.tokenizer,
+            open_eval_set(sets / name, transform=EvalTransform(half.image_size), batch_size=64),
+        )
+        right["float32"] += int((logits.argmax(dim=1) == target).sum())
+        right["bf16"] += int(answers.correct(1).sum())
+        total += len(target)
+    assert right["float32"] > 0.7 * total
+    assert abs(right["bf16"] - right["float32"]) <= 0.0005 * total, right
