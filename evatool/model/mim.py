@@ -43,21 +43,29 @@ class MimModel(nn.Module):
 
     def encode(self, image: Tensor, mask: Tensor) -> Tensor:
         """All tokens after the final norm: (B, 1 + N, D), the class token first."""
-        trunk = self.visual
-        x = trunk.patch_embed(image)  # (B, N, D): every patch is embedded, hidden ones too
-        scale = self.patch_embed_grad_scale
-        if scale != 1.0:
-            x = x.detach() * (1.0 - scale) + x * scale
-        x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
-        x, rope = trunk._pos_embed(x)  # prepends the class token, adds positions
-        x = trunk.norm_pre(x)
-        for block in trunk.blocks:
-            x = checkpoint(block, x, rope=rope) if trunk.grad_checkpointing else block(x, rope=rope)
-        return trunk.norm(x)
+        return masked_tokens(self.visual, image, mask, self.mask_token, self.patch_embed_grad_scale)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
         self.visual.set_grad_checkpointing(enable)
+
+
+def masked_tokens(
+    trunk: Eva, image: Tensor, mask: Tensor, mask_token: Tensor, patch_embed_grad_scale: float = 1.0
+) -> Tensor:
+    """All tokens (B, 1 + N, D) of pictures with a mask token at hidden places, after the final norm; arguments as
+    `MimModel`'s. The trunk must not drop patches."""
+    assert trunk.patch_drop is None, "a tower that drops patches cannot say what is at each place"
+    x = trunk.patch_embed(image)  # (B, N, D): every patch is embedded, hidden ones too
+    scale = patch_embed_grad_scale
+    if scale != 1.0:
+        x = x.detach() * (1.0 - scale) + x * scale
+    x = torch.where(mask.unsqueeze(-1), mask_token.to(x.dtype), x)
+    x, rope = trunk._pos_embed(x)  # prepends the class token, adds positions
+    x = trunk.norm_pre(x)
+    for block in trunk.blocks:
+        x = checkpoint(block, x, rope=rope) if trunk.grad_checkpointing else block(x, rope=rope)
+    return trunk.norm(x)
 
 
 def build_mim(

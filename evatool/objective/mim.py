@@ -84,14 +84,19 @@ class MimObjective(nn.Module):
         return self.model(normalize_images(batch.image, dtype=dtype), batch.mask), target
 
     def targets(self, batch: Batch) -> Tensor:
-        """The teacher's features (M, T) at the masked patches, from the store where it has all of the batch's."""
-        assert batch.mask is not None, "masked image modelling needs masks in its batches"
-        if self.store is None:
-            return teacher_tokens(self.teacher, batch)[batch.mask]
-        rows = self.store.rows(batch)
-        if rows is None:
-            rows = self.store.keep(batch, teacher_tokens(self.teacher, batch))
-        return self.store.at_masked(rows, batch.mask)
+        """`masked_targets` of this objective's teacher and store."""
+        return masked_targets(self.teacher, self.store, batch)
+
+
+def masked_targets(teacher: PatchTeacher, store: PatchStore | None, batch: Batch) -> Tensor:
+    """The teacher's features (M, T) at the masked patches, from the store where it has all of the batch's."""
+    assert batch.mask is not None, "masked image modelling needs masks in its batches"
+    if store is None:
+        return teacher_tokens(teacher, batch)[batch.mask]
+    rows = store.rows(batch)
+    if rows is None:
+        rows = store.keep(batch, teacher_tokens(teacher, batch))
+    return store.at_masked(rows, batch.mask)
 
 
 @torch.no_grad()

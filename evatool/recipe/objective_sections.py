@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag
 
+from evatool.recipe.joint_sections import JointMim
 from evatool.recipe.section import Section, by_kind
 
 
@@ -33,6 +34,8 @@ class InfoNceObjective(Section):
         Annotated[LearnedTemperature, Tag("learned")] | Annotated[FixedTemperature, Tag("fixed")], by_kind("learned")
     ] = LearnedTemperature()
     """Whether the temperature of the softmax is learned."""
+    mim: JointMim | None = None
+    """Masked image modelling beside it, in one stage; none when absent."""
 
 
 class SigmoidObjective(Section):
@@ -45,6 +48,8 @@ class SigmoidObjective(Section):
     """Factor on the cosines at the start, whatever `[model.init]` brought; learned, and kept within [1, 100]."""
     initial_bias: float = -10.0
     """Added to all similarities at the start; learned. Nearly all pairs of a batch are wrong ones."""
+    mim: JointMim | None = None
+    """As in `infonce`."""
 
 
 class MimObjective(Section):

@@ -32,6 +32,8 @@ from evatool.recipe.eval_sections import FewShotSection as FewShotSection
 from evatool.recipe.eval_sections import LinearProbeSection as LinearProbeSection
 from evatool.recipe.export_sections import ExportRecipe as ExportRecipe
 from evatool.recipe.export_sections import ExportSection as ExportSection
+from evatool.recipe.joint_sections import JointMim as JointMim
+from evatool.recipe.joint_sections import check_joint
 from evatool.recipe.model_sections import ClipInit as ClipInit
 from evatool.recipe.model_sections import ClipModelSection as ClipModelSection
 from evatool.recipe.model_sections import ImageTowerInit as ImageTowerInit
@@ -154,6 +156,13 @@ class TrainClipRecipe(ClipTrainingRecipe):
     objective: Annotated[
         Annotated[InfoNceObjective, Tag("infonce")] | Annotated[SigmoidObjective, Tag("sigmoid")], by_kind("infonce")
     ] = InfoNceObjective()
+    teacher: PatchTeacherSection | None = None
+    """Whose patch features `[objective.mim]` predicts; absent without it."""
+
+    @model_validator(mode="after")
+    def _joint_mim_fits(self) -> TrainClipRecipe:
+        check_joint(self.objective.mim, self.teacher, self.model)
+        return self
 
 
 class DistillRecipe(ClipTrainingRecipe):

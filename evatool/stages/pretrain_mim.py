@@ -13,6 +13,7 @@ from evatool.model.mim import build_mim
 from evatool.model.presets import ModelConfig, resolve_preset
 from evatool.objective.mim import MimObjective
 from evatool.plan.towers import image_flops, mim_flops
+from evatool.recipe import schema
 from evatool.recipe.schema import PretrainMimRecipe
 from evatool.stages import chain, training_loop, wiring
 from evatool.stages.mim_pictures import masked_cosines, save_mim_pictures
@@ -68,22 +69,36 @@ class MimData:
 def open_mim_data(job: wiring.Job, recipe: PretrainMimRecipe) -> MimData:
     """Teacher, masks and batches. Raises: RecipeError where the student predicts features of another width."""
     shape = resolve_preset(recipe.model.preset).with_image_size(recipe.model.image_size)
-    mask = MaskSpec(shape.grid, recipe.objective.mask_ratio, recipe.objective.min_block_fraction)
+    return open_masked_data(job, shape, recipe.objective, recipe.teacher)
+
+
+def open_masked_data(
+    job: wiring.Job,
+    shape: ModelConfig,
+    masks: schema.MimObjective | schema.JointMim,
+    section: schema.PatchTeacherSection,
+    *,
+    context_length: int = 0,
+) -> MimData:
+    """The same for a student of this shape, with captions where they are asked for."""
+    mask = MaskSpec(shape.grid, masks.mask_ratio, masks.min_block_fraction)
     generator = mask.generator()  # here, so that masks that cannot be drawn are said before anything is loaded
-    teacher = open_patch_teacher(job, recipe.teacher)
+    teacher = open_patch_teacher(job, section)
     check_widths(shape, teacher)
-    views, store = None, recipe.teacher.store
+    views, store = None, section.store
     if store is not None:
         patches = generator.num_masked if store.masked_only else shape.grid[0] * shape.grid[1]
         spec = StoreSpec(
             STORE,
-            required_store_path(store, recipe.data),
+            required_store_path(store, job.recipe.data),
             (patches, teacher.facts.width),
             {"teacher": teacher.facts.fingerprint, "grid": list(shape.grid)},
             masked_only=store.masked_only,
         )
         views = views_of(store, (spec,))
-    loader = wiring.build_job_loader(job, shape, mask=mask, teacher_size=teacher.image_size, views=views)
+    loader = wiring.build_job_loader(
+        job, shape, context_length=context_length, mask=mask, teacher_size=teacher.image_size, views=views
+    )
     return MimData(shape, mask, teacher, PatchTeacher(teacher, shape.grid), views, loader)
 
 

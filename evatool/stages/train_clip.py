@@ -1,11 +1,11 @@
-"""`evatool train-clip`: contrastive image-text training."""
+"""`evatool train-clip`: contrastive image-text training, alone or with masked image modelling beside it."""
 
 from __future__ import annotations
 
 from evatool.objective.contrastive import ClipObjective
 from evatool.plan.towers import image_flops, text_flops
 from evatool.recipe.schema import TrainClipRecipe
-from evatool.stages import chain, training_loop, wiring
+from evatool.stages import chain, joint, training_loop, wiring
 from evatool.stages.run_dir import RunOptions
 from evatool.types import Result
 
@@ -14,16 +14,23 @@ def run(recipe: TrainClipRecipe, run: RunOptions) -> Result:
     """Train the CLIP model of `recipe`, or go on with it; every rank calls it."""
     with wiring.open_job(recipe, run) as job:
         config = wiring.clip_config(recipe.model)
-        loader = wiring.build_job_loader(job, config, context_length=config.context_length)
+        mim = joint.open_joint_data(job, recipe, config)
+        loader = mim.loader if mim else wiring.build_job_loader(job, config, context_length=config.context_length)
         with wiring.first_weights(job):
             model = wiring.build_clip_model(config, recipe.model, is_resumed=job.saved is not None, sources=job.sources)
-            objective = ClipObjective(model, recipe.objective)
+            objective: ClipObjective = (
+                joint.build_joint_objective(model, recipe, mim) if mim else ClipObjective(model, recipe.objective)
+            )
         groups = wiring.build_groups(recipe, objective, config)
         engine = wiring.build_job_engine(job, objective, groups)
         state = wiring.start_state(job, engine, groups, loader)
-        is_softmax = recipe.objective.kind == "infonce"  # only its loss starts at ln(batch)
-        hooks = training_loop.build_hooks(job, config, model=model, contrastive_key="loss" if is_softmax else None)
+        contrastive_key = None
+        if recipe.objective.kind == "infonce":  # only its loss starts at ln(batch)
+            contrastive_key = "contrastive_loss" if mim else "loss"
+        hooks = training_loop.build_hooks(job, config, model=model, contrastive_key=contrastive_key)
         flops = 3 * (image_flops(config, recipe.model.patch_dropout) + text_flops(config))
+        if mim:
+            flops += joint.joint_flops(config, mim)
         trainer = training_loop.build_trainer(job, objective, engine, loader, groups, hooks, state, flops)
         trainer.fit()
         path = job.run_dir.path
