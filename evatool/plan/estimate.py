@@ -30,13 +30,12 @@ def operations(job: Job) -> Operations:
     image, text, teacher = 0, 0, 0
     if job.stage == "pretrain-mim":
         image = towers.mim_flops(job.model, job.masked)
-        if job.teacher is not None:
-            teacher = towers.image_flops(job.teacher, all_tokens=True)
+        teacher = sum(towers.image_flops(config, all_tokens=True) for config in job.teachers)
     else:
         image = round(sum(part * towers.image_flops(job.model, share) for part, share in job.dropout_shares))
         text = towers.text_flops(job.model, job.text_tokens)
-        if job.teacher is not None:
-            teacher = towers.image_flops(job.teacher) + towers.text_flops(job.teacher, job.text_tokens)
+        for config in job.teachers:
+            teacher += towers.image_flops(config) + towers.text_flops(config, job.text_tokens)
     model = 3 * (image + text) + teacher
     repeated = image + text if job.checkpointing == "full" else 0
     if job.accumulation > 1 and job.stage != "pretrain-mim":  # features of the whole batch first, then again
@@ -128,15 +127,16 @@ def _loss_bytes(job: Job, numerics: mem.Numerics) -> int:
         return 0
     batch = job.micro_batch_size * job.accumulation
     width = job.model.embed_dim or 0
-    return mem.contrastive_bytes(batch, batch * job.num_gpus, width, numerics, distils=job.distils_logits)
+    return mem.contrastive_bytes(batch, batch * job.num_gpus, width, numerics, teacher_widths=job.teacher_widths)
 
 
 def _teacher_bytes(job: Job, numerics: mem.Numerics, batch: int) -> int:
-    """Whole float32 weights on every rank, one block at work, and the targets."""
-    if job.teacher is None:
-        return 0
-    blocks, tokens = towers.image_blocks(job.teacher), 1 + towers.num_patches(job.teacher)
-    targets = towers.num_patches(job.teacher) if job.stage == "pretrain-mim" else 2
-    working = batch * mem.teacher_activations(blocks, tokens, numerics)
-    weights = mem.FP32 * towers.count_parameters(job.teacher).total
-    return weights + working + batch * targets * (job.teacher.embed_dim or 0) * mem.FP32
+    """Whole float32 weights of all teachers on every rank, one block at work, and the targets."""
+    weights, working, targets = 0, 0, 0
+    for config in job.teachers:
+        blocks, tokens = towers.image_blocks(config), 1 + towers.num_patches(config)
+        weights += mem.FP32 * towers.count_parameters(config).total
+        working = max(working, batch * mem.teacher_activations(blocks, tokens, numerics))
+        rows = towers.num_patches(config) if job.stage == "pretrain-mim" else 2
+        targets += batch * rows * (config.embed_dim or 0) * mem.FP32
+    return weights + working + targets

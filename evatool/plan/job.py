@@ -13,7 +13,8 @@ from evatool.model.presets import resolve_preset
 from evatool.plan.engines import Kind, Offload, Setup
 from evatool.plan.memory import Checkpointing
 from evatool.recipe.model_sections import LockSection
-from evatool.recipe.schema import DistillRecipe, PretrainMimRecipe, Recipe, TrainClipRecipe
+from evatool.recipe.schema import DistillRecipe, PretrainMimRecipe, Recipe, TeacherSection, TrainClipRecipe
+from evatool.recipe.teacher_sections import TIMM_PREFIX
 
 CAPTION_COLUMNS = 20
 """Text tokens computed for a web caption: 15 on average, in groups of like length (objective/text.py)."""
@@ -26,7 +27,9 @@ class Job:
 
     Attributes:
         stage: "train-clip", "pretrain-mim" or "distill".
-        model, teacher: configurations; the teacher is None where there is none, or its shape is not known.
+        model: configuration.
+        teachers: configurations of the teachers that run at every step, as far as their shapes are known.
+        teacher_widths: of the embeddings that a student is compared with, stored ones among them.
         numerics: a key of `memory.NUMERICS`.
         engine: "single", "ddp", "fsdp2" or "zero", with `zero_stage` and `offload` for the last.
         accumulation: micro-batches of one optimiser step.
@@ -40,7 +43,7 @@ class Job:
     name: str
     stage: Literal["train-clip", "pretrain-mim", "distill"]
     model: ModelConfig
-    teacher: ModelConfig | None
+    teachers: tuple[ModelConfig, ...]
     samples_seen: int
     global_batch_size: int
     num_gpus: int
@@ -55,7 +58,7 @@ class Job:
     dropout_phases: tuple[tuple[int, float], ...] = ()
     text_tokens: int | None = None
     masked: int = 0
-    distils_logits: bool = False
+    teacher_widths: tuple[int, ...] = ()
     kept_checkpoints: int = 2
     notes: tuple[str, ...] = ()
 
@@ -114,15 +117,12 @@ def job_of_recipe(recipe: Recipe, name: str, num_gpus: int) -> Job:
         )
     engine = _engine(recipe.engine.kind, num_gpus)
     model = resolve_preset(recipe.model.preset).with_image_size(recipe.model.image_size)
-    teacher = None
-    if isinstance(recipe, PretrainMimRecipe | DistillRecipe):
-        teacher, note = _teacher(recipe.teacher.model)
-        notes += [note] if note else []
+    known, live = _teachers(recipe, notes)
     job = Job(
         name=name,
         stage=recipe.stage,
         model=model,
-        teacher=teacher,
+        teachers=live,
         samples_seen=train.samples_seen,
         global_batch_size=train.global_batch_size,
         num_gpus=num_gpus,
@@ -137,7 +137,7 @@ def job_of_recipe(recipe: Recipe, name: str, num_gpus: int) -> Job:
         notes=tuple(notes),
     )
     if isinstance(recipe, PretrainMimRecipe):
-        predict = teacher.embed_dim if teacher else model.predict_dim or DEFAULT_PREDICT_DIM
+        predict = known[0].embed_dim if known else model.predict_dim or DEFAULT_PREDICT_DIM
         rows, columns = model.grid
         return replace(
             job, model=mim_config(model, predict), masked=round(recipe.objective.mask_ratio * rows * columns)
@@ -151,7 +151,7 @@ def job_of_recipe(recipe: Recipe, name: str, num_gpus: int) -> Job:
         patch_dropout=recipe.model.patch_dropout,
         dropout_phases=recipe.model.patch_dropout_schedule,
         text_tokens=min(CAPTION_COLUMNS, model.context_length),
-        distils_logits=isinstance(recipe, DistillRecipe) and recipe.objective.logit_weight > 0,
+        teacher_widths=tuple(config.embed_dim or 0 for config in known),
         notes=(*notes, f"captions are counted at {CAPTION_COLUMNS} tokens, a web caption's with padding"),
     )
 
@@ -173,8 +173,33 @@ def _accumulation(micro_batch_size: int | None, samples: int) -> int:
     return 1 if micro_batch_size is None else -(-samples // micro_batch_size)
 
 
-def _teacher(name: str) -> tuple[ModelConfig | None, str | None]:
+def _teachers(
+    recipe: PretrainMimRecipe | TrainClipRecipe | DistillRecipe, notes: list[str]
+) -> tuple[tuple[ModelConfig, ...], tuple[ModelConfig, ...]]:
+    """All teachers whose shape is known, and those of them that run at every step; `notes` says what is left out."""
+    sections: list[TeacherSection] = []
+    if isinstance(recipe, DistillRecipe):
+        sections = list(recipe.all_teachers.values())
+    elif recipe.stage == "pretrain-mim":
+        sections = [recipe.teacher]
+    known, live = [], []
+    for section in sections:
+        config, note = teacher_config(section.model)
+        notes += [note] if note else []
+        if config is None:
+            continue
+        known.append(config)
+        if section.store is None:
+            live.append(config)
+        else:
+            notes.append(f"what {section.model} says is stored: only the first {section.store.views} epochs run it")
+    return tuple(known), tuple(live)
+
+
+def teacher_config(name: str) -> tuple[ModelConfig | None, str | None]:
     """The teacher's configuration, and what to say where it is not known: a folder may not be there yet."""
+    if name.startswith(TIMM_PREFIX):
+        return None, f"the teacher {name} is not a CLIP: its memory and its work are not counted"
     path = Path(name)
     found = sorted(path.glob("checkpoints/step_*/model_config.json")) + sorted(path.glob("model_config.json"))
     if found:

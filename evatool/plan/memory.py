@@ -9,6 +9,7 @@ tests/plan/test_memory.py. What engines hold is in engines.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -182,20 +183,21 @@ def cast_weights(params_in_matrices: int, numerics: Numerics) -> int:
 
 
 def contrastive_bytes(
-    batch: int, global_batch: int, embed_dim: int, numerics: Numerics, *, distils: bool = False
+    batch: int, global_batch: int, embed_dim: int, numerics: Numerics, *, teacher_widths: Sequence[int] = ()
 ) -> int:
     """What the loss between one rank's samples and the global batch needs at its largest.
 
     Here it goes tile by tile round a ring: features of two ranks with their gradients, scaled pictures, and a few
-    tiles, all float32, so the global batch does not matter. `distils` adds both models' whole logits and log-softmaxes
-    and the terms of their divergence. The 16-bit engine is EVA's, with whole rows of logits: 2 b B (q + 8), scale.md
-    2.3.
+    tiles, all float32, so the global batch does not matter. A teacher's features go round with the student's, and
+    their tiles stand beside its: `teacher_widths` are of those a student learns from. The 16-bit engine is EVA's, with
+    whole rows of logits: 2 b B (q + 8), scale.md 2.3.
     """
     if numerics.name == "bf16":
         return 2 * batch * global_batch * (numerics.compute + 8) + 4 * global_batch * embed_dim * numerics.compute
     features = 10 * batch * embed_dim * FP32
-    tiles = 4 * min(batch, TILE_SIDE) ** 2 * FP32
-    return features + tiles + (9 * batch * global_batch * FP32 if distils else 0)
+    features += 6 * batch * sum(teacher_widths) * FP32
+    tiles = (6 if teacher_widths else 4) * min(batch, TILE_SIDE) ** 2 * FP32
+    return features + tiles
 
 
 def model_buffers(config: ModelConfig) -> int:

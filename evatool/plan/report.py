@@ -73,7 +73,7 @@ def make_plan(
 
 def _parameters(job: Job) -> dict[str, Any]:
     counted = towers.count_parameters(job.model)
-    frozen = towers.count_parameters(job.teacher).total if job.teacher else 0
+    frozen = sum(towers.count_parameters(config).total for config in job.teachers)
     return {
         "image": counted.image,
         "text": counted.text,

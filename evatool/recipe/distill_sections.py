@@ -7,8 +7,12 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from evatool.recipe.data_sections import TrainDataSection
 from evatool.recipe.section import NonNegative, NonNegativeFloat, PositiveFloat, Section
-from evatool.recipe.teacher_sections import TeacherSection
+from evatool.recipe.teacher_sections import TeacherSection, store_path
+
+EMBEDDINGS = "embeddings"
+"""Folder of the only teacher's store below `teacher-features`, where the recipe names none."""
 
 WeightPoints = tuple[tuple[NonNegative, NonNegativeFloat], ...]
 """(samples seen, weight): linear in between, constant before the first and after the last."""
@@ -159,6 +163,20 @@ def check_teachers(
             )
         if section.temperature is not None and not is_used(objective.logit_weight):
             raise ValueError(f"{where}.temperature has no effect while objective.logit_weight is 0: leave it out")
+    return found
+
+
+def with_store_paths(
+    teachers: dict[str, DistillTeacherSection], data: TrainDataSection
+) -> dict[str, DistillTeacherSection]:
+    """The same with the folder of each store where it can be told: a folder of the teacher's own in the usual one."""
+    found = {}
+    for name, section in teachers.items():
+        usual = None if section.store is None or section.store.path else store_path(section.store, data)
+        if section.store is not None and usual is not None:
+            store = section.store.model_copy(update={"path": usual / (name or EMBEDDINGS)})
+            section = section.model_copy(update={"store": store})
+        found[name] = section
     return found
 
 

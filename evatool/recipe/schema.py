@@ -24,7 +24,7 @@ from evatool.recipe.data_sections import ShardSection as ShardSection
 from evatool.recipe.data_sections import TrainDataSection as TrainDataSection
 from evatool.recipe.distill_sections import DistillObjective as DistillObjective
 from evatool.recipe.distill_sections import DistillTeacherSection as DistillTeacherSection
-from evatool.recipe.distill_sections import TeacherName, check_teachers
+from evatool.recipe.distill_sections import TeacherName, check_teachers, with_store_paths
 from evatool.recipe.engine_sections import EngineSection as EngineSection
 from evatool.recipe.eval_sections import EvalRecipe as EvalRecipe
 from evatool.recipe.eval_sections import EvalSection as EvalSection
@@ -177,8 +177,8 @@ class DistillRecipe(ClipTrainingRecipe):
 
     @property
     def all_teachers(self) -> dict[str, DistillTeacherSection]:
-        """By name; the only one has none."""
-        return check_teachers(self.teacher, self.teachers, self.objective)
+        """By name, the only one has none; each with the folder of its store."""
+        return with_store_paths(check_teachers(self.teacher, self.teachers, self.objective), self.data)
 
     @model_validator(mode="after")
     def _teachers_are_what_is_needed(self) -> DistillRecipe:

@@ -15,6 +15,7 @@ SECTION_ORDER = (
     "shards",
     "model",
     "teacher",
+    "teachers",
     "objective",
     "optim",
     "schedule",

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,14 +15,12 @@ from evatool.data.loader import TrainLoader
 from evatool.errors import RecipeError
 from evatool.model.config import ModelConfig
 from evatool.objective.distill_teachers import Teacher, teacher_features
+from evatool.recipe.distill_sections import EMBEDDINGS
 from evatool.recipe.schema import DistillRecipe, DistillTeacherSection
 from evatool.stages import wiring
 from evatool.stages.store_features import StoreWork
 from evatool.stages.teachers import LazyTeacher, open_clip_teacher, required_store_path, views_of
 from evatool.types import Batch
-
-STORE = "embeddings"
-"""The store's name for the only teacher, and its folder's where the recipe names none."""
 
 
 @dataclass
@@ -41,7 +38,10 @@ def open_distill_data(job: wiring.Job, recipe: DistillRecipe, config: ModelConfi
     Args:
         config: of the student.
     """
-    sections = {name: _with_path(name, section, recipe) for name, section in recipe.all_teachers.items()}
+    sections = recipe.all_teachers
+    for section in sections.values():
+        if section.store is not None:
+            required_store_path(section.store, recipe.data)  # on every rank, before one of them reads a teacher
     opened = {name: open_clip_teacher(job, section) for name, section in sections.items()}
     specs = tuple(_spec(name, sections[name], clip) for name, clip in opened.items() if sections[name].store)
     store = next(iter(sections.values())).store
@@ -70,21 +70,11 @@ def _rows(teacher: Teacher, batch: Batch) -> Tensor:
     return torch.stack(teacher_features(teacher, batch), dim=1)
 
 
-def _with_path(name: str, section: DistillTeacherSection, recipe: DistillRecipe) -> DistillTeacherSection:
-    """With the folder of its store, which is each teacher's own."""
-    if section.store is None:
-        return section
-    path = section.store.path
-    if path is None:
-        path = Path(required_store_path(section.store, recipe.data)) / (name or STORE)
-    return section.model_copy(update={"store": section.store.model_copy(update={"path": path})})
-
-
 def _spec(name: str, section: DistillTeacherSection, clip: LazyTeacher) -> StoreSpec:
     assert section.store is not None
     assert section.store.path is not None
     facts = {"teacher": clip.facts.fingerprint, "teacher.picture": clip.image_size}
-    return StoreSpec(name or STORE, section.store.path, (2, clip.embed_dim), facts)
+    return StoreSpec(name or EMBEDDINGS, section.store.path, (2, clip.embed_dim), facts)
 
 
 def _teacher(name: str, section: DistillTeacherSection, clip: LazyTeacher, loader: TrainLoader) -> Teacher:
@@ -102,5 +92,5 @@ def _teacher(name: str, section: DistillTeacherSection, clip: LazyTeacher, loade
         scale=None if section.temperature is None else 1 / section.temperature,
         bias=section.bias,
         image_size=clip.image_size,
-        store=loader.stores.get(name or STORE),
+        store=loader.stores.get(name or EMBEDDINGS),
     )

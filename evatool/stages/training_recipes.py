@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from evatool.recipe.schema import TrainingRecipe
 from evatool.recipe.write import flatten, to_table
 
 _NOT_COMPARED = ("run_dir", "source", "train.seed", "train.log_every", "data.num_workers")
-_PLACES = ("data.train", "teacher.model", "model.init.path")  # a repetition may read its own copy of these
+# A repetition may read its own copy of these.
+_PLACES = re.compile(r"data\.train|model\.init\.path|(teacher|teachers\.\w+)\.(model|store\.path)")
 
 
 def recipe_of(weights: str) -> dict[str, Any]:
@@ -33,7 +35,8 @@ def recipe_of(weights: str) -> dict[str, Any]:
             return {}
         if not isinstance(recipe, TrainingRecipe):
             return {}
-        flat = {k: v for k, v in flatten(to_table(recipe)).items() if k not in (*_NOT_COMPARED, *_PLACES)}
+        flat = {k: v for k, v in flatten(to_table(recipe)).items() if k not in _NOT_COMPARED}
+        flat = {k: v for k, v in flat.items() if not _PLACES.fullmatch(k)}
         digest = hashlib.sha256(json.dumps(flat, sort_keys=True, default=str).encode()).hexdigest()
         return {"recipe": digest, "train_seed": recipe.train.seed}
     return {}

@@ -42,7 +42,7 @@ CASES: list[tuple[str, ModelConfig, int, Checkpointing]] = [
 def job_of_case(config: ModelConfig, batch: int, checkpointing: Checkpointing) -> Job:
     """Captions fill their context, so no text is left out."""
     kinds = {"numerics": "autocast", "engine": "single", "checkpointing": checkpointing}
-    return Job("measured", "train-clip", config, None, batch * 1000, batch, 1, **kinds)  # type: ignore[arg-type]
+    return Job("measured", "train-clip", config, (), batch * 1000, batch, 1, **kinds)  # type: ignore[arg-type]
 
 
 def measured(config: ModelConfig, batch: int, checkpointing: Checkpointing, device: torch.device) -> tuple[int, float]:

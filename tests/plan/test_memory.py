@@ -77,7 +77,9 @@ def test_the_tiled_loss_does_not_grow_with_the_ranks() -> None:
     tiled, whole = NUMERICS["autocast"], NUMERICS["bf16"]
     assert contrastive_bytes(512, 131_072, 768, tiled) == contrastive_bytes(512, 512, 768, tiled)
     assert contrastive_bytes(512, 131_072, 768, tiled) < contrastive_bytes(512, 131_072, 768, whole) / 20
-    assert contrastive_bytes(512, 131_072, 768, tiled, distils=True) > 9 * 4 * 512 * 131_072
+    taught = {"teacher_widths": (1024, 1280)}
+    assert contrastive_bytes(512, 131_072, 768, tiled, **taught) == contrastive_bytes(512, 512, 768, tiled, **taught)
+    assert contrastive_bytes(512, 512, 768, tiled, **taught) > contrastive_bytes(512, 512, 768, tiled)
 
 
 def test_zero_divides_what_its_stage_says() -> None:

@@ -21,7 +21,8 @@ from evatool.plan.memory import GIB
 from evatool.plan.pace import pace, traffic
 from evatool.plan.published import PARAMETERS, PUBLISHED_RUNS
 from evatool.plan.report import make_plan
-from evatool.recipe.load import load_recipe
+from evatool.recipe.load import load_recipe, resolve_table
+from evatool.recipe.write import to_table
 
 RUNS = {run.name: run for run in PUBLISHED_RUNS}
 ASSUMED = Assumptions()
@@ -42,7 +43,7 @@ REFERENCE = {
 
 
 def job(**changes: object) -> Job:
-    base = Job("l14", "train-clip", PRESETS["EVA02-CLIP-L-14"], None, 4_000_000, 1024, 8, "autocast", "ddp")
+    base = Job("l14", "train-clip", PRESETS["EVA02-CLIP-L-14"], (), 4_000_000, 1024, 8, "autocast", "ddp")
     return replace(base, **changes)
 
 
@@ -172,9 +173,24 @@ def test_a_teacher_counts(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "model_config.json").write_text(json.dumps(resolve_preset("EVA02-CLIP-B-16").to_json()))
     there = load_recipe("demo/distill", [f'teacher.model="{tmp_path}"'])
-    assert job_of_recipe(there.recipe, there.name, 1).teacher == resolve_preset("EVA02-CLIP-B-16")
+    assert job_of_recipe(there.recipe, there.name, 1).teachers == (resolve_preset("EVA02-CLIP-B-16"),)
     gone = load_recipe("demo/distill", ['teacher.model="runs/gone"'])
     assert any("not counted" in note for note in job_of_recipe(gone.recipe, gone.name, 1).notes)
+
+
+def test_several_teachers_count_and_stored_ones_do_not() -> None:
+    teacher = ['teacher.model="EVA02-CLIP-L-14"']
+    one, stored = (load_recipe("demo/distill", [*teacher, *more]) for more in ([], ["teacher.store.views=4"]))
+    table = to_table(one.recipe)
+    table["teachers"] = {"a": table.pop("teacher"), "b": {"model": "OpenCLIP-H-14"}}
+    both = resolve_table(table, "distill")
+    alone, pair, kept = (job_of_recipe(each.recipe, each.name, 1) for each in (one, both, stored))
+    more = operations(pair).teacher - operations(alone).teacher
+    assert more > operations(alone).teacher > 150e9
+    assert memory(pair).parts["teacher"] > memory(alone).parts["teacher"] + 4 * 980e6, "H-14 has 986 M parameters"
+    assert (operations(kept).teacher, memory(kept).parts["teacher"]) == (0, 0)
+    assert any("only the first 4 epochs" in note for note in kept.notes)
+    assert memory(kept).parts["loss"] == memory(alone).parts["loss"], "stored embeddings take part in the loss"
 
 
 @pytest.mark.parametrize("name", ["demo/eval", "demo/export", "demo/data-prepare"])
