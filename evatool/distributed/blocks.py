@@ -81,12 +81,12 @@ def _keeps_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> 
     return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def compile_blocks(objective: nn.Module, device: torch.device) -> bool:
+def compile_blocks(objective: nn.Module, device: torch.device, asked: str = "engine.compile = true") -> bool:
     """Compile every block where a compiler is found; says so once, and returns False, where none is."""
     blocks = blocks_of(objective)
     missing = _missing_compiler(device)
     if missing is not None:
-        log.warning("engine.compile = true, but %s: the blocks run as they are", missing)
+        log.warning("%s, but %s: the blocks run as they are", asked, missing)
         return False
     # Blocks of one tower share their code and differ in constants such as drop path rates: one version each.
     limit = 4 * len(blocks)

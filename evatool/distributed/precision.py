@@ -29,6 +29,11 @@ def autocast(precision: str, device: torch.device) -> Iterator[None]:
         yield
 
 
+def own_precision(tensor: Tensor) -> AbstractContextManager[object]:
+    """Around a frozen model whose weights say what it computes in, whatever the model that learns does."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def plain_attention() -> AbstractContextManager[object]:
     """Attention by plain products where a CPU computes in half precision; a block that is computed again in the
     backward pass must choose as it did before.

@@ -71,6 +71,7 @@ def load_timm_teacher(
     layer: int | None = None,
     image_size: int | None = None,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> TimmTeacher:
     """A timm model as a teacher of patch features.
 
@@ -81,6 +82,7 @@ def load_timm_teacher(
         layer: of those that `forward_intermediates` counts (blocks of a transformer, stages of a convolutional
             network), from 0 or, where negative, from the end; the last when None.
         image_size: input side in pixels; the model's own when None.
+        dtype: of weights and arithmetic.
     Raises: RecipeError where the model is unknown or gives no grid; CheckpointError where the weights do not fit.
     """
     try:
@@ -102,7 +104,7 @@ def load_timm_teacher(
     size = own if image_size is None else image_size
     if size != own and hasattr(model, "set_input_size"):
         model.set_input_size(img_size=size)
-    model = model.to(device).eval().requires_grad_(False)
+    model = model.to(device, dtype).eval().requires_grad_(False)
     try:
         return TimmTeacher(name, model, -1 if layer is None else layer, size)
     except (AssertionError, IndexError, ValueError, RuntimeError) as error:

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from evatool.distributed.precision import own_precision
 from evatool.objective.contrastive import unit
 from evatool.objective.distill_logits import Pair
 from evatool.objective.text import encode_text, fit_tokens
@@ -111,4 +112,6 @@ def teacher_features(teacher: Teacher, batch: Batch) -> Pair:
     clip = teacher.clip
     tokens = fit_tokens(batch.tokens, clip.context_length)
     lengths = batch.text_lengths.clamp(max=clip.context_length)
-    return unit(clip.encode_image(teacher.picture(batch))), unit(encode_text(clip.model, tokens, lengths))
+    with own_precision(tokens):
+        image, text = clip.encode_image(teacher.picture(batch)), encode_text(clip.model, tokens, lengths)
+        return unit(image), unit(text.to(torch.promote_types(text.dtype, torch.float32)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import model_validator
 
@@ -39,6 +40,10 @@ class TeacherSection(Section):
 
     model: str
     """Run folder, exported folder, released file or preset name, as `evatool.load_clip` reads it."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """What it computes and keeps its weights in, whatever the student does; `auto`: bf16 on a GPU, fp32 on a CPU."""
+    compile: bool = True
+    """Compile its transformer blocks on a GPU, where a compiler is found; on a CPU they run as they are."""
     store: StoreSection | None = None
     """Where its features are kept; when absent the teacher runs at every step."""
 

@@ -1,4 +1,4 @@
-"""Frozen teachers: what is known of one without its weights, and the weights only when a picture has no features yet."""
+"""Frozen teachers: what is known of one without its weights, and the weights once a picture has no features yet."""
 
 # B batch, S input side in pixels, N patches, T width of the features
 
@@ -9,16 +9,17 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from evatool.api import LoadedClip, load_clip
+from evatool.api import DTYPES, LoadedClip, Precision, load_clip
 from evatool.data.feature_store import StoreSpec, Views
+from evatool.distributed.blocks import compile_blocks
 from evatool.distributed.collectives import gather_objects
+from evatool.distributed.precision import own_precision
 from evatool.errors import RecipeError
 from evatool.model.config import ModelConfig
 from evatool.model.patch_teacher import TimmTeacher, load_timm_teacher, resize_grid
@@ -64,18 +65,15 @@ class LazyTeacher:
         load: reads its weights, onto this rank's device.
     """
 
-    def __init__(self, facts: TeacherFacts, load: Callable[[], Any]) -> None:
-        self.facts, self._load = facts, load
-
-    @cached_property
-    def loaded(self) -> Any:
-        """The teacher itself."""
-        return self._load()
+    def __init__(self, facts: TeacherFacts, load: Callable[[], Any], loaded: Any = None) -> None:
+        self.facts, self._load, self._loaded = facts, load, loaded
 
     @property
-    def is_loaded(self) -> bool:
-        """True once its weights were read."""
-        return "loaded" in self.__dict__
+    def loaded(self) -> Any:
+        """The teacher itself."""
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
 
     @property
     def config(self) -> ModelConfig:
@@ -110,7 +108,8 @@ class LazyTeacher:
 
     def encode_image(self, image: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 -> (B, T)."""
-        return self.loaded.encode_image(image)
+        with own_precision(image):
+            return self.loaded.encode_image(image)
 
 
 class PatchTeacher:
@@ -120,8 +119,9 @@ class PatchTeacher:
         self.teacher, self.grid = teacher, grid
 
     def visual_tokens(self, image: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, N, T)."""
-        return resize_grid(self.teacher.loaded.visual_tokens(image), self.teacher.facts.grid, self.grid)
+        """(B, 3, S, S) uint8 -> (B, N, T) float32."""
+        with own_precision(image):
+            return resize_grid(self.teacher.loaded.visual_tokens(image), self.teacher.facts.grid, self.grid)
 
 
 def open_clip_teacher(job: Job, section: TeacherSection) -> LazyTeacher:
@@ -131,37 +131,39 @@ def open_clip_teacher(job: Job, section: TeacherSection) -> LazyTeacher:
     Raises: CheckpointError, UsageError as `load_clip`; RecipeError where the store has no folder.
     """
 
-    def load() -> LoadedClip:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_RANDOM_SEED)
-            teacher = load_clip(section.model, device=job.world.device)
-        log.info("teacher: %s, %s", teacher.config.name, teacher.source)
+    def read(device: torch.device, precision: Precision) -> LoadedClip:
+        teacher = load_clip(section.model, device=device, precision=precision)
+        log.info("teacher: %s, %s, %s", teacher.config.name, precision, teacher.source)
         return teacher
 
-    return _opened(job, section, load, _facts_of_clip, [section.model])
+    return _opened(job, section, read, _facts_of_clip, [section.model])
 
 
 def open_patch_teacher(job: Job, section: PatchTeacherSection) -> LazyTeacher:
     """The CLIP or timm model whose patch features are learned; as `open_clip_teacher`."""
 
-    def load() -> LoadedClip | TimmTeacher:
-        device = job.world.device
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_RANDOM_SEED)
-            if not section.is_timm:
-                clip = load_clip(section.model, device=device, image_size=section.image_size)
-                log.info("teacher: %s, %s", clip.config.name, clip.source)
-                return clip
-            name = section.model.removeprefix(TIMM_PREFIX)
-            size, layer = section.image_size, section.layer
-            teacher = load_timm_teacher(name, weights=section.weights, layer=layer, image_size=size, device=device)
-        log.info("teacher: timm's %s, %d x %d patches of %d", name, *teacher.grid, teacher.embed_dim)
+    def read(device: torch.device, precision: Precision) -> LoadedClip | TimmTeacher:
+        size = section.image_size
+        if not section.is_timm:
+            clip = load_clip(section.model, device=device, precision=precision, image_size=size)
+            log.info("teacher: %s, %s, %s", clip.config.name, precision, clip.source)
+            return clip
+        name = section.model.removeprefix(TIMM_PREFIX)
+        teacher = load_timm_teacher(
+            name,
+            weights=section.weights,
+            layer=section.layer,
+            image_size=size,
+            device=device,
+            dtype=DTYPES[precision],
+        )
+        log.info("teacher: timm's %s, %s, %d x %d patches of %d", name, precision, *teacher.grid, teacher.embed_dim)
         return teacher
 
     sources = [section.model, str(section.image_size)]
     if section.is_timm:
         sources = [str(section.weights), section.model, str(section.layer), str(section.image_size)]
-    return _opened(job, section, load, _facts_of_patches, sources)
+    return _opened(job, section, read, _facts_of_patches, sources)
 
 
 def _facts_of_patches(teacher: LoadedClip | TimmTeacher, *, with_fingerprint: bool) -> TeacherFacts:
@@ -193,30 +195,49 @@ def _facts_of_clip(teacher: LoadedClip, *, with_fingerprint: bool) -> TeacherFac
 def _opened(
     job: Job,
     section: TeacherSection,
-    load: Callable[[], Any],
+    read: Callable[[torch.device, Precision], Any],
     facts_of: Callable[..., TeacherFacts],
     sources: list[str],
 ) -> LazyTeacher:
     """Args: sources: the teacher's file or folder, and whatever else of the recipe says which teacher it is."""
+    device = job.world.device
+    precision = precision_of(section, device)
+
+    def load() -> Any:
+        teacher = _reproducibly(read, device, precision)
+        if device.type == "cuda" and section.compile:
+            compile_blocks(teacher.model, device, asked="teacher.compile = true")
+        return teacher
+
     if section.store is None:
         loaded = load()
-        teacher = LazyTeacher(facts_of(loaded, with_fingerprint=False), load)
-        teacher.__dict__["loaded"] = loaded
-        return teacher
+        return LazyTeacher(facts_of(loaded, with_fingerprint=False), load, loaded)
     if not job.world.is_main:
         return LazyTeacher(gather_objects(None)[0], load)
     folder = required_store_path(section.store, job.recipe.data)
     stamp = [_stamp(sources[0]), *sources[1:]]
-    facts = _remembered(folder, stamp)
-    teacher = LazyTeacher(facts, load) if facts is not None else None
-    if teacher is None:
-        loaded = load()
+    facts, loaded = _remembered(folder, stamp), None
+    if facts is None:
+        # A teacher is the same one whatever it computes in, so its fingerprint is of its weights as they were read.
+        loaded = _reproducibly(read, torch.device("cpu"), "fp32")
         facts = facts_of(loaded, with_fingerprint=True)
-        teacher = LazyTeacher(facts, load)
-        teacher.__dict__["loaded"] = loaded
         _remember(folder, stamp, facts)
     gather_objects(facts)
-    return teacher
+    return LazyTeacher(facts, load, loaded if (device.type, precision) == ("cpu", "fp32") else None)
+
+
+def precision_of(section: TeacherSection, device: torch.device) -> Precision:
+    """What the teacher computes in."""
+    if section.precision != "auto":
+        return section.precision
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
+def _reproducibly(read: Callable[[torch.device, Precision], Any], device: torch.device, precision: Precision) -> Any:
+    """A teacher with random weights is the same however late it is read, and takes no random number of the run's."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_RANDOM_SEED)
+        return read(device, precision)
 
 
 # ---------------------------------------------------------------------------------------------------------- stores

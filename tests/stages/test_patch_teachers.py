@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
 
+from evatool.distributed.blocks import compile_blocks
+from evatool.distributed.world import World
 from evatool.errors import RecipeError
 from evatool.recipe.load import resolve_table
 from evatool.stages import teachers
+from evatool.stages.run_dir import RunDir, RunOptions
+from evatool.stages.wiring import Job
 from evatool.train.hooks import read_metrics
 
 pytestmark = pytest.mark.e2e
@@ -44,3 +50,77 @@ def test_settings_of_a_timm_model_with_a_clip_are_refused() -> None:
     }
     with pytest.raises(RecipeError, match="layer belong to a timm teacher"):
         resolve_table(table, "pretrain-mim")
+
+
+# ------------------------------------------------------------------------------------------------------ arithmetic
+
+
+def opened(tmp_path, clip_run, device="cpu", **section):
+    recipe = resolve_table(
+        {
+            "data": {"train": "shards"},
+            "model": {"preset": "EVA02-CLIP-debug"},
+            "teacher": {"model": str(clip_run.run_dir), **section},
+            "optim": {"visual": {"lr": 1e-3}, "grad_clip_norm": 1.0},
+            "train": {"samples_seen": 8, "global_batch_size": 8},
+        },
+        "pretrain-mim",
+    ).recipe
+    world = World(0, 1, 0, torch.device(device))
+    job = Job(recipe, RunOptions(name="teacher"), world, RunDir(tmp_path), saved=None)
+    return teachers.open_patch_teacher(job, recipe.teacher)
+
+
+def tokens_of(teacher, image):
+    return teachers.PatchTeacher(teacher, teacher.facts.grid).visual_tokens(image)
+
+
+@pytest.fixture
+def image():
+    return torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def test_the_teacher_computes_in_its_own_precision(tmp_path, clip_run, image) -> None:
+    plain = tokens_of(opened(tmp_path, clip_run), image)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # as a student in bf16 has it
+        assert torch.equal(tokens_of(opened(tmp_path, clip_run), image), plain)
+    half = opened(tmp_path, clip_run, precision="bf16")
+    assert half.loaded.model.visual.trunk.blocks[0].mlp.fc2.weight.dtype == torch.bfloat16
+    found = tokens_of(half, image)
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, plain)
+    assert float(torch.cosine_similarity(found, plain, dim=-1).min()) > 0.999
+
+
+def test_the_teacher_is_frozen_and_in_eval_mode(tmp_path, clip_run, image) -> None:
+    teacher = opened(tmp_path, clip_run)
+    assert not teacher.loaded.model.training
+    assert not any(p.requires_grad for p in teacher.loaded.model.parameters())
+    assert not tokens_of(teacher, image).requires_grad
+
+
+def test_what_auto_means(monkeypatch, tmp_path, clip_run) -> None:
+    """On a GPU bf16 weights and compiled blocks; asked of a machine that has none."""
+    read, compiled = [], []
+    monkeypatch.setattr(teachers, "compile_blocks", lambda *args, **kw: compiled.append(args))
+    monkeypatch.setattr(teachers, "_facts_of_patches", lambda *args, **kw: None)
+    monkeypatch.setattr(teachers, "load_clip", lambda *a, device, precision, **kw: read.append(precision) or Loaded())
+    for device, section in (("cpu", {}), ("cuda", {}), ("cuda", {"precision": "fp32", "compile": False})):
+        opened(tmp_path, clip_run, device, **section)
+    assert read == ["fp32", "bf16", "fp32"]
+    assert len(compiled) == 1
+
+
+class Loaded:
+    """What a loaded teacher's log line asks for."""
+
+    model, source = None, "a file"
+    config = SimpleNamespace(name="a teacher")
+
+
+@pytest.mark.slow
+def test_compiled_blocks_say_the_same(tmp_path, clip_run, image) -> None:
+    teacher = opened(tmp_path, clip_run)
+    plain = tokens_of(teacher, image)
+    assert compile_blocks(teacher.loaded.model, torch.device("cpu"))
+    torch.testing.assert_close(tokens_of(teacher, image), plain, rtol=1e-4, atol=1e-5)
