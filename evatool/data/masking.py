@@ -1,6 +1,7 @@
-"""Block-wise masks for masked image modelling.
+"""Masks for masked image modelling: blocks, or single patches anywhere.
 
-Source: BEiT's generator as EVA runs it (eva.md 2.2; EVA-02/asuka/masking_generator.py), with the grid as parameter.
+Source: BEiT's generator of blocks as EVA runs it (eva.md 2.2; EVA-02/asuka/masking_generator.py), with the grid as
+parameter; MAE's random patches for EVA-L (eva.md 2.3).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -25,12 +27,45 @@ class MaskSpec:
     grid: tuple[int, int]
     mask_ratio: float
     min_block_fraction: float
+    masking: Literal["blocks", "random"] = "blocks"
 
-    def generator(self) -> BlockMaskGenerator:
+    def generator(self) -> MaskGenerator:
         """The generator for this grid: target round(mask_ratio N), smallest block round(min_block_fraction N)."""
         num_patches = self.grid[0] * self.grid[1]
-        min_block = max(1, round(self.min_block_fraction * num_patches))
-        return BlockMaskGenerator(self.grid, max(1, round(self.mask_ratio * num_patches)), min_block)
+        num_masked = max(1, round(self.mask_ratio * num_patches))
+        if self.masking == "random":
+            return RandomMaskGenerator(num_patches, num_masked)
+        return BlockMaskGenerator(self.grid, num_masked, max(1, round(self.min_block_fraction * num_patches)))
+
+
+class MaskGenerator(Protocol):
+    """Draws masks of at most `num_masked` patches, bool (N,), row by row, True where masked."""
+
+    num_masked: int
+
+    def __call__(self, rng: random.Random) -> np.ndarray: ...
+
+
+class RandomMaskGenerator:
+    """Draws exactly `num_masked` patches, each set of them with the same chance.
+
+    Raises: RecipeError where no patch would be left, or none masked.
+    """
+
+    def __init__(self, num_patches: int, num_masked: int) -> None:
+        self.num_patches, self.num_masked = num_patches, num_masked
+        if not 1 <= num_masked < num_patches:
+            raise RecipeError(
+                f"{num_masked} of {num_patches} patches masked: at least one must be masked and one visible",
+                where="objective.mask_ratio and the model's patch grid",
+                fix="lower objective.mask_ratio, or use smaller patches or larger pictures",
+            )
+
+    def __call__(self, rng: random.Random) -> np.ndarray:
+        """A mask as bool (N,), row by row, True where masked."""
+        mask = np.zeros(self.num_patches, dtype=bool)
+        mask[rng.sample(range(self.num_patches), self.num_masked)] = True
+        return mask
 
 
 class BlockMaskGenerator:

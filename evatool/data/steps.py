@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from evatool.data import order
 from evatool.data.bad_samples import BadSample, Converted
 from evatool.data.feature_store import FeatureStore
-from evatool.data.masking import BlockMaskGenerator
+from evatool.data.masking import MaskGenerator
 from evatool.data.mixing import Mix
 from evatool.data.order import SourceOrder
 from evatool.data.pictures import BadPicture
@@ -89,7 +89,7 @@ class StepDataset(Dataset[Made]):
         rank: int,
         world_size: int,
         tokenizer: Tokenizer | None,
-        masks: BlockMaskGenerator | None,
+        masks: MaskGenerator | None,
         keep_decoded: bool,
         end: int | None = None,
         num_views: int | None = None,

@@ -147,6 +147,8 @@ def _build_presets() -> dict[str, ModelConfig]:
             "text_cfg": dict(zip(("width", "heads", "layers"), text_shape, strict=True)),
             "quick_gelu": quick_gelu,
         }
+    decoder = {"width": 32, "layers": 1, "heads": 2}
+    tables["EVA-L-debug"] = {"predict_dim": 32, "vision_cfg": {**_DEBUG, "mlp_ratio": 4.0}, "decoder": decoder}
     tables["EVA-L"] = {"predict_dim": 1024, "vision_cfg": _EVA_L, "decoder": {"width": 512, "layers": 4, "heads": 16}}
     return {name: ModelConfig.from_json(table, name=name) for name, table in tables.items()}
 

@@ -77,7 +77,7 @@ class MimObjective(nn.Module):
         return [count / sum(counts) for count in counts]
 
     def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The student's predictions and the teacher's features, which get no gradient, at masked patches; both (M, T)."""
+        """The student's predictions and the teacher's features (without gradient) at masked patches; both (M, T)."""
         assert batch.mask is not None, "masked image modelling needs masks in its batches"
         target = self.targets(batch)
         dtype = next(self.model.parameters()).dtype

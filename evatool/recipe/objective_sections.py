@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, Tag
+from pydantic import Field, Tag, model_validator
 
 from evatool.recipe.joint_sections import JointMim
 from evatool.recipe.section import Section, by_kind
@@ -60,3 +60,14 @@ class MimObjective(Section):
     """Target share of masked patches, reached at most; the count is round(mask_ratio N): 105 of 256 in EVA."""
     min_block_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.0625
     """Smallest masked block as a share of the grid: 16 of 256 patches in EVA."""
+    masking: Literal["blocks", "random"] = "blocks"
+    """`blocks`: rectangles, as EVA-01 and EVA-02. `random`: single patches, equally many in each picture, as EVA-L."""
+
+    @model_validator(mode="after")
+    def _blocks_are_of_blocks(self) -> MimObjective:
+        default = MimObjective.model_fields["min_block_fraction"].default
+        if self.masking == "random" and self.min_block_fraction != default:
+            raise ValueError(
+                f'min_block_fraction = {self.min_block_fraction} has no effect with masking = "random": leave it out'
+            )
+        return self

@@ -69,6 +69,7 @@ class MimData:
 def open_mim_data(job: wiring.Job, recipe: PretrainMimRecipe) -> MimData:
     """Teacher, masks and batches. Raises: RecipeError where the student predicts features of another width."""
     shape = resolve_preset(recipe.model.preset).with_image_size(recipe.model.image_size)
+    check_decoder(shape, recipe)
     return open_masked_data(job, shape, recipe.objective, recipe.teacher)
 
 
@@ -81,7 +82,8 @@ def open_masked_data(
     context_length: int = 0,
 ) -> MimData:
     """The same for a student of this shape, with captions where they are asked for."""
-    mask = MaskSpec(shape.grid, masks.mask_ratio, masks.min_block_fraction)
+    masking = masks.masking if isinstance(masks, schema.MimObjective) else "blocks"
+    mask = MaskSpec(shape.grid, masks.mask_ratio, masks.min_block_fraction, masking)
     generator = mask.generator()  # here, so that masks that cannot be drawn are said before anything is loaded
     teacher = open_patch_teacher(job, section)
     check_widths(shape, teacher)
@@ -100,6 +102,19 @@ def open_masked_data(
         job, shape, context_length=context_length, mask=mask, teacher_size=teacher.image_size, views=views
     )
     return MimData(shape, mask, teacher, PatchTeacher(teacher, shape.grid), views, loader)
+
+
+def check_decoder(student: ModelConfig, recipe: PretrainMimRecipe) -> None:
+    """Raises: RecipeError, with all problems, for settings that a masked autoencoder cannot follow."""
+    if student.decoder is None:
+        return
+    problems = []
+    if recipe.objective.masking != "random":
+        problems.append('objective.masking must be "random": blocks hide different numbers of patches')
+    if recipe.model.patch_embed_grad_scale != 1.0:
+        problems.append("model.patch_embed_grad_scale must be 1.0: it has no mask token among its patches")
+    if problems:
+        raise RecipeError(f"{student.name} is a masked autoencoder", problems=problems, where="model.preset")
 
 
 def check_widths(student: ModelConfig, teacher: LazyTeacher) -> None:

@@ -141,3 +141,15 @@ def test_a_block_that_never_fits_is_an_error_and_not_an_empty_mask() -> None:
     generator = BlockMaskGenerator((2, 2), 3, 3)  # sides must be 1: one patch, rounded from an area of 3, never
     with pytest.raises(RecipeError, match="no block fitted"):
         generator(random.Random(0))
+
+
+def test_random_masks_hide_equally_many_patches_each_equally_often() -> None:
+    """EVA-L's 192 of 256; every patch within 5 standard deviations of its chance."""
+    generator = MaskSpec((16, 16), 0.75, 0.0625, "random").generator()
+    masks = np.stack([generator(random.Random(seed)) for seed in range(2000)])
+    assert generator.num_masked == 192
+    assert (masks.sum(axis=1) == 192).all()
+    assert np.abs(masks.mean(axis=0) - 0.75).max() < 5 * (0.75 * 0.25 / 2000) ** 0.5
+    assert (generator(random.Random(3)) == masks[3]).all()
+    with pytest.raises(RecipeError, match="4 of 4 patches"):
+        MaskSpec((2, 2), 0.9, 0.0625, "random").generator()

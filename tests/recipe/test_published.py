@@ -72,6 +72,7 @@ class Mim(NamedTuple):
 
 MIM = {
     "eva-01-g": Mim(1_012_229_632, 4096, 150 * 30 * M, 1e-3, 2, 150, 0.1, 1),
+    "eva-l": Mim(316_576_768, 4096, 150 * 14_200_000, 2.4e-3, 2, 150, 0.0, 1),  # batch and ZeRO stage: our choice
     "eva-02-ti": Mim(5_699_968, 4000, 240 * 14_200_000, 3e-3, 1, 240, 0.0, 0),
     "eva-02-s": Mim(22_015_744, 4000, 240 * 14_200_000, 3e-3, 1, 240, 0.0, 0),
     "eva-02-b": Mim(86_546_944, 2048, 150 * 14_200_000, 1.5e-3, 1, 150, 0.0, 0),
@@ -151,12 +152,15 @@ def test_mim(name):
     assert recipe.schedule.warmup_samples * row.epochs == row.samples * row.warmup_epochs
     assert recipe.schedule.min_lr_fraction * row.lr == pytest.approx(1e-5)
     optim = recipe.optim
-    assert (optim.kind, optim.betas, optim.eps, optim.grad_clip_norm) == ("adamw", (0.9, 0.98), 1e-6, 3.0)
+    beta2 = 0.95 if name == "eva-l" else 0.98
+    assert (optim.kind, optim.betas, optim.eps, optim.grad_clip_norm) == ("adamw", (0.9, beta2), 1e-6, 3.0)
     assert (optim.visual.lr, optim.visual.weight_decay, optim.visual.layer_decay) == (row.lr, 0.05, 1.0)
     assert recipe.model.drop_path_rate == row.drop_path
     assert recipe.engine.zero_stage == row.zero_stage
-    assert recipe.model.patch_embed_grad_scale == (1.0 if name == "eva-01-g" else 0.1)
-    assert (recipe.objective.mask_ratio, recipe.objective.min_block_fraction) == (0.41, 0.0625)
+    assert recipe.model.patch_embed_grad_scale == (1.0 if name in ("eva-01-g", "eva-l") else 0.1)
+    masks = ("random", 0.75) if name == "eva-l" else ("blocks", 0.41)
+    assert (recipe.objective.masking, recipe.objective.mask_ratio) == masks
+    assert recipe.objective.min_block_fraction == 0.0625
     assert (recipe.data.augment.crop_scale, recipe.data.augment.horizontal_flip) == ((0.2, 1.0), 0.5)
 
 
