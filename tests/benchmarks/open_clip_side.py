@@ -1,7 +1,8 @@
 """Runs `open_clip_train` on a model that open_clip does not list; needs open_clip's own environment and no evatool.
 
 `python open_clip_side.py SPEC ARGUMENTS...`: SPEC is JSON with `name`, `config` (open_clip's model configuration) and
-`eva` (arguments of timm's `Eva`, or null where timm knows the tower); ARGUMENTS are the trainer's own.
+`eva` (arguments of timm's `Eva`, or null where timm knows the tower), and in `also` the same of further models;
+ARGUMENTS are the trainer's own.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ def main() -> None:
     import open_clip
     from open_clip_train.main import main as train
 
-    if spec["eva"] is not None:
-        register_tower(spec["config"]["vision_cfg"]["timm_model_name"], spec["eva"])
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{spec['name']}.json"
-        path.write_text(json.dumps(spec["config"]))
-        open_clip.add_model_config(path)
+        for model in [spec, *spec.get("also", [])]:
+            if model["eva"] is not None:
+                register_tower(model["config"]["vision_cfg"]["timm_model_name"], model["eva"])
+            path = Path(folder) / f"{model['name']}.json"
+            path.write_text(json.dumps(model["config"]))
+            open_clip.add_model_config(path)
         train(sys.argv[2:])
 
 
