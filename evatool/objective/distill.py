@@ -137,7 +137,10 @@ class DistillObjective(FeatureObjective):
         scale, bias, section = features["scale"], features.get("bias"), self.section
         student = features["image"], features["text"]
         image, text = (features[teacher.key(f"teacher_{tower}")].to(student[0].dtype) for tower in ("image", "text"))
-        fitted = tuple(features.get(teacher.key(f"projected_{tower}"), features[tower]) for tower in ("image", "text"))
+        fitted = (
+            features.get(teacher.key("projected_image"), features["image"]),
+            features.get(teacher.key("projected_text"), features["text"]),
+        )
         parts: dict[str, Tensor] = {}
         if "feature_loss" in self._used:
             parts["feature_loss"] = feature_loss(fitted, (image, text), section.feature_loss)

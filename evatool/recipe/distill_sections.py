@@ -147,7 +147,7 @@ def check_teachers(
             if teachers
             else "there is no teacher: give [teacher] with its model, or [teachers.NAME] for each of several"
         )
-    found = {"": teacher} if teacher is not None else dict(teachers)
+    found = {"": teacher} if teacher is not None else dict(teachers or {})
     _check_stores(found)
     needs_bias = objective.loss == "sigmoid" and is_used(objective.logit_weight)
     for name, section in found.items():

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -60,7 +61,9 @@ def open_distill_data(job: wiring.Job, recipe: DistillRecipe, config: ModelConfi
 def open_store_work(job: wiring.Job, recipe: DistillRecipe) -> StoreWork:
     """For filling the recipe's stores ahead of time."""
     data = open_distill_data(job, recipe, wiring.clip_config(recipe.model))
-    features = {t.store.spec.name: partial(_rows, t) for t in data.teachers if isinstance(t.store, FeatureStore)}
+    features: dict[str, Callable[[Batch], Tensor]] = {
+        t.store.spec.name: partial(_rows, t) for t in data.teachers if isinstance(t.store, FeatureStore)
+    }
     sizes = sorted({teacher.image_size for teacher in data.teachers if teacher.image_size is not None})
     return StoreWork(data.loader, features, sizes)
 
