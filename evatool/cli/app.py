@@ -235,7 +235,7 @@ def export(
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="Short form: open_clip, baai, timm, safetensors, onnx or torch-export. Default: open_clip.",
+            help="Short form: open_clip, baai, timm, safetensors, onnx, torch-export or deepspeed. Default: open_clip.",
         ),
     ] = None,
     model_config: Annotated[

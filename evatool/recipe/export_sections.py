@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from evatool.recipe.section import Positive, PositiveFloat, Section
 
-Format = Literal["open_clip", "baai", "timm", "safetensors", "onnx", "torch-export"]
+Format = Literal["open_clip", "baai", "timm", "safetensors", "onnx", "torch-export", "deepspeed"]
 
 
 class ExportSection(Section):
@@ -21,7 +21,8 @@ class ExportSection(Section):
     """The model of a file that no preset fits: a preset, or a JSON file with embed_dim, vision_cfg and text_cfg."""
     format: Format = "open_clip"
     """`open_clip`: a folder for `local-dir:`. `baai`: a flat file with EVA-CLIP's names. `timm`: the image tower.
-    `safetensors`: our names in one file. `onnx`, `torch-export`: a graph a tower, any batch size."""
+    `safetensors`: our names in one file. `onnx`, `torch-export`: a graph a tower, any batch size. `deepspeed`: a
+    training checkpoint with its moments, as DeepSpeed's universal one."""
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
     """Numbers of the written weights; as at the source when absent."""
     image_size: Positive | None = None
@@ -54,6 +55,10 @@ class ExportSection(Section):
             raise ValueError(f"tower = {self.tower!r}: an open_clip folder holds both towers")
         if self.format == "timm" and self.tower == "text":
             raise ValueError("tower = 'text': timm has image towers only")
+        if self.format == "deepspeed":
+            given = sorted(self.model_fields_set - {"checkpoint", "format"})
+            if given:
+                raise ValueError(f"{', '.join(given)}: format = 'deepspeed' writes a training checkpoint as it is")
         return self
 
 

@@ -19,6 +19,7 @@ from evatool.export.hub import check_credentials, push_to_hub
 from evatool.export.model_card import CardFacts
 from evatool.model.config import ModelConfig
 from evatool.recipe.schema import ExportRecipe, ExportSection
+from evatool.stages import export_deepspeed
 from evatool.stages.export_formats import export_model, round_weights
 from evatool.stages.export_streamed import export_unloaded, needs_streaming
 from evatool.stages.run_dir import RunOptions, open_run_dir
@@ -34,6 +35,8 @@ def run(recipe: ExportRecipe, run: RunOptions) -> Result:
     file is left in the run folder.
     """
     section = recipe.export
+    if section.format == "deepspeed":
+        return export_deepspeed.run(recipe, run)
     if section.push_to_hub is not None:
         check_credentials(section.push_to_hub)
     run_dir = open_run_dir(recipe, run)
