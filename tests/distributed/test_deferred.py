@@ -58,6 +58,8 @@ def test_objectives_with_weights_of_their_own():
     widths = {"context_length": 8, "student_width": config.embed_dim or 0}
     assert_equal(*both(lambda: ClipObjective(build_clip(config), sigmoid)))
     assert_equal(*both(lambda: DistillObjective(build_clip(config), [teacher], distill, **widths)))
+    taught = schema.DistillObjective(loss="sigmoid", logit_weight=0.0, interactive_weight=1.0)
+    assert_equal(*both(lambda: DistillObjective(build_clip(config), [teacher], taught, **widths)))
 
 
 def test_the_stream_of_random_numbers_is_left_alone():
