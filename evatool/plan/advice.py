@@ -90,11 +90,18 @@ def largest_micro_batch(job: Job, gpu: Hardware) -> int:
 
 
 def enough_gpus(job: Job, gpu: Hardware) -> int | None:
-    """Fewest ranks, doubling, on which the job fits as it is; None if even one sample a rank does not."""
-    ranks = job.num_gpus
-    while ranks <= job.global_batch_size:
-        kind = "fsdp2" if job.engine == "single" and ranks > 1 else job.engine
-        if fits(replace(job, num_gpus=ranks, engine=kind), gpu):  # type: ignore[arg-type]
-            return ranks
-        ranks *= 2
-    return None
+    """Fewest ranks on which the job fits with its settings, over which the global batch divides: any number within a
+    machine, whole machines beyond one; parts of machines where the batch divides over no whole ones. None if even one
+    sample a rank does not fit."""
+    counts = [n for n in range(job.num_gpus, job.global_batch_size + 1) if job.global_batch_size % n == 0]
+    whole = [n for n in counts if n <= gpu.gpus_per_node or n % gpu.gpus_per_node == 0]
+    return next((n for n in (*whole, *counts) if fits(on_ranks(job, n), gpu)), None)
+
+
+def on_ranks(job: Job, num_gpus: int) -> Job:
+    """The same recipe on another number of ranks: a micro-batch that it states stays, with more or fewer passes."""
+    kind = "fsdp2" if job.engine == "single" and num_gpus > 1 else job.engine
+    passes = 1
+    if job.accumulation > 1:
+        passes = -(-job.global_batch_size // (num_gpus * job.micro_batch_size))
+    return replace(job, num_gpus=num_gpus, engine=kind, accumulation=passes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from evatool.plan.memory import FP32, Numerics
@@ -71,13 +71,20 @@ class States:
         return self.weights + self.gradients + self.optimizer
 
 
-def states(sizes: Sequence[int], setup: Setup, numerics: Numerics) -> States:
+def states(sizes: Sequence[int], setup: Setup, numerics: Numerics, frozen: Sequence[int] = ()) -> States:
     """Weights, gradients, and AdamW's or LAMB's moments with the master weights, of the rank that holds most.
 
     Args:
         sizes: parameters of each optimiser group; under ZeRO-3 of each tensor; one sum will do where padding does not
             matter. `fsdp2_states` has fsdp2's padding.
+        frozen: of each tensor that does not learn: weights alone, divided where weights are.
     """
+    if frozen:
+        learned, ranks = states(sizes, setup, numerics), setup.num_ranks if setup.divides_weights else 1
+        weights = numerics.weight * sum(-(-n // ranks) for n in frozen)
+        if setup.offload == "optimizer-and-weights":
+            return replace(learned, host=learned.host + weights)
+        return replace(learned, weights=learned.weights + weights)
     params, size = sum(sizes), numerics.weight
     if setup.kind == "fsdp2":
         return fsdp2_states([(params,)], setup, numerics)
@@ -94,12 +101,34 @@ def states(sizes: Sequence[int], setup: Setup, numerics: Numerics) -> States:
     gradients = size * params if stage == 1 else size * piece
     if setup.offload == "none":
         return States(weights, gradients, optimizer)
-    # Gradients are stepped where the master weights are; stage 3 keeps them nowhere else.
-    host = optimizer + FP32 * piece
+    # Gradients are stepped where the master weights are; stage 3 collects them there in a buffer of their own first.
+    host = optimizer + (2 if stage == 3 else 1) * FP32 * piece
     on_gpu = 0 if stage == 3 else gradients
     if setup.offload == "optimizer-and-weights":
         return States(0, on_gpu, 0, host + weights)
     return States(weights, on_gpu, 0, host)
+
+
+def average_bytes(sizes: Sequence[int], setup: Setup, frozen: Sequence[int] = ()) -> tuple[int, int]:
+    """A moving average of the weights (`train.ema_decay`) on the first rank, which holds most: (accelerator, host).
+
+    Each rank averages the float32 numbers it holds; what every rank has, the first averages alone. Master weights are
+    averaged where they are, so an offloaded optimiser has its average in the machine's own memory.
+
+    Args:
+        sizes, frozen: as in `states`.
+    """
+    ranks = setup.num_ranks
+    whole_frozen = FP32 * sum(frozen)
+    if setup.divides_nothing:
+        return FP32 * sum(sizes) + whole_frozen, 0
+    even = 2 if setup.kind == "zero" and setup.zero_stage < 3 else 1
+    own = FP32 * sum(min(n, even * -(-n // (even * ranks))) for n in sizes)
+    if setup.divides_weights:
+        whole_frozen = FP32 * sum(-(-n // ranks) for n in frozen)
+    if setup.offload == "none":
+        return own + whole_frozen, 0
+    return (0, own + whole_frozen) if setup.offload == "optimizer-and-weights" else (whole_frozen, own)
 
 
 def fsdp2_states(shapes: Sequence[tuple[int, ...]], setup: Setup, numerics: Numerics, rank: int = 0) -> States:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from evatool.plan import memory as mem
 from evatool.plan import towers
-from evatool.plan.engines import engine_buffers, states
+from evatool.plan.engines import States, average_bytes, engine_buffers, states
 from evatool.plan.job import Job
+from evatool.plan.locked import forward_only_flops, frozen_params, idle_blocks
 
 # ------------------------------------------------------------------------------------------------------- operations
 
@@ -20,7 +21,8 @@ class Operations:
     text: int
     teacher: int
     model: int
-    """Three forward passes of what learns, one of the teacher: what utilisation (MFU) is counted on."""
+    """Three forward passes of what learns, one of what is frozen and of the teacher: what utilisation (MFU) is counted
+    on."""
     executed: int
     """`model`, and the forward passes that are repeated to save memory."""
 
@@ -34,10 +36,15 @@ def operations(job: Job) -> Operations:
     else:
         image = round(sum(part * towers.image_flops(job.model, share) for part, share in job.dropout_shares))
         text = towers.text_flops(job.model, job.text_tokens)
+        if job.joint is not None:
+            image += towers.mim_flops(job.joint, job.masked)
         for config in job.teachers:
-            teacher += towers.image_flops(config) + towers.text_flops(config, job.text_tokens)
-    model = 3 * (image + text) + teacher
-    repeated = image + text if job.checkpointing == "full" else 0
+            teacher += towers.image_flops(config, all_tokens=job.joint is not None)
+            teacher += towers.text_flops(config, job.text_tokens) if job.joint is None else 0
+    shares = job.dropout_shares if job.stage != "pretrain-mim" else []
+    idle = round(sum(p * forward_only_flops(job.model, job.locks, share, job.text_tokens) for p, share in shares))
+    model = 3 * (image + text) - 2 * idle + teacher
+    repeated = image + text - idle if job.checkpointing == "full" else 0
     if job.accumulation > 1 and job.stage != "pretrain-mim":  # features of the whole batch first, then again
         repeated += image + text
     return Operations(image, text, teacher, model, model + repeated)
@@ -69,17 +76,18 @@ def memory(job: Job) -> Memory:
     pass, with all gradients and the block that is computed again."""
     numerics, setup = mem.NUMERICS[job.numerics], job.setup
     params = towers.count_parameters(job.model).total
-    held = states([params], setup, numerics)
+    held, average = held_states(job), _average(job)
     stacks, activations = _activations(job, numerics)
     in_blocks = sum(stack.params for stack in stacks)
     batch = job.micro_batch_size
     kept = batch * sum(part.kept for part in activations)
     is_recomputed = job.checkpointing != "none"
     # What is recomputed casts its weights again, a block at a time; otherwise the casts wait for the backward pass.
-    casts = 0 if is_recomputed else mem.cast_weights(sum(s.depth * s.matrix_params for s in stacks), numerics)
+    casts = 0 if is_recomputed else mem.cast_weights(_cast_params(job, stacks), numerics)
     always = {
         "weights": held.weights,
         "optimizer": held.optimizer,
+        "average": average[0],
         "teacher": _teacher_bytes(job, numerics, batch),
         "buffers": mem.model_buffers(job.model)
         + engine_buffers(params, max(stack.block_params for stack in stacks), params - in_blocks, setup, numerics),
@@ -98,15 +106,40 @@ def memory(job: Job) -> Memory:
         "recomputed block": batch * max(part.block for part in activations),
     }
     alone = {"loss": loss, "gradients": held.gradients if has_gradients else 0}  # of features without their graph
-    moments = [Memory(_in_order(always | moment), held.host) for moment in (forward, backward, alone)]
+    moments = [Memory(_in_order(always | moment), held.host + average[1]) for moment in (forward, backward, alone)]
     return max(moments, key=lambda moment: moment.total)
 
 
-_PARTS = ("weights", "gradients", "optimizer", "weight copies", "activations", "loss", "recomputed block", "teacher")
+_PARTS = ("weights", "gradients", "optimizer", "average", "weight copies", "activations", "loss", "recomputed block")
 
 
 def _in_order(parts: dict[str, int]) -> dict[str, int]:
-    return {name: parts.get(name, 0) for name in (*_PARTS, "buffers", "context")}
+    return {name: parts.get(name, 0) for name in (*_PARTS, "teacher", "buffers", "context")}
+
+
+def learned_params(job: Job) -> int:
+    """Parameters that have gradients and moments."""
+    return towers.count_parameters(job.model).total - frozen_params(job.model, job.locks)
+
+
+def held_states(job: Job) -> States:
+    """What lives as long as the run on one rank."""
+    frozen = frozen_params(job.model, job.locks)
+    return states([learned_params(job)], job.setup, mem.NUMERICS[job.numerics], [frozen] if frozen else ())
+
+
+def _average(job: Job) -> tuple[int, int]:
+    if not job.averages:
+        return 0, 0
+    return average_bytes([learned_params(job)], job.setup, [frozen_params(job.model, job.locks)])
+
+
+def _cast_params(job: Job, stacks: list[towers.Blocks]) -> int:
+    """Entries of the matrices that autocast keeps copies of: only of weights that learn."""
+    idle = idle_blocks(job.model, job.locks) if job.stage != "pretrain-mim" else (0, 0)
+    depths = [stack.depth - own for stack, own in zip(stacks, idle, strict=False)]
+    depths += [stack.depth for stack in stacks[len(depths) :]]
+    return sum(depth * stack.matrix_params for depth, stack in zip(depths, stacks, strict=True))
 
 
 def _activations(job: Job, numerics: mem.Numerics) -> tuple[list[towers.Blocks], list[mem.Activations]]:
@@ -116,9 +149,27 @@ def _activations(job: Job, numerics: mem.Numerics) -> tuple[list[towers.Blocks],
         if job.model.decoder is not None:
             stacks.append(towers.decoder_blocks(job.model))
         return stacks, [mem.mim_activations(job.model, numerics, job.masked, checkpointing=job.checkpointing)]
-    image = mem.image_activations(job.model, numerics, patch_dropout=job.least_dropout, checkpointing=job.checkpointing)
-    text = mem.text_activations(job.model, numerics, tokens=job.text_tokens, checkpointing=job.checkpointing)
-    return [*stacks, towers.text_blocks(job.model)], [image, text]
+    idle = idle_blocks(job.model, job.locks)
+    image = mem.image_activations(
+        job.model,
+        numerics,
+        patch_dropout=job.least_dropout,
+        checkpointing=job.checkpointing,
+        idle_blocks=idle[0] if job.locks.visual is not None and job.model.is_eva else None,
+        is_locked=job.locks.visual == "all",
+    )
+    text = mem.text_activations(
+        job.model,
+        numerics,
+        tokens=job.text_tokens,
+        checkpointing=job.checkpointing,
+        idle_blocks=idle[1],
+        is_locked=job.locks.text == "all",
+    )
+    found = [image, text]
+    if job.joint is not None:
+        found.append(mem.mim_activations(job.joint, numerics, job.masked, checkpointing=job.checkpointing))
+    return [*stacks, towers.text_blocks(job.model)], found
 
 
 def _loss_bytes(job: Job, numerics: mem.Numerics) -> int:
@@ -127,7 +178,11 @@ def _loss_bytes(job: Job, numerics: mem.Numerics) -> int:
         return 0
     batch = job.micro_batch_size * job.accumulation
     width = job.model.embed_dim or 0
-    return mem.contrastive_bytes(batch, batch * job.num_gpus, width, numerics, teacher_widths=job.teacher_widths)
+    found = mem.contrastive_bytes(batch, batch * job.num_gpus, width, numerics, teacher_widths=job.teacher_widths)
+    if job.joint is None or job.accumulation == 1:
+        return found
+    # Predictions, their gradient and targets of all micro-batches, which wait for the loss.
+    return found + 3 * batch * job.masked * (job.joint.predict_dim or 0) * mem.FP32
 
 
 def _teacher_bytes(job: Job, numerics: mem.Numerics, batch: int) -> int:
@@ -137,6 +192,6 @@ def _teacher_bytes(job: Job, numerics: mem.Numerics, batch: int) -> int:
         blocks, tokens = towers.image_blocks(config), 1 + towers.num_patches(config)
         weights += mem.FP32 * towers.count_parameters(config).total
         working = max(working, batch * mem.teacher_activations(blocks, tokens, numerics))
-        rows = towers.num_patches(config) if job.stage == "pretrain-mim" else 2
+        rows = towers.num_patches(config) if job.masked else 2
         targets += batch * rows * (config.embed_dim or 0) * mem.FP32
     return weights + working + targets

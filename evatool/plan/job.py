@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import re
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -11,9 +12,9 @@ from evatool.errors import EvatoolError, RecipeError, UsageError
 from evatool.model.config import ModelConfig, mim_config
 from evatool.model.presets import resolve_preset
 from evatool.plan.engines import Kind, Offload, Setup
+from evatool.plan.locked import Locks
 from evatool.plan.memory import Checkpointing
-from evatool.recipe.model_sections import LockSection
-from evatool.recipe.schema import DistillRecipe, PretrainMimRecipe, Recipe, TeacherSection, TrainClipRecipe
+from evatool.recipe.schema import DistillRecipe, JointMim, PretrainMimRecipe, Recipe, TeacherSection, TrainClipRecipe
 from evatool.recipe.teacher_sections import TIMM_PREFIX
 
 CAPTION_COLUMNS = 20
@@ -37,6 +38,9 @@ class Job:
         patch_dropout, dropout_phases: share of dropped patches at first, and (samples seen, share) from then on.
         text_tokens: tokens a caption on average, padding of its group included; None is the whole context.
         masked: hidden patches of a MIM picture.
+        joint: the image tower with its prediction head, where train-clip learns both losses in one stage.
+        locks: frozen parts of the towers.
+        averages: a moving average of the weights is kept.
         notes: what was assumed on the way from the recipe.
     """
 
@@ -58,8 +62,11 @@ class Job:
     dropout_phases: tuple[tuple[int, float], ...] = ()
     text_tokens: int | None = None
     masked: int = 0
+    joint: ModelConfig | None = None
     teacher_widths: tuple[int, ...] = ()
     kept_checkpoints: int = 2
+    locks: Locks = field(default_factory=Locks)
+    averages: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -102,7 +109,8 @@ def job_of_recipe(recipe: Recipe, name: str, num_gpus: int) -> Job:
             f"{name} is a recipe for {recipe.stage}: only training is planned",
             expected="a recipe for pretrain-mim, train-clip or distill",
         )
-    train, notes = recipe.train, []
+    train = recipe.train
+    notes: list[str] = []
     if train.global_batch_size % num_gpus:
         near = [n for n in (train.global_batch_size // num_gpus * num_gpus,) if n] + [
             -(-train.global_batch_size // num_gpus) * num_gpus
@@ -134,6 +142,7 @@ def job_of_recipe(recipe: Recipe, name: str, num_gpus: int) -> Job:
         checkpointing=recipe.engine.activation_checkpointing,
         optimizer=recipe.optim.kind,
         kept_checkpoints=recipe.checkpoint.keep,
+        averages=train.ema_decay is not None,
         notes=tuple(notes),
     )
     if isinstance(recipe, PretrainMimRecipe):
@@ -144,16 +153,25 @@ def job_of_recipe(recipe: Recipe, name: str, num_gpus: int) -> Job:
         )
     if model.task != "clip":
         raise RecipeError(f"model.preset = {recipe.model.preset!r} is a MIM model: it has no text tower")
-    if recipe.model.lock != LockSection():
-        notes.append("locked parts are counted as if they learned: an upper bound")
+    if isinstance(recipe, TrainClipRecipe) and recipe.objective.mim is not None:
+        job = _with_mim(job, recipe.objective.mim, known)
     return replace(
         job,
+        locks=Locks(recipe.model.lock.visual, recipe.model.lock.text),
         patch_dropout=recipe.model.patch_dropout,
         dropout_phases=recipe.model.patch_dropout_schedule,
         text_tokens=min(CAPTION_COLUMNS, model.context_length),
-        teacher_widths=tuple(config.embed_dim or 0 for config in known),
+        teacher_widths=() if job.joint else tuple(config.embed_dim or 0 for config in known),
         notes=(*notes, f"captions are counted at {CAPTION_COLUMNS} tokens, a web caption's with padding"),
     )
+
+
+def _with_mim(job: Job, section: JointMim, known: tuple[ModelConfig, ...]) -> Job:
+    """The same with a second, masked pass through the image tower."""
+    rows, columns = job.model.grid
+    predict = known[0].embed_dim if known else DEFAULT_PREDICT_DIM
+    joint = replace(mim_config(job.model, predict), vision=job.model.vision)  # the CLIP's tower, its inner norms too
+    return replace(job, joint=joint, masked=round(section.mask_ratio * rows * columns))
 
 
 def _engine(kind: str, num_gpus: int) -> Kind:
@@ -180,7 +198,7 @@ def _teachers(
     sections: list[TeacherSection] = []
     if isinstance(recipe, DistillRecipe):
         sections = list(recipe.all_teachers.values())
-    elif recipe.stage == "pretrain-mim":
+    elif recipe.teacher is not None:
         sections = [recipe.teacher]
     known, live = [], []
     for section in sections:
@@ -206,7 +224,16 @@ def teacher_config(name: str) -> tuple[ModelConfig | None, str | None]:
         import json
 
         return ModelConfig.from_json(json.loads(found[-1].read_text(encoding="utf-8"))), None
-    try:
-        return resolve_preset(path.stem if path.suffix else name), None
-    except EvatoolError:
-        return None, f"the teacher {name} is not there yet: its memory and its work are not counted"
+    for spelling in (path.stem if path.suffix else name, *_published_names(path.name)):
+        try:
+            return resolve_preset(spelling), None
+        except EvatoolError:
+            continue
+    return None, f"the teacher {name} is not there yet: its memory and its work are not counted"
+
+
+def _published_names(file: str) -> list[str]:
+    """Models that a released file may be called after: `EVA02_CLIP_E_psz14_plus_s9B.pt`, `openai-ViT-L-14.pt`."""
+    trained = re.sub(r"_s\d+B.*$", "", file)
+    found = re.match(r"(?:openai|open_clip)-(ViT-\w+-\d+)", file)
+    return [trained, re.sub(r"_psz\d+", "", trained)] + ([found[1]] if found else [])

@@ -10,7 +10,7 @@ tests/plan/test_memory.py. What engines hold is in engines.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from evatool.model.config import ModelConfig
@@ -123,34 +123,59 @@ def stack_activations(blocks: Blocks, tokens: int, numerics: Numerics, *, checkp
 
 
 def image_activations(
-    config: ModelConfig, numerics: Numerics, *, patch_dropout: float = 0.0, checkpointing: Checkpointing = "none"
+    config: ModelConfig,
+    numerics: Numerics,
+    *,
+    patch_dropout: float = 0.0,
+    checkpointing: Checkpointing = "none",
+    idle_blocks: int | None = None,
+    is_locked: bool = False,
 ) -> Activations:
-    """Bytes a picture that the image tower keeps: its blocks, the picture and the final norm."""
+    """Bytes a picture that the image tower keeps: its blocks, the picture and the final norm.
+
+    Args:
+        idle_blocks: first blocks that keep nothing because they are frozen, and the embeddings before them; None where
+            these learn.
+        is_locked: the final norm is frozen too.
+    """
     tokens, blocks = kept_tokens(config, patch_dropout), image_blocks(config)
+    if is_locked:  # the projection's input alone; where that is a view, all tokens
+        is_view = not (numerics.casts and config.is_eva)
+        return Activations((tokens if is_view else 1) * config.width * numerics.compute)
+    blocks = replace(blocks, depth=blocks.depth - (idle_blocks or 0))
     stack = stack_activations(blocks, tokens, numerics, checkpointing=checkpointing)
     if checkpointing != "none" and not config.is_eva:  # open_clip's ViT keeps its residual stream as the convolution's
         excess = blocks.depth * tokens * blocks.width * (numerics.residual - numerics.compute)
         stack = Activations(stack.kept - excess, stack.block)
     norm_input = FP32 if blocks.has_rms_norm else numerics.residual
     norm = tokens * (blocks.width * norm_input + 2 * FP32)
-    outside = 3 * config.image_size**2 * numerics.compute + norm
+    outside = norm + (3 * config.image_size**2 * numerics.compute if idle_blocks is None else 0)
     if not config.is_eva:  # a norm before the blocks as well
         outside += norm
     if config.task == "clip" and not (
         numerics.casts and config.is_eva
     ):  # the pooled token is a view: its projection keeps the rest
         outside += tokens * blocks.width * numerics.compute
-    if patch_dropout > 0:  # all patches, from which some are chosen
+    if patch_dropout > 0 and idle_blocks is None:  # all patches, from which some are chosen
         outside += num_patches(config) * blocks.width * numerics.residual
     return Activations(stack.kept + outside, stack.block)
 
 
 def text_activations(
-    config: ModelConfig, numerics: Numerics, *, tokens: int | None = None, checkpointing: Checkpointing = "none"
+    config: ModelConfig,
+    numerics: Numerics,
+    *,
+    tokens: int | None = None,
+    checkpointing: Checkpointing = "none",
+    idle_blocks: int = 0,
+    is_locked: bool = False,
 ) -> Activations:
-    """Bytes a caption of `tokens` (the whole context when None) that the text tower keeps."""
+    """Bytes a caption of `tokens` (the whole context when None) that the text tower keeps; locks as for pictures."""
     length = config.context_length if tokens is None else min(tokens, config.context_length)
     blocks = text_blocks(config)
+    if is_locked:
+        return Activations(blocks.width * numerics.compute)
+    blocks = replace(blocks, depth=blocks.depth - idle_blocks)
     stack = stack_activations(blocks, length, numerics, checkpointing=checkpointing)
     return Activations(stack.kept + length * (blocks.width * numerics.residual + 2 * FP32), stack.block)
 

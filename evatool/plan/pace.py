@@ -8,8 +8,7 @@ from typing import Literal
 
 from evatool.plan import memory as mem
 from evatool.plan import towers
-from evatool.plan.engines import states
-from evatool.plan.estimate import operations
+from evatool.plan.estimate import learned_params, memory, operations
 from evatool.plan.hardware import Assumptions, Hardware
 from evatool.plan.job import Job
 
@@ -35,12 +34,13 @@ def traffic(job: Job, gpu: Hardware, compute_sec: float) -> Traffic:
     """Exchanges of one step; ring algorithms, bytes sent and received (scale.md 2.4)."""
     if job.num_gpus == 1:
         return Traffic(0, 0, 0.0, 0.0)
-    params = towers.count_parameters(job.model).total * mem.NUMERICS[job.numerics].weight
+    weight = mem.NUMERICS[job.numerics].weight
+    learned, params = learned_params(job) * weight, towers.count_parameters(job.model).total * weight
     setup, passes = job.setup, job.accumulation
-    reduced = 2 * params if setup.divides_nothing else params  # given to everyone, or scattered only
+    reduced = 2 * learned if setup.divides_nothing else learned  # given to everyone, or scattered only
     if setup.kind == "zero" and setup.zero_stage > 1:
         reduced *= passes  # after each backward pass, not once a step
-    gathered = 0 if setup.divides_nothing else params
+    gathered = 0 if setup.divides_nothing else params if setup.divides_weights else learned
     if setup.divides_weights:
         # forward and backward; micro-batches of a contrastive loss go forward once more, for their features
         gathered *= passes * (3 if passes > 1 and job.stage != "pretrain-mim" else 2)
@@ -123,10 +123,16 @@ def pace(job: Job, gpu: Hardware, assumed: Assumptions, mfu: float) -> Pace:
     )
 
 
+def checkpoint_bytes(job: Job) -> int:
+    """Of one checkpoint: float32 weights, two moments of what learns, and the moving average of the weights."""
+    params = towers.count_parameters(job.model).total
+    return mem.FP32 * ((2 if job.averages else 1) * params + 2 * learned_params(job))
+
+
 def failures(job: Job, assumed: Assumptions, step_sec: float) -> Failures:
     """Expected interruptions, and Young's checkpoint interval sqrt(2 save MTBF)."""
     mtbf = assumed.gpu_hours_per_failure / job.num_gpus * 3600
-    size = 12 * towers.count_parameters(job.model).total  # float32 weights and two moments
+    size = checkpoint_bytes(job)
     writers = 1 if job.setup.divides_nothing else job.num_gpus  # each rank writes what no other holds
     save = size / (min(writers * assumed.save_gb_per_sec, assumed.storage_gb_per_sec) * 1e9)
     interval = math.sqrt(2 * save * mtbf)
@@ -144,8 +150,7 @@ def offload_sec(job: Job, assumed: Assumptions) -> float:
     them. Offloaded weights come up for every pass as well."""
     if job.offload == "none":
         return 0.0
-    params = towers.count_parameters(job.model).total
-    piece = params / job.num_gpus
+    piece = learned_params(job) / job.num_gpus
     copies = 2 if job.offload == "optimizer" else 2 + 2 * job.accumulation
     copied = copies * mem.FP32 * piece / (assumed.host_gb_per_sec * 1e9)
     return copied + piece / assumed.cpu_steps_per_sec
@@ -153,6 +158,4 @@ def offload_sec(job: Job, assumed: Assumptions) -> float:
 
 def host_bytes(job: Job, gpu: Hardware) -> int:
     """Main memory of one machine that offloaded states take."""
-    params = towers.count_parameters(job.model).total
-    held = states([params], job.setup, mem.NUMERICS[job.numerics])
-    return held.host * min(job.num_gpus, gpu.gpus_per_node)
+    return memory(job).host * min(job.num_gpus, gpu.gpus_per_node)

@@ -9,10 +9,10 @@ from evatool.errors import EvatoolError
 from evatool.plan import memory as mem
 from evatool.plan import towers
 from evatool.plan.advice import Choice, choices, engines, enough_gpus, largest_micro_batch
-from evatool.plan.estimate import memory, operations
+from evatool.plan.estimate import learned_params, memory, operations
 from evatool.plan.hardware import GPUS, Assumptions, Hardware
 from evatool.plan.job import Job
-from evatool.plan.pace import Pace, failures, host_bytes, pace
+from evatool.plan.pace import Pace, checkpoint_bytes, failures, host_bytes, pace
 from evatool.plan.published import PARAMETERS
 
 GIB = mem.GIB
@@ -74,12 +74,13 @@ def make_plan(
 def _parameters(job: Job) -> dict[str, Any]:
     counted = towers.count_parameters(job.model)
     frozen = sum(towers.count_parameters(config).total for config in job.teachers)
+    learned = learned_params(job)
     return {
         "image": counted.image,
         "text": counted.text,
         "other": counted.other,
-        "trainable": counted.total,
-        "frozen": frozen,
+        "trainable": learned,
+        "frozen": counted.total - learned + frozen,
         "published": PARAMETERS.get(job.model.name),
     }
 
@@ -145,7 +146,8 @@ def _checkpoints(job: Job, gpu: Hardware, assumed: Assumptions, likely: Pace) ->
     params = towers.count_parameters(job.model).total
     return {
         "export_bytes": mem.FP32 * params,
-        "kept_bytes": (job.kept_checkpoints + 1) * 12 * params,  # the next one is written before the oldest goes
+        # the next one is written before the oldest goes
+        "kept_bytes": (job.kept_checkpoints + 1) * checkpoint_bytes(job),
         **asdict(failures(job, assumed, likely.step_sec)),
     }
 

@@ -200,7 +200,7 @@ def image_flops(config: ModelConfig, patch_dropout: float = 0.0, *, all_tokens: 
     """
     tokens = kept_tokens(config, patch_dropout)
     head = 2 * config.width * (config.embed_dim or 0) * (tokens if all_tokens else 1)
-    return _patch_flops(config) + image_blocks(config).flops(tokens) + head
+    return patch_flops(config) + image_blocks(config).flops(tokens) + head
 
 
 def text_flops(config: ModelConfig, tokens: int | None = None) -> int:
@@ -215,11 +215,12 @@ def mim_flops(config: ModelConfig, masked: int) -> int:
     predict = config.predict_dim or 0
     patches = num_patches(config)
     if config.decoder is None:
-        return _patch_flops(config) + image_blocks(config).flops(1 + patches) + 2 * masked * config.width * predict
+        return patch_flops(config) + image_blocks(config).flops(1 + patches) + 2 * masked * config.width * predict
     visible, inner = 1 + patches - masked, config.decoder["width"]
     encoder = image_blocks(config).flops(visible) + 2 * visible * config.width * inner
-    return _patch_flops(config) + encoder + decoder_blocks(config).flops(1 + patches) + 2 * masked * inner * predict
+    return patch_flops(config) + encoder + decoder_blocks(config).flops(1 + patches) + 2 * masked * inner * predict
 
 
-def _patch_flops(config: ModelConfig) -> int:
+def patch_flops(config: ModelConfig) -> int:
+    """Embedding of one picture's patches."""
     return 2 * 3 * config.patch_size**2 * config.width * num_patches(config)

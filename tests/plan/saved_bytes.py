@@ -19,6 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from evatool.distributed import blocks
 from evatool.model.clip import build_clip
 from evatool.model.presets import resolve_preset
+from evatool.optim.locking import lock
 
 B = 2  # with one sample some copies are views
 
@@ -97,9 +98,10 @@ def tower_bytes(
     patch_dropout: float = 0.0,
     checkpointing: str = "none",
     dtype_name: str = "bfloat16",
+    locked: int | str | None = None,
 ) -> float:
     """Bytes a sample that a preset's `visual` or `text` tower keeps under "fp32", "bf16" or "autocast", with the
-    engine's own checkpointing."""
+    engine's own checkpointing; `locked` freezes blocks from the input up."""
     config = resolve_preset(name)
     with torch.device("meta"):
         clip = build_clip(config, patch_dropout=patch_dropout).train()
@@ -116,6 +118,9 @@ def tower_bytes(
             for key, value in part._buffers.items():
                 if value is not None:
                     part._buffers[key] = torch.empty(value.shape, dtype=value.dtype, device="cuda")
+        if locked is not None:
+            named = [(f"model.{name}", param) for name, param in clip.named_parameters()]
+            lock(named, tower, locked, config.depth if tower == "visual" else config.text_depth)  # type: ignore[arg-type]
         x = (
             torch.zeros(B, length, dtype=torch.long, device="cuda")
             if tower == "text"

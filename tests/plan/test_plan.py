@@ -13,10 +13,10 @@ from published_jobs import job_of
 
 from evatool.errors import RecipeError, UsageError
 from evatool.model.presets import PRESETS, resolve_preset
-from evatool.plan.advice import choices, engines, enough_gpus, largest_micro_batch
+from evatool.plan.advice import choices, engines, enough_gpus, largest_micro_batch, on_ranks
 from evatool.plan.estimate import memory, operations
 from evatool.plan.hardware import HARDWARE_NAMES, Assumptions, hardware
-from evatool.plan.job import Job, job_of_recipe
+from evatool.plan.job import Job, job_of_recipe, teacher_config
 from evatool.plan.memory import GIB
 from evatool.plan.pace import pace, traffic
 from evatool.plan.published import PARAMETERS, PUBLISHED_RUNS
@@ -110,6 +110,39 @@ def test_more_gpus_make_room() -> None:
     assert memory(replace(big, num_gpus=enough // 2)).total > gpu.memory_gib * GIB
 
 
+@pytest.mark.parametrize(
+    ("batch", "gpus", "enough"),
+    [
+        pytest.param(3 * 2**13, 8, 384, id="no power of two"),
+        pytest.param(90_000, 8, 1800, id="whole machines"),
+        pytest.param(450, 1, 6, id="part of a machine"),
+        pytest.param(2700, 1, 36, id="divides over no whole machines"),
+    ],
+)
+def test_the_fewest_gpus_are_advised(batch: int, gpus: int, enough: int) -> None:
+    gpu, big = hardware("a100-40"), job(global_batch_size=batch, num_gpus=gpus, engine="single" if gpus == 1 else "ddp")
+    assert enough_gpus(big, gpu) == enough
+    assert memory(on_ranks(big, enough)).total <= gpu.memory_gib * GIB
+    node = gpu.gpus_per_node
+    for fewer in range(gpus, enough):
+        if batch % fewer == 0 and (fewer <= node or fewer % node == 0 or batch % node):
+            assert memory(on_ranks(big, fewer)).total > gpu.memory_gib * GIB
+    assert f"--gpus {enough} fits" in (make_plan(big, gpu).refusal.fix or "")
+
+
+def test_more_gpus_keep_a_stated_micro_batch() -> None:
+    """The advised number, put into the recipe's own plan, is not refused; a machine less is."""
+    settings = ["train.micro_batch_size=50", "train.global_batch_size=86400"]
+    resolved = load_recipe("eva-clip-18b/train-clip", settings)
+    gpu = hardware("a100-40")
+    first = job_of_recipe(resolved.recipe, resolved.name, 8)
+    assert enough_gpus(first, gpu) == 32
+    planned = {n: job_of_recipe(resolved.recipe, resolved.name, n) for n in (24, 32)}
+    assert planned[32].micro_batch_size == on_ranks(first, 32).micro_batch_size == 50
+    assert make_plan(planned[32], gpu).refusal is None
+    assert "--gpus 32 fits" in (make_plan(planned[24], gpu).refusal.fix or "")
+
+
 def test_a_refusal_says_by_how_much_and_what_would_fit() -> None:
     big, gpu = job(global_batch_size=32768), hardware("a100-40")
     plan = make_plan(big, gpu)
@@ -176,6 +209,20 @@ def test_a_teacher_counts(tmp_path: Path) -> None:
     assert job_of_recipe(there.recipe, there.name, 1).teachers == (resolve_preset("EVA02-CLIP-B-16"),)
     gone = load_recipe("demo/distill", ['teacher.model="runs/gone"'])
     assert any("not counted" in note for note in job_of_recipe(gone.recipe, gone.name, 1).notes)
+
+
+def test_released_files_are_known_by_their_names() -> None:
+    resolved = load_recipe("eva02-clip-l-14/distill-two-teachers")
+    planned = job_of_recipe(resolved.recipe, resolved.name, 128)
+    assert [teacher.name for teacher in planned.teachers] == ["EVA02-CLIP-bigE-14-plus", "OpenCLIP-bigG-14"]
+    assert memory(planned).parts["teacher"] > 4 * (5_044_889_089 + 2_539_567_362)
+    for file, name in {
+        "weights/EVA01_CLIP_g_14_psz14_s11B.pt": "EVA01-CLIP-g-14",
+        "weights/openai-ViT-L-14.pt": "OpenCLIP-L-14",
+        "weights/open_clip-ViT-H-14-laion2B-s32B-b79K.bin": "OpenCLIP-H-14",
+    }.items():
+        found, note = teacher_config(file)
+        assert (found.name if found else None, note) == (name, None)
 
 
 def test_several_teachers_count_and_stored_ones_do_not() -> None:
