@@ -105,7 +105,7 @@ of -10 is SigLIP's, for a batch of 32,768; -5.5 is the log of one pair in 256, a
 PEAK_LR = {"infonce": 1e-3, "sigmoid": 2e-3}
 """What won, at batch 256; also in evidence/clip and clip-sigmoid, as LAMB's 1e-2 in clip-lamb. Runs that start from MIM
 take the same."""
-JOINT_WEIGHT = 2.0
+JOINT_WEIGHT = 8.0
 """What won of the weights of MIM beside the sigmoid loss."""
 
 
