@@ -1,8 +1,12 @@
 """Samples a second of `evatool train-clip` against `open_clip_train`: same model, batch, data and first weights.
 
 `python tests/benchmarks/train_clip.py` makes data and the baseline's environment (kept in --folder), checks that both
-trainers compute the same losses, finds the baseline's best settings and then runs the two by turns. On a GPU:
-`--preset EVA02-CLIP-L-14 --synthetic --batch 256`. `--accumulate K` compares accumulation with cached negatives.
+trainers compute the same losses, finds the baseline's best settings and then runs the two by turns. It leaves
+`result.md`, `result.json` and `losses.png` in the folder. On a GPU: `--preset EVA02-CLIP-L-14 --synthetic --batch 256
+--steps 70 --search-steps 35`.
+
+`--accumulate K` compares accumulation: open_clip's `--accum-freq K --grad-checkpointing` with our `micro_batch_size`,
+which is the same (batch / K) or `--micro-batch M`, so that both can be given the same memory.
 """
 
 from __future__ import annotations
@@ -10,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import shlex
 import statistics
@@ -19,9 +22,10 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from train_clip_report import Run, describe, summary, write_report
 
 HERE = Path(__file__).resolve().parent
 TINY = "EVA02-CLIP-bench"
@@ -42,20 +46,12 @@ class Bench:
     device: str
     accumulate: int = 1
     settings: list[str] = field(default_factory=list)  # further --set of ours
+    own_micro_batch: int | None = None  # ours, where it is not the baseline's
 
     @property
     def micro_batch(self) -> int:
+        """The baseline's."""
         return self.batch // self.accumulate
-
-
-@dataclass
-class Run:
-    """What one run of a trainer came to."""
-
-    samples_per_sec: float
-    losses: list[tuple[int, float]]
-    peak_bytes: int
-    command: str
 
 
 def use_tiny_preset() -> None:
@@ -133,12 +129,22 @@ def first_weights(bench: Bench) -> tuple[Path, Path]:
 
 
 def make_environment(folder: Path) -> Path:
-    """The baseline's own environment, with this environment's torch and timm; returns its Python."""
+    """The baseline's own environment: its open_clip, webdataset and numpy, beside this environment's torch and timm.
+
+    Those are borrowed by a path, which comes after the environment's own packages: the same libraries on both sides,
+    and no gigabytes to fetch.
+    """
     python = folder / "open_clip_env" / "bin" / "python"
     if not python.exists():
-        same = [f"{name}=={metadata.version(name).partition('+')[0]}" for name in ("torch", "torchvision", "timm")]
         subprocess.run([sys.executable, "-m", "venv", python.parent.parent], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *same, *BASELINE], check=True)
+        own, borrowed = (
+            subprocess.check_output(
+                [each, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"], text=True
+            )
+            for each in (python, sys.executable)
+        )
+        (Path(own.strip()) / "borrowed.pth").write_text(borrowed)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *BASELINE], check=True)
     return python
 
 
@@ -210,7 +216,7 @@ def ours(bench: Bench, data: Path, *, precision: str, workers: int, gate_steps: 
     if gate_steps:
         table["data"]["augment"] = {"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0]}
     if bench.accumulate > 1:
-        table["train"]["micro_batch_size"] = bench.micro_batch
+        table["train"]["micro_batch_size"] = bench.own_micro_batch or bench.micro_batch
     run_dir = bench.folder / "runs" / str(time.time_ns())
     job = {"table": table, "run_dir": str(run_dir), "set": bench.settings}
     job["synthetic"] = bench.synthetic and not gate_steps
@@ -288,8 +294,11 @@ def _run(command: list[str]) -> tuple[str, int]:
     return output, usage.ru_maxrss * 1024
 
 
-def gate(bench: Bench, steps: int) -> None:
-    """Both trainers on one batch that they see alike, step for step. Raises: SystemExit where the losses part."""
+def gate(bench: Bench, steps: int) -> dict[str, list[tuple[int, float]]]:
+    """Both trainers on one batch that they see alike, step for step; both traces of the loss.
+
+    Raises: SystemExit where they part.
+    """
     side = 112 if bench.preset == TINY else 224
     data = make_pictures(bench.folder, bench.batch, side, "png")
     from evatool.recipe.schema import TrainDataSection
@@ -305,6 +314,7 @@ def gate(bench: Bench, steps: int) -> None:
         print(f"  {step:4d}  {a:8.5f}   {b:8.5f}")
     if max(apart) > 0.02 * theirs[0][1]:
         raise SystemExit("the two trainers do not compute the same thing: the speeds below would mean nothing")
+    return {"open_clip_train": theirs, "evatool": mine}
 
 
 def main() -> None:
@@ -313,16 +323,17 @@ def main() -> None:
     parser.add_argument("--ours", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmarks/train_clip"))
     parser.add_argument("--preset", default=TINY)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=70)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=31)
     parser.add_argument("--rounds", type=int, default=2, help="0: only the search")
-    parser.add_argument("--search-steps", type=int, default=35, help="0: use --baseline as it is")
-    parser.add_argument("--gate-steps", type=int, default=60, help="0: no gate")
+    parser.add_argument("--search-steps", type=int, default=11, help="0: use --baseline as it is")
+    parser.add_argument("--gate-steps", type=int, default=20, help="0: no gate")
     parser.add_argument("--baseline", default="fp32,1,eager", help="precision,workers,eager|compile where not searched")
     parser.add_argument("--precision", default="best", help="of ours: fp32, bf16 or best (bf16 where the baseline is)")
     parser.add_argument("--workers", type=int, default=1, help="of ours")
     parser.add_argument("--synthetic", action="store_true")
     parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--micro-batch", type=int, help="of ours, where it is not batch / K")
     parser.add_argument("--set", action="append", default=[], dest="settings")
     options = parser.parse_args()
     if options.ours:
@@ -334,13 +345,12 @@ def main() -> None:
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     sizes = (options.batch, options.steps, options.synthetic, device, options.accumulate, options.settings)
-    bench = Bench(folder, options.preset, *sizes)
-    describe(folder)
+    bench = Bench(folder, options.preset, *sizes, options.micro_batch)
+    packages = describe(make_environment(folder))
     use_tiny_preset()
     data = folder if bench.synthetic else make_pictures(folder, bench.batch * bench.steps, 192, "jpg")
-    if options.gate_steps:
-        gate(bench, options.gate_steps)
-    precision, workers, compiled = _best_baseline(bench, data, options)
+    traces = {"the same batch again and again": gate(bench, options.gate_steps)} if options.gate_steps else {}
+    (precision, workers, compiled), searched = _best_baseline(bench, data, options)
     mine = {"best": {"amp_bf16": "bf16"}.get(precision, "fp32")}.get(options.precision, options.precision)
     theirs_runs, my_runs = [], []
     for _ in range(options.rounds):
@@ -349,21 +359,24 @@ def main() -> None:
         print(f"open_clip {theirs_runs[-1].samples_per_sec:8.1f}/s   evatool {my_runs[-1].samples_per_sec:8.1f}/s")
     if not my_runs:
         return
-    summary("open_clip_train", theirs_runs)
-    summary("evatool", my_runs)
-    medians = [statistics.median(run.samples_per_sec for run in runs) for runs in (my_runs, theirs_runs)]
-    print(f"evatool / open_clip_train: {medians[0] / medians[1]:.2f}x")
-    print("  step   evatool  open_clip")
-    both = dict(theirs_runs[0].losses)
-    for step, loss in my_runs[0].losses:
-        if step - 1 in both or step in both:
-            print(f"  {step:4d}  {loss:8.4f}   {both.get(step, both.get(step - 1)):8.4f}")
+    theirs_are = f"{precision}, {workers} workers, {'compiled' if compiled else 'eager'}"
+    sides = {
+        "open_clip_train": summary(theirs_runs) | {"settings": theirs_are},
+        "evatool": summary(my_runs) | {"settings": f"{mine}, {options.workers} workers"},
+    }
+    traces["the run that was timed"] = {"open_clip_train": theirs_runs[0].losses, "evatool": my_runs[0].losses}
+    ratio = sides["evatool"]["samples_per_sec"] / sides["open_clip_train"]["samples_per_sec"]
+    facts = {"ratio": ratio, "batch": bench.batch, "accumulate": bench.accumulate, "search": searched}
+    write_report(folder, sides | facts | {"machine": packages.pop("machine"), "packages": packages}, traces)
 
 
-def _best_baseline(bench: Bench, data: Path, options: argparse.Namespace) -> tuple[str, int, bool]:
+def _best_baseline(
+    bench: Bench, data: Path, options: argparse.Namespace
+) -> tuple[tuple[str, int, bool], dict[str, float]]:
+    """Precision, workers and compiled or not of the fastest setting, and what was measured."""
     if not options.search_steps:
         precision, workers, mode = options.baseline.split(",")
-        return precision, int(workers), mode == "compile"
+        return (precision, int(workers), mode == "compile"), {}
     # Kept beside the data, so that a search that was cut short goes on where it was.
     path = bench.folder / f"search-{bench.preset}-{bench.batch}-{bench.accumulate}-{bench.device}.json"
     found: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
@@ -378,29 +391,19 @@ def _best_baseline(bench: Bench, data: Path, options: argparse.Namespace) -> tup
         print(f"open_clip_train {key:20s} {found[key]:8.1f}/s", flush=True)
         return found[key]
 
-    for precision in ("fp32", "amp_bf16"):
-        best = max((0, 1, 2), key=lambda workers: speed(precision, workers, "eager"))
-        speed(precision, best, "compile")  # compiling takes minutes and does not change how data is read
+    # First the number of workers, then both precisions and modes with it; where one of those is the faster one, the
+    # other numbers of workers with it too.
+    best = max((1, 2, 0), key=lambda workers: speed("fp32", workers, "eager"))
+    eager = found[f"fp32,{best},eager"]
+    for precision, mode in (("amp_bf16", "eager"), ("fp32", "compile"), ("amp_bf16", "compile")):
+        if precision == "amp_bf16" and mode == "compile" and found[f"amp_bf16,{best},eager"] < eager / 2:
+            print("amp_bf16 is not half as fast: its compiled mode is left out")
+            continue
+        if speed(precision, best, mode) > eager:
+            for workers in {0, 1, 2} - {best}:
+                speed(precision, workers, mode)
     precision, number, mode = max(found, key=found.__getitem__).split(",")
-    return precision, int(number), mode == "compile"
-
-
-def summary(name: str, runs: list[Run]) -> None:
-    """Median, spread and command of one trainer's runs."""
-    speeds = sorted(run.samples_per_sec for run in runs)
-    peak = max(run.peak_bytes for run in runs) / 2**20
-    print(f"{name}: median {statistics.median(speeds):.1f}/s, {speeds[0]:.1f} to {speeds[-1]:.1f}, {peak:.0f} MiB")
-    print(f"  {runs[0].command}")
-
-
-def describe(folder: Path) -> None:
-    """Machine and versions of both environments."""
-    python = make_environment(folder)
-    names = ("torch", "timm", "open_clip_torch", "webdataset", "numpy", "pillow")
-    code = f"from importlib.metadata import version as v; print(*(f'{{n}} {{v(n)}}' for n in {names}), sep=', ')"
-    print(f"machine: {platform.machine()}, {os.cpu_count()} cores")
-    print("baseline:", subprocess.check_output([python, "-c", code], text=True).strip())
-    print("evatool:", ", ".join(f"{name} {metadata.version(name)}" for name in names))
+    return (precision, int(number), mode == "compile"), found
 
 
 if __name__ == "__main__":
