@@ -152,7 +152,8 @@ class ZeroEngine(Engine):
     def divided(self) -> list[Tensor]:
         if self._zero is None:
             return []
-        weights = [param.ds_tensor.data for param in self._named.values() if self._is_divided(param)]
+        parameters: list[Any] = list(self._named.values())
+        weights = [param.ds_tensor.data for param in parameters if self._is_divided(param)]
         return [*weights, *(flat.detach() for flat in self._pieces), *moments_of(self._optimizer, self._pieces)]
 
     def held_model(self) -> HeldState:

@@ -83,6 +83,8 @@ def export_model(clip: LoadedClip, section: ExportSection, facts: CardFacts, tar
             return export_onnx(clip, towers, config.to_json(), facts, target, opset=section.opset)
         case "torch-export":
             return export_torch(clip, towers, config.to_json(), facts, target)
+        case "deepspeed":
+            raise AssertionError("a training checkpoint, not a model: export_deepspeed writes it")
 
 
 def load_written(folder: Path) -> LoadedClip:
