@@ -67,6 +67,10 @@ class MaeModel(nn.Module):
         """
         return self.lm_head(self._decode(self._encode(image, mask), mask)[:, 1:][mask])
 
+    def predict_all(self, image: Tensor, mask: Tensor) -> Tensor:
+        """Predicted features (B, N, T) at all patches, for looking at."""
+        return self.lm_head(self._decode(self._encode(image, mask), mask)[:, 1:])
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the encoder's activations in the backward pass instead of keeping them."""
         self.visual.set_grad_checkpointing(enable)

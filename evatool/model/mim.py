@@ -41,6 +41,10 @@ class MimModel(nn.Module):
         """
         return self.lm_head(self.encode(image, mask)[:, 1:][mask])
 
+    def predict_all(self, image: Tensor, mask: Tensor) -> Tensor:
+        """Predicted features (B, N, T) at all patches, for looking at."""
+        return self.lm_head(self.encode(image, mask)[:, 1:])
+
     def encode(self, image: Tensor, mask: Tensor) -> Tensor:
         """All tokens after the final norm: (B, 1 + N, D), the class token first."""
         return masked_tokens(self.visual, image, mask, self.mask_token, self.patch_embed_grad_scale)

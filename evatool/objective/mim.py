@@ -80,8 +80,33 @@ class MimObjective(nn.Module):
         """The student's predictions and the teacher's features (without gradient) at masked patches; both (M, T)."""
         assert batch.mask is not None, "masked image modelling needs masks in its batches"
         target = self.targets(batch)
-        dtype = next(self.model.parameters()).dtype
-        return self.model(normalize_images(batch.image, dtype=dtype), batch.mask), target
+        return self.predict_masked(batch), target
+
+    def predict_masked(self, batch: Batch) -> Tensor:
+        """The student's predictions (M, T) at masked patches."""
+        return self.model(normalize_images(batch.image, dtype=self._dtype), batch.mask)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def predict_all(self, batch: Batch) -> Tensor:
+        """The student's predictions (B, N, T) at all patches."""
+        return self.model.predict_all(normalize_images(batch.image, dtype=self._dtype), batch.mask)  # type: ignore[operator]
+
+    def known_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The teacher's features (B, N, T) float32, and where they are known (B, N): everywhere, or only at masked
+        patches where the store keeps no others."""
+        mask = batch.mask
+        assert mask is not None, "masked image modelling needs masks in its batches"
+        rows = None if self.store is None else self.store.rows(batch)
+        if self.store is None or rows is None:
+            return teacher_tokens(self.teacher, batch).float(), torch.ones_like(mask)
+        if rows.shape[1] == mask.shape[1]:
+            return rows.float(), torch.ones_like(mask)
+        features = torch.zeros(*mask.shape, rows.shape[2], device=rows.device)
+        features[mask] = self.store.at_masked(rows, mask).float()
+        return features, mask
 
     def targets(self, batch: Batch) -> Tensor:
         """`masked_targets` of this objective's teacher and store."""

@@ -34,6 +34,8 @@ from evatool.recipe.export_sections import ExportRecipe as ExportRecipe
 from evatool.recipe.export_sections import ExportSection as ExportSection
 from evatool.recipe.joint_sections import JointMim as JointMim
 from evatool.recipe.joint_sections import check_joint
+from evatool.recipe.mim_sections import PicturesSection as PicturesSection
+from evatool.recipe.mim_sections import ValidationSection as ValidationSection
 from evatool.recipe.model_sections import ClipInit as ClipInit
 from evatool.recipe.model_sections import ClipModelSection as ClipModelSection
 from evatool.recipe.model_sections import ImageTowerInit as ImageTowerInit
@@ -112,16 +114,36 @@ class TrainingRecipe(Section):
         return self
 
 
+def check_logged(key: str, every_steps: int, train: TrainSection) -> None:
+    """ValueError where figures of every so many steps would be made on steps whose figures are not written."""
+    logged = train.log_every
+    if every_steps % logged:
+        near = sorted({max(1, every_steps // logged) * logged, -(-every_steps // logged) * logged})
+        raise ValueError(
+            f"{key} = {every_steps} is no multiple of train.log_every = {logged}, and figures are written "
+            f"on those steps only; nearest that are: {', '.join(map(str, near))}"
+        )
+
+
 # ---------------------------------------------------------------------------------------------------- stages
 
 
 class PretrainMimRecipe(TrainingRecipe):
-    """Masked image modelling against a CLIP teacher's patch features."""
+    """Masked image modelling against a frozen teacher's patch features."""
 
     stage: Literal["pretrain-mim"] = "pretrain-mim"
     model: MimModelSection
     teacher: PatchTeacherSection
     objective: MimObjective = MimObjective()
+    pictures: PicturesSection = PicturesSection()
+    """Sheets of pictures while it learns."""
+    validation: ValidationSection | None = None
+    """Loss on held-out pictures while it learns; none when absent."""
+
+    @model_validator(mode="after")
+    def _validations_are_logged(self) -> PretrainMimRecipe:
+        check_logged("validation.every_steps", self.validation.every_steps if self.validation else 0, self.train)
+        return self
 
 
 class ClipTrainingRecipe(TrainingRecipe):
@@ -139,13 +161,7 @@ class ClipTrainingRecipe(TrainingRecipe):
 
     @model_validator(mode="after")
     def _evaluations_are_logged(self) -> ClipTrainingRecipe:
-        every, logged = self.evaluate.every_steps if self.evaluate else 0, self.train.log_every
-        if every % logged:
-            near = sorted({max(1, every // logged) * logged, -(-every // logged) * logged})
-            raise ValueError(
-                f"evaluate.every_steps = {every} is no multiple of train.log_every = {logged}, and figures are written "
-                f"on those steps only; nearest that are: {', '.join(map(str, near))}"
-            )
+        check_logged("evaluate.every_steps", self.evaluate.every_steps if self.evaluate else 0, self.train)
         return self
 
 

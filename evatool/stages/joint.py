@@ -13,7 +13,7 @@ from evatool.objective.joint import JointObjective
 from evatool.plan.towers import image_flops, mim_flops
 from evatool.recipe.schema import TrainClipRecipe
 from evatool.stages import wiring
-from evatool.stages.pretrain_mim import STORE, MimData, open_masked_data
+from evatool.stages.mim_data import STORE, MimData, open_masked_data
 
 
 def open_joint_data(job: wiring.Job, recipe: TrainClipRecipe, config: ModelConfig) -> MimData | None:

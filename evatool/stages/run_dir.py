@@ -34,9 +34,10 @@ log = logging.getLogger(__name__)
 # Keys that do not change what is computed: a resumed run may differ in them.
 RESUMABLE_KEYS = (
     *("run_dir", "source", "train.log_every", "train.micro_batch_size", "data.num_workers"),
+    "teacher.store.path",
     *(f"eval.{key}" for key in ("num_threads", "processes", "shard_model", "use_cache", "cache_dir", "fetch")),
 )
-RESUMABLE_TABLES = ("engine.", "checkpoint.", "evaluate.", "train.guard.", "train.trackers")
+RESUMABLE_TABLES = ("engine.", "checkpoint.", "evaluate.", "pictures.", "validation.", "train.guard.", "train.trackers")
 
 # What a run leaves behind before it has made anything.
 _BOOKKEEPING = {"resolved.toml", "environment.json", "status.json", "logs", "parameter_groups.tsv"}

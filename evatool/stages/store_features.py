@@ -72,7 +72,7 @@ def _fill(work: StoreWork, batch: Batch) -> int:
 def _work(job: wiring.Job, recipe: PretrainMimRecipe | DistillRecipe | TrainClipRecipe) -> StoreWork:
     match recipe:
         case PretrainMimRecipe() if recipe.teacher.store is not None:
-            from evatool.stages.pretrain_mim import STORE, open_mim_data
+            from evatool.stages.mim_data import STORE, open_mim_data
 
             data = open_mim_data(job, recipe)
             return StoreWork(data.loader, {STORE: lambda batch: data.patches.visual_tokens(batch.image)})

@@ -170,7 +170,7 @@ def training_result(
         "skipped_steps": len(state.skipped_steps),
         "parameters": _count_parameters(trainer),
     }
-    metrics |= {key: value for key, value in record.items() if key.startswith("train/") and value is not None}
+    metrics |= {key: value for key, value in record.items() if key.startswith(("train/", "val/")) and value is not None}
     kinds = job.recipe.objective.kind, getattr(job.recipe.objective, "loss", None)
     if isinstance(job.recipe, TrainClipRecipe | DistillRecipe) and "sigmoid" not in kinds:
         metrics["stuck_at_start"] = int("stuck_at_start" in state.notes)

@@ -10,7 +10,7 @@ import torch
 from evatool.errors import RecipeError
 from evatool.recipe.load import list_recipes, load_recipe
 from evatool.stages import chain, wiring
-from evatool.stages.mim_pictures import CELL, GAP, HIDDEN_COLOR, LABEL_WIDTH, colors_of, draw_sheet
+from evatool.stages.mim_pictures import CELL, GAP, HIDDEN_COLOR, LABEL_WIDTH, Look, colors_of, draw_sheet
 
 FULL_CHAIN = ["train-clip", "pretrain-mim", "train-clip-mim", "distill"]
 
@@ -74,7 +74,8 @@ def test_sheet_hides_what_was_masked_and_colours_it_by_cosine() -> None:
     image = torch.full((2, 3, 8, 8), 200, dtype=torch.uint8)
     mask = torch.tensor([[True, False, False, False], [False, False, False, True]])
     cosine = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, -0.5]])
-    pixels = np.asarray(draw_sheet(image, mask, cosine))
+    red, blue = torch.tensor([1.0, 0, 0]).expand(2, 4, 3), torch.tensor([0, 0, 1.0]).expand(2, 4, 3)
+    pixels = np.asarray(draw_sheet(Look(image, mask, cosine, red, blue)))
 
     def at(row: int, column: int, patch: int) -> tuple[int, ...]:
         y = row * (CELL + GAP) + CELL * (2 * (patch // 2) + 1) // 4
@@ -86,6 +87,7 @@ def test_sheet_hides_what_was_masked_and_colours_it_by_cosine() -> None:
     best, worst = (tuple(int(v) for v in colors_of(np.array(value))) for value in (1.0, 0.0))
     assert (at(2, 0, 0), at(2, 1, 3)) == (best, worst)
     assert at(2, 0, 1) == (241, 241, 241)
+    assert (at(3, 1, 2), at(4, 0, 0)) == ((255, 0, 0), (0, 0, 255))
 
 
 @pytest.mark.parametrize(
