@@ -9,10 +9,19 @@ from typing import Any
 
 from evatool.model.presets import resolve_preset
 from evatool.plan.job import teacher_config
-from evatool.recipe.schema import DistillRecipe, PretrainMimRecipe, Recipe, StoreSection, TeacherSection
+from evatool.recipe.schema import (
+    DistillRecipe,
+    PretrainMimRecipe,
+    Recipe,
+    StoreSection,
+    TeacherSection,
+    TrainClipRecipe,
+)
 from evatool.recipe.teacher_sections import store_path
 
 log = logging.getLogger(__name__)
+
+_Taught = PretrainMimRecipe | TrainClipRecipe | DistillRecipe
 
 WARNED_MULTIPLE = 10.0
 """Times the bytes of the shards, above which a dry run warns."""
@@ -23,11 +32,13 @@ _CHECK_BYTES = 8  # mark and checksum of a row (data/feature_store.py)
 def store_figures(recipe: Recipe) -> dict[str, Any]:
     """What the stores of a recipe will hold, by name; empty where it has none. Warns where that is many times the
     shards' own bytes."""
-    if not isinstance(recipe, PretrainMimRecipe | DistillRecipe):
+    if not isinstance(recipe, _Taught):
         return {}
-    sections: dict[str, TeacherSection] = (
-        {"": recipe.teacher} if isinstance(recipe, PretrainMimRecipe) else dict(recipe.all_teachers)
-    )
+    sections: dict[str, TeacherSection] = {}
+    if isinstance(recipe, DistillRecipe):
+        sections = dict(recipe.all_teachers)
+    elif recipe.teacher is not None:
+        sections = {"": recipe.teacher}
     figures: dict[str, Any] = {}
     for name, section in sections.items():
         if section.store is not None:
@@ -36,7 +47,7 @@ def store_figures(recipe: Recipe) -> dict[str, Any]:
     return figures
 
 
-def _figures(recipe: PretrainMimRecipe | DistillRecipe, section: TeacherSection, store: StoreSection) -> dict[str, Any]:
+def _figures(recipe: _Taught, section: TeacherSection, store: StoreSection) -> dict[str, Any]:
     path = store_path(store, recipe.data)
     figures: dict[str, Any] = {} if path is None else {"path": str(path)}
     numbers = _numbers(recipe, section, store)
@@ -65,7 +76,7 @@ def _figures(recipe: PretrainMimRecipe | DistillRecipe, section: TeacherSection,
     return figures
 
 
-def _numbers(recipe: PretrainMimRecipe | DistillRecipe, section: TeacherSection, store: StoreSection) -> int | None:
+def _numbers(recipe: _Taught, section: TeacherSection, store: StoreSection) -> int | None:
     """Of one row; None where the teacher's width is not known."""
     config, _ = teacher_config(section.model)
     width = None if config is None else config.embed_dim
@@ -74,12 +85,13 @@ def _numbers(recipe: PretrainMimRecipe | DistillRecipe, section: TeacherSection,
     student = resolve_preset(recipe.model.preset).with_image_size(recipe.model.image_size)
     width = width or student.predict_dim
     patches = student.grid[0] * student.grid[1]
-    if getattr(store, "masked_only", False):
-        patches = max(1, round(recipe.objective.mask_ratio * patches))
+    masks = recipe.objective if isinstance(recipe, PretrainMimRecipe) else recipe.objective.mim
+    if getattr(store, "masked_only", False) and masks is not None:
+        patches = max(1, round(masks.mask_ratio * patches))
     return None if width is None else patches * width
 
 
-def _shards(recipe: PretrainMimRecipe | DistillRecipe) -> tuple[int, int] | None:
+def _shards(recipe: _Taught) -> tuple[int, int] | None:
     """Samples and bytes of the training shards, where a manifest on this machine says it."""
     train = recipe.data.train
     if train is None:

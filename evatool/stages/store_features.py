@@ -76,6 +76,13 @@ def _work(job: wiring.Job, recipe: PretrainMimRecipe | DistillRecipe | TrainClip
 
             data = open_mim_data(job, recipe)
             return StoreWork(data.loader, {STORE: lambda batch: data.patches.visual_tokens(batch.image)})
+        case TrainClipRecipe() if recipe.teacher is not None and recipe.teacher.store is not None:
+            from evatool.stages.joint import open_joint_data
+            from evatool.stages.mim_data import STORE
+
+            joint = open_joint_data(job, recipe, wiring.clip_config(recipe.model))
+            assert joint is not None, "the schema lets no teacher through without a joint objective"
+            return StoreWork(joint.loader, {STORE: lambda batch: joint.patches.visual_tokens(batch.image)})
         case DistillRecipe() if any(section.store for section in recipe.all_teachers.values()):
             from evatool.stages.distill_data import open_store_work
 
@@ -83,6 +90,6 @@ def _work(job: wiring.Job, recipe: PretrainMimRecipe | DistillRecipe | TrainClip
         case _:
             raise UsageError(
                 f"this {recipe.stage} recipe stores no teacher's features",
-                expected="a recipe for pretrain-mim or distill with a table [teacher.store]",
+                expected="a recipe with a teacher and a table [teacher.store]",
                 fix="add it to the recipe, or --set teacher.store.views=1",
             )
