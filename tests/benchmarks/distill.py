@@ -4,8 +4,8 @@
 environment (kept in --folder), then runs by turns: `evatool train-clip`; `evatool distill` with stored embeddings, with
 logits alone and with every loss; `evatool distill` with the teacher at each step; `open_clip_train`, plain and with
 `--distill-model`. Student, teacher, batch, data and first weights are the same; so are the losses where open_clip has
-them (contrastive and logits). A run's cost is the CPU time of its process, less that of a shorter run, so that start-up
-and checkpoint do not count; the smallest of --rounds counts. About ten minutes on one core.
+them (contrastive and logits). Each step is timed by the CPU clock of its process and counts where it was cheapest among
+--rounds. About five minutes on one core, and the making of the environment.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import os
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from open_clip_side import keep_step_times
 from side_by_side import finish, machine, versions
 from train_clip import OPTIM, TINY, make_environment, make_pictures, use_tiny_preset
 
@@ -83,17 +84,15 @@ def make_models(folder: Path) -> dict[str, Path]:
     return found
 
 
-def cost_of(command: list[str]) -> tuple[float, str]:
-    """CPU seconds of a command, and what it printed."""
+def steps_of(command: list[str], folder: Path) -> list[float]:
+    """CPU seconds of each step of a command but the first, by its own clock."""
+    times = folder / "step_times.json"
+    times.unlink(missing_ok=True)
     env = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryFile("w+") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env)
-        _, status, usage = os.wait4(process.pid, 0)
-        file.seek(0)
-        output = file.read()
-    if os.waitstatus_to_exitcode(status):
-        raise SystemExit(f"{shlex.join(command)} failed:\n{output[-3000:]}")
-    return usage.ru_utime + usage.ru_stime, output
+    done = subprocess.run(command, env=env | {"STEP_TIMES": str(times)}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{shlex.join(command)} failed:\n{(done.stdout + done.stderr)[-3000:]}")
+    return [after - before for before, after in pairwise(json.loads(times.read_text()))]
 
 
 # ------------------------------------------------------------------------------------------------------------- ours
@@ -117,11 +116,11 @@ def recipe_of(folder: Path, data: Path, models: dict[str, Path], name: str, batc
     return {"stage": stage, "table": table}
 
 
-def run_ours(job: dict[str, Any], folder: Path) -> float:
-    """CPU seconds of a run in a process of its own."""
+def run_ours(job: dict[str, Any], folder: Path) -> list[float]:
+    """CPU seconds of each step of a run in a process of its own."""
     path = folder / "ours.json"
     path.write_text(json.dumps(job | {"run_dir": str(folder / "runs" / str(time.time_ns()))}))
-    return cost_of([sys.executable, __file__, "--ours", str(path)])[0]
+    return steps_of([sys.executable, __file__, "--ours", str(path)], folder)
 
 
 def child(path: Path) -> None:
@@ -131,6 +130,7 @@ def child(path: Path) -> None:
     from evatool.stages.run_dir import RunOptions
 
     job = json.loads(path.read_text())
+    keep_step_times(Path(os.environ["STEP_TIMES"]))
     use_presets()
     if job.get("must_not_load"):
         teachers.load_clip = lambda *_, **__: sys.exit("the teacher was loaded")  # type: ignore[assignment]
@@ -141,8 +141,10 @@ def child(path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- theirs
 
 
-def run_theirs(folder: Path, data: Path, models: dict[str, Path], *, distils: bool, batch: int, steps: int) -> float:
-    """CPU seconds of one run of open_clip's trainer."""
+def run_theirs(
+    folder: Path, data: Path, models: dict[str, Path], *, distils: bool, batch: int, steps: int
+) -> list[float]:
+    """CPU seconds of each step of open_clip's trainer."""
     shards = sorted((data / "train").glob("*.tar"))
     weights = {name: folder / f"{name}.safetensors" for name in (TINY, TEACHER)}
     arguments = f"""
@@ -155,7 +157,7 @@ def run_theirs(folder: Path, data: Path, models: dict[str, Path], *, distils: bo
     if distils:
         arguments += ["--distill-model", TEACHER, "--distill-pretrained", str(weights[TEACHER])]
     python = make_environment(folder)
-    return cost_of([str(python), str(HERE / "open_clip_side.py"), str(models["spec"]), *arguments])[0]
+    return steps_of([str(python), str(HERE / "open_clip_side.py"), str(models["spec"]), *arguments], folder)
 
 
 # ----------------------------------------------------------------------------------------------------------- report
@@ -166,9 +168,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ours", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmarks/distill"))
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--start-up-steps", type=int, default=4, help="of the shorter run")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=18)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -180,23 +181,22 @@ def main() -> None:
     print(f"{machine()}; {versions()}")
     data = make_pictures(folder, options.batch * options.steps, 192, "jpg")
     models = make_models(folder)
-    lengths = options.start_up_steps, options.steps
-    ahead = recipe_of(folder, data, models, STORED, options.batch, options.steps) | {"task": "store-features"}
-    filled = run_ours(ahead, folder)
-    costs: dict[str, list[list[float]]] = {name: [[], []] for name in [*OURS, *THEIRS]}
+    sizes = {"batch": options.batch, "steps": options.steps}
+    start = time.perf_counter()
+    run_ours(recipe_of(folder, data, models, STORED, **sizes) | {"task": "store-features"}, folder)
+    print(f"the store was filled in {time.perf_counter() - start:.1f} s, start-up included", flush=True)
+    rounds: dict[str, list[list[float]]] = {name: [] for name in [*OURS, *THEIRS]}
     for _ in range(options.rounds):
-        for which, steps in enumerate(lengths):
-            for name, (*_, is_stored) in OURS.items():
-                job = recipe_of(folder, data, models, name, options.batch, steps) | {"must_not_load": is_stored}
-                costs[name][which].append(run_ours(job, folder))
-            for name, distils in THEIRS.items():
-                spent = run_theirs(folder, data, models, distils=distils, batch=options.batch, steps=steps)
-                costs[name][which].append(spent)
-    seen = options.batch * (lengths[1] - lengths[0])
-    speeds = {name: seen / (min(long) - min(short)) for name, (short, long) in costs.items()}
-    print(
-        f"\nbatch {options.batch}, {seen} samples; the store was filled in {filled:.1f} CPU seconds, start-up included"
-    )
+        for name, (*_, is_stored) in OURS.items():
+            job = recipe_of(folder, data, models, name, **sizes) | {"must_not_load": is_stored}
+            rounds[name].append(run_ours(job, folder))
+        for name, distils in THEIRS.items():
+            rounds[name].append(run_theirs(folder, data, models, distils=distils, **sizes))
+    # The first timed step still makes buffers; each later one counts where it was cheapest.
+    costs = {name: sum(min(each) for each in list(zip(*runs, strict=True))[1:]) for name, runs in rounds.items()}
+    seen = options.batch * (options.steps - 2)
+    speeds = {name: seen / cost for name, cost in costs.items()}
+    print(f"\nbatch {options.batch}, {seen} samples, {options.rounds} rounds, samples a CPU second")
     print(f"{'':40s} {'samples/s':>10s} {'of plain':>9s} {'of open_clip':>13s}")
     theirs = speeds["open_clip_train --distill-model"]
     for name, speed in speeds.items():
@@ -207,7 +207,7 @@ def main() -> None:
         for name in (STORED, EVERY)
         if speeds[name] < STORED_TARGET * speeds[PLAIN]
     ]
-    finish({"samples_per_cpu_sec": speeds, "cpu_sec": costs, "versions": versions()}, failures, options.json)
+    finish({"samples_per_cpu_sec": speeds, "step_cpu_sec": rounds, "versions": versions()}, failures, options.json)
 
 
 if __name__ == "__main__":

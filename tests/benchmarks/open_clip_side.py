@@ -2,14 +2,18 @@
 
 `python open_clip_side.py SPEC ARGUMENTS...`: SPEC is JSON with `name`, `config` (open_clip's model configuration) and
 `eva` (arguments of timm's `Eva`, or null where timm knows the tower), and in `also` the same of further models;
-ARGUMENTS are the trainer's own.
+ARGUMENTS are the trainer's own. With STEP_TIMES in the environment, the process's CPU time after each step of the
+optimiser goes to that file.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +33,23 @@ def register_tower(name: str, arguments: dict[str, Any]) -> None:
     register_model(entry)
 
 
+def keep_step_times(path: Path) -> None:
+    """CPU seconds of this process after each step of any optimiser, as JSON, once the process ends."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    times: list[float] = []
+    register_optimizer_step_post_hook(lambda *_: times.append(time.process_time()))
+    atexit.register(lambda: path.write_text(json.dumps(times)))
+
+
 def main() -> None:
     """Register the model, then hand over to open_clip's trainer."""
     spec = json.loads(Path(sys.argv[1]).read_text())
     import open_clip
     from open_clip_train.main import main as train
 
+    if "STEP_TIMES" in os.environ:
+        keep_step_times(Path(os.environ["STEP_TIMES"]))
     with tempfile.TemporaryDirectory() as folder:
         for model in [spec, *spec.get("also", [])]:
             if model["eva"] is not None:
