@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from test_training_stages import StopAfter
 
+from evatool.cli.store_features import store_features_report
 from evatool.data.feature_store import FeatureStore
 from evatool.errors import DataError, Preempted, UsageError
 from evatool.recipe.load import resolve_table
@@ -143,3 +144,33 @@ def test_what_differs_is_named(run_training, clip_run, mim_run, store, drawings,
         run_training("pretrain-mim", tmp_path / "b", *stored(store), teacher=other.run_dir)
     with pytest.raises(UsageError, match="stores no teacher's features"):
         fill(drawings, clip_run.run_dir, tmp_path / "c")
+
+
+def test_the_command_fills_a_recipes_store(drawings, clip_run, tmp_path) -> None:
+    """`evatool store-features` twice: its log stands beside the run's folder, and nothing is made again."""
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(
+        f"""
+stage = "pretrain-mim"
+run_dir = "{tmp_path / "mine"}"
+data.train = "{drawings / "train"}"
+model.preset = "EVA02-CLIP-debug"
+teacher.model = "{clip_run.run_dir}"
+teacher.store.path = "{tmp_path / "rows"}"
+optim.visual.lr = 1e-3
+optim.grad_clip_norm = 1.0
+train.samples_seen = 48
+train.global_batch_size = 8
+"""
+    )
+    shown = store_features_report(str(recipe), [], None, dry_run=True, debug=False)
+    assert shown.data["derived"]["store.bytes_per_sample"] == 2 * 16 * 32 + 8
+    made = store_features_report(str(recipe), [], None, dry_run=False, debug=False)
+    assert made.data["metrics"]["rows_made"] > 0
+    assert made.data["metrics"]["store_bytes"] == shown.data["derived"]["store.bytes"]
+    assert (tmp_path / "mine-store-features" / "status.json").is_file()
+    assert not (tmp_path / "mine").exists()
+    again = store_features_report(str(recipe), [], None, dry_run=False, debug=False)
+    assert again.data["metrics"]["rows_made"] == 0
+    (tmp_path / "rows" / "source0" / "shard000000.view0.features").unlink()
+    assert store_features_report(str(recipe), [], None, False, False).data["metrics"]["rows_made"] > 0
