@@ -54,7 +54,7 @@ def test_every_published_training_recipe_has_its_debug_form() -> None:
     published = {
         name
         for name, stage in recipes.items()
-        if not name.startswith(("demo/", "debug/")) and stage in ("pretrain-mim", "train-clip", "distill")
+        if not name.startswith(("demo/", "debug/", "evidence/")) and stage in ("pretrain-mim", "train-clip", "distill")
     }
     # The overlay of printed commands is the same everywhere: L/14 stands for it.
     own = {name for name in published if not name.endswith("-faithful") or name.startswith("eva02-clip-l-14/")}
