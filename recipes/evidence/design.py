@@ -14,7 +14,7 @@ from itertools import product
 from math import log
 
 BUDGET_SAMPLES = 61_440
-SEEDS = (0, 1, 2, 3, 4)
+SEEDS = (0, 1, 2)
 SEARCH_SEED = 100  # learning rates are chosen on a seed that no arm uses
 TEACHER_SEED = 1000
 WARMUP_SHARE = 0.1  # of the run's samples, in every run
@@ -257,7 +257,8 @@ QUESTIONS: tuple[Question, ...] = (
     ),
     Question(
         "InfoNCE and sigmoid by batch",
-        "Samples are the same, so a larger batch takes fewer steps.",
+        f"Samples are the same, so a batch of 64 takes {BUDGET_SAMPLES // 64:,} steps and one of 1,024 takes "
+        f"{BUDGET_SAMPLES // 1024}.",
         tuple(loss_name(loss, batch) for batch in LOSS_BATCHES for loss in ("infonce", "sigmoid")),
         tuple((loss_name("infonce", batch), loss_name("sigmoid", batch)) for batch in LOSS_BATCHES),
     ),
@@ -302,7 +303,8 @@ QUESTIONS: tuple[Question, ...] = (
     ),
     Question(
         "One stage against two",
-        "Masked image modelling beside the sigmoid loss, before it, or not at all; and what single patches know then.",
+        "Masked image modelling beside the sigmoid loss, before it, or not at all: an open question in the literature. "
+        "And what single patches know then, on pictures composed of four drawings.",
         (loss_name("sigmoid", 256), MIM_SIGMOID.name, JOINT.name),
         (
             (loss_name("sigmoid", 256), MIM_SIGMOID.name),

@@ -18,6 +18,7 @@ from design import (
     RUNS,
     SEARCH,
     SHOWN,
+    TEACHER,
     Question,
     Run,
     loss_name,
@@ -133,18 +134,37 @@ All values are in [recipes/evidence/results.json](../recipes/evidence/results.js
   no groups.
 - **Intervals**: 95 %, Student's t over {seeds} seeds; differences are paired by seed. They do not cover another choice
   of pictures. A *gain* or *loss* is one whose interval leaves out 0; of {_num_pairs()} comparisons about
-  {max(1, round(_num_pairs() / 20))} would do so by luck.
+  {max(1, round(_num_pairs() / 20))} would do so by luck. On single sets a handful of pictures decides, and seeds that
+  agree by chance make an interval too short: the score is what counts.
 """
 
 
 def _in_short(results: Results) -> str:
-    lines = ["## In short", ""]
-    for factor, estimate in main_effects(results).items():
-        if factor in FACTORS:
-            lines.append(f"- {factor}, over both levels of the other two factors: {_judged(estimate)}.")
+    scores = {run.name: mean(values(results, run.name)).value for run in RUNS if run.name in results and is_arm(run)}
+    best = max(scores, key=lambda name: scores[name])
+    lines = [
+        "## In short",
+        "",
+        f"The baseline scores {scores[BASELINE]:.1f}, the best arm, `{best}`, {scores[best]:.1f}. For scale: the given "
+        f"teacher, which is the baseline trained {TEACHER.share:g} times as long, scores "
+        f"{mean(values(results, TEACHER.name)).value:.1f}, so that no arm replaces longer training here."
+        if scores[best] < mean(values(results, TEACHER.name)).value
+        else f"The baseline scores {scores[BASELINE]:.1f}, the best arm, `{best}`, {scores[best]:.1f}.",
+        "",
+    ]
+    for effect, estimate in main_effects(results).items():
+        if effect in FACTORS:
+            lines.append(f"- {effect}, over both levels of the other two factors: {_judged(estimate)}.")
+        elif estimate.verdict != "no difference":
+            lines.append(f"- {effect}: they do not add up; the interaction is {_signed(estimate).strip('*')} points.")
+    told: set[tuple[str, str]] = set()
     for question in QUESTIONS[1:]:
         for before, after, estimate in all_differences(results)[question.title]:
+            if (before, after) in told:  # of an earlier section
+                continue
+            told.add((before, after))
             lines.append(f"- {_about(after)}, against {_about(before)}: {_judged(estimate)}.")
+    lines += ["", f"![All differences of the score, with their intervals]({PICTURES}/differences.png)"]
     return "\n".join(lines)
 
 
@@ -166,6 +186,7 @@ def _arms_table(arms: Iterable[str], results: Results, patches: bool) -> str:
     rows = [
         [f"`{name}`", _about(name), *(_shown(mean(values(results, name, *column))) for column in columns)]
         for name in arms
+        if name in results
     ]
     return _table(["arm", "what it is", *heads], rows)
 
@@ -189,6 +210,8 @@ def _differences_table(question: Question, results: Results) -> str:
         sets = {"score": ""}
     rows = []
     for before, after in question.pairs:
+        if before not in results or after not in results:
+            continue
         cells = [
             _signed(difference(values(results, before, name, metric), values(results, after, name, metric)))
             for name, metric in sets.items()
@@ -214,42 +237,34 @@ def _every_set(results: Results) -> str:
 
 
 def _costs(results: Results) -> str:
-    rows, largest_cpu, largest_wall = [], ("", 0.0), ("", 0.0)
-    for run in (*RUNS, *SEARCH):
-        records = results.get(run.name, {})
-        for record in records.values():
-            largest_cpu = max(largest_cpu, (run.name, record["cpu_sec"]), key=lambda pair: pair[1])
-            largest_wall = max(largest_wall, (run.name, record["wall_sec"]), key=lambda pair: pair[1])
-    for run in RUNS:
-        records = list(results.get(run.name, {}).values())
-        if not records:
-            continue
-        commits = sorted({record["commit"] for record in records})
-        settings = ", ".join(f"`{setting}`" for setting in run.sets) or "none"
-        rows.append(
-            [
-                f"`{run.name}`",
-                f"`{run.recipe}`",
-                settings,
-                str(len(records)),
-                f"{records[0]['samples']:,}",
-                f"{max(record['flops_with_mim'] for record in records) / 1e12:.2f}",
-                f"{max(record['cpu_sec'] for record in records):.0f}",
-                ", ".join(f"`{commit}`" for commit in commits),
-            ]
-        )
+    every = [(run.name, record) for run in (*RUNS, *SEARCH) for record in results.get(run.name, {}).values()]
+    most_cpu = max(every, key=lambda pair: pair[1]["cpu_sec"])
+    most_wall = max(every, key=lambda pair: pair[1]["wall_sec"])
+    cpu = sum(record["cpu_sec"] for _, record in every), sum(record["eval_cpu_sec"] for _, record in every)
+    wall = sum(record["wall_sec"] + record["eval_wall_sec"] for _, record in every)
+    rows = [_cost_row(run, list(results[run.name].values())) for run in RUNS if results.get(run.name)]
     heads = ["run", "recipe", "settings over it", "seeds", "samples", "TFLOP, MIM stage included", "most CPU s", "code"]
-    every = [r for run in (*RUNS, *SEARCH) for r in results.get(run.name, {}).values()]
-    cpu = sum(r["cpu_sec"] for r in every), sum(r["eval_cpu_sec"] for r in every)
-    wall = sum(r["wall_sec"] + r["eval_wall_sec"] for r in every)
     return f"""## The runs
 
 One thread, on a machine whose two cores other work shared, so wall times are upper bounds. Most CPU seconds of a
-training run: {largest_cpu[1]:.0f} (`{largest_cpu[0]}`); most wall seconds: {largest_wall[1]:.0f} (`{largest_wall[0]}`).
-Sums over all runs, the search included: {cpu[0]:,.0f} CPU seconds of training and {cpu[1]:,.0f} of evaluation, which is
-{sum(cpu) / 120:.0f} minutes of two cores; {wall / 60:.0f} minutes of wall time.
+training run: {most_cpu[1]["cpu_sec"]:.0f} (`{most_cpu[0]}`); most wall seconds: {most_wall[1]["wall_sec"]:.0f}
+(`{most_wall[0]}`). Sums over all runs, the search included: {cpu[0]:,.0f} CPU seconds of training and {cpu[1]:,.0f} of
+evaluation, which is {sum(cpu) / 120:.0f} minutes of two cores; {wall / 60:.0f} minutes of wall time.
 
 {_table(heads, rows)}"""
+
+
+def _cost_row(run: Run, records: list[Mapping[str, Any]]) -> list[str]:
+    return [
+        f"`{run.name}`",
+        f"`{run.recipe}`",
+        ", ".join(f"`{setting}`" for setting in run.sets) or "none",
+        str(len(records)),
+        f"{records[0]['samples']:,}",
+        f"{max(record['flops_with_mim'] for record in records) / 1e12:.2f}",
+        f"{max(record['cpu_sec'] for record in records):.0f}",
+        ", ".join(f"`{commit}`" for commit in sorted({record["commit"] for record in records})),
+    ]
 
 
 def _search(results: Results) -> str:
@@ -272,8 +287,13 @@ def _is_evaluated(run: Run) -> bool:
     return not run.recipe.startswith("evidence/mim")
 
 
+def is_arm(run: Run) -> bool:
+    """Whether the run costs the budget and is compared."""
+    return _is_evaluated(run) and run is not TEACHER
+
+
 def _about(name: str) -> str:
-    return next(run.about for run in RUNS if run.name == name)
+    return "the baseline" if name == BASELINE else next(run.about for run in RUNS if run.name == name)
 
 
 def _num_pairs() -> int:

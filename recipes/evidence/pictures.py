@@ -25,6 +25,7 @@ def draw_effects(effects: Mapping[str, Estimate], path: Path, *, title: str = "E
             axes.plot([effect.low, effect.high], [place, place], color=color, linewidth=2.5, solid_capstyle="round")
         axes.plot(effect.value, place, "o", color=color)
     axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(-0.7, len(names) - 0.3)
     axes.set_xlabel(title, color=INK)
     _plain(axes)
     _save(drawing, path)

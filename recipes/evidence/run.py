@@ -211,7 +211,11 @@ def gather(out: Path) -> None:
             if record.exists():
                 found.setdefault(name, {})[str(seed)] = json.loads(record.read_text(encoding="utf-8"))
     known = {name: found[name] for name in sorted(found) if name in BY_NAME}
-    write_file(RESULTS, (json.dumps(known, indent=1, sort_keys=True) + "\n").encode())
+    rows = []
+    for name, records in known.items():
+        lines = ",\n".join(f"    {json.dumps(seed)}: {json.dumps(records[seed])}" for seed in sorted(records, key=int))
+        rows.append(f"  {json.dumps(name)}: {{\n{lines}\n  }}")
+    write_file(RESULTS, ("{\n" + ",\n".join(rows) + "\n}\n").encode())  # a line a run
 
 
 def _arguments() -> argparse.Namespace:
