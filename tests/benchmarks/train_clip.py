@@ -189,7 +189,7 @@ def baseline(
         return Run(0.0, list(enumerate(losses, start=1)), peak, shlex.join(command))
     # A line tells the mean time since the line before; the first is of step 1 alone.
     timed = times[1 + min(WARM_UP, steps // 2) // LOG_EVERY :]
-    seen = [(1 + LOG_EVERY * i, loss) for i, loss in enumerate(losses)]
+    seen = [(min(1 + LOG_EVERY * i, steps), loss) for i, loss in enumerate(losses)]
     return Run(bench.batch / statistics.mean(timed), seen, peak, shlex.join(command))
 
 
