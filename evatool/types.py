@@ -41,17 +41,18 @@ class Batch:
 
     def to(self, device: Any) -> Batch:
         """The same batch with its tensors on `device`."""
-        move = lambda t: None if t is None else t.to(device, non_blocking=True)  # noqa: E731
+        there = lambda t: t.to(device, non_blocking=True)  # noqa: E731
+        move = lambda t: None if t is None else there(t)  # noqa: E731
         return replace(
             self,
-            image=self.image.to(device, non_blocking=True),
+            image=there(self.image),
             tokens=move(self.tokens),
             caption_id=move(self.caption_id),
             mask=move(self.mask),
             teacher_image=move(self.teacher_image),
-            more_views=None if self.more_views is None else [move(view) for view in self.more_views],
-            extras=None if self.extras is None else {name: move(t) for name, t in self.extras.items()},
-            stored=None if self.stored is None else {name: move(t) for name, t in self.stored.items()},
+            more_views=None if self.more_views is None else [there(view) for view in self.more_views],
+            extras=None if self.extras is None else {name: there(t) for name, t in self.extras.items()},
+            stored=None if self.stored is None else {name: there(t) for name, t in self.stored.items()},
         )
 
     def pin_memory(self) -> Batch:

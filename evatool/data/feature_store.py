@@ -103,8 +103,8 @@ class FeatureStore:
         rows = np.empty((len(places), self.spec.row_bytes - _TRAILER_BYTES), dtype=np.uint8)
         trailer = bytearray(_TRAILER_BYTES)
         for row, place in zip(rows, map(tuple, places.tolist()), strict=True):
-            file = self._file(place, writing=False)
-            if file is None or os.preadv(file, [row, trailer], place[2] * self.spec.row_bytes) != self.spec.row_bytes:
+            file, size = self._file(place, writing=False), self.spec.row_bytes
+            if file is None or os.preadv(file, [row.data, trailer], place[2] * size) != size:
                 return None
             if trailer[: len(_MARK)] != _MARK:
                 return None
@@ -119,7 +119,7 @@ class FeatureStore:
         for row, place in zip(payload, map(tuple, places.tolist()), strict=True):
             file = self._file(place, writing=True)
             assert file is not None
-            pieces, offset = [row, self._trailer(place, row)], place[2] * self.spec.row_bytes
+            pieces, offset = [row.data, self._trailer(place, row)], place[2] * self.spec.row_bytes
             if os.pwritev(file, pieces, offset) != self.spec.row_bytes:
                 os.pwrite(file, b"".join(map(bytes, pieces)), offset)  # says why not: a full disk
 
@@ -165,7 +165,7 @@ class FeatureStore:
 
     def _trailer(self, place: tuple[int, ...], row: np.ndarray) -> bytes:
         start = zlib.crc32(self._key + repr(place).encode())
-        return _MARK + zlib.crc32(row, start).to_bytes(4, "little")
+        return _MARK + zlib.crc32(row.data, start).to_bytes(4, "little")
 
     def _path(self, place: tuple[int, ...]) -> Path:
         source, shard, _, view = place

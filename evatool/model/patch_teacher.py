@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -33,7 +34,7 @@ class TimmTeacher:
 
     def __init__(self, name: str, model: nn.Module, layer: int, image_size: int) -> None:
         self.name, self.model, self.layer, self.image_size = name, model, layer, image_size
-        settings = model.pretrained_cfg
+        settings: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
         self.mean, self.std = tuple(settings["mean"]), tuple(settings["std"])
         device = next(model.parameters()).device
         probe = self._features(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=device))

@@ -71,9 +71,9 @@ class Validation(Hook):
     def __init__(
         self, section: ValidationSection, job: wiring.Job, recipe: PretrainMimRecipe, data: MimData, model: MimObjective
     ) -> None:
-        self._section, self._job, self._data, self._objective = section, job, data, model
+        self._section, self._job, self._objective = section, job, model
         self._precision = recipe.train.precision
-        self._loader = self._open(recipe)
+        self._loader = open_validation(section, job, recipe, data)
         self._mask = torch.from_numpy(fixed_mask(data.mask.grid, data.mask.masking))
 
     def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
@@ -113,37 +113,39 @@ class Validation(Hook):
         prediction = self._objective.predict_masked(batch)
         return patch_cosine(prediction, target).view(len(batch.image), -1).mean(dim=1)
 
-    def _open(self, recipe: PretrainMimRecipe) -> TrainLoader:
-        plain = {"train": self._section.data, "sources": None, "phases": None, "mixing": "samples", "streams": 1}
-        whole = AugmentSection(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
-        section = recipe.data.model_copy(update=plain | {"sampling": "epochs", "augment": whole})
-        world, data = self._job.world, self._data
-        loader = build_train_loader(
-            section,
-            image_size=data.shape.image_size,
-            context_length=0,
-            global_batch_size=recipe.train.global_batch_size,
-            rank=world.rank,
-            world_size=world.world_size,
-            seed=0,
-            teacher_image_sizes=sorted({data.teacher.image_size} - {data.shape.image_size}),
-            with_text=False,
-            one_pass=True,
-            views=self._views(recipe),
-        )
-        if self._section.max_samples is not None:
-            loader.dataset.end = min(loader.num_samples, self._section.max_samples)
-        return loader
 
-    def _views(self, recipe: PretrainMimRecipe) -> Views | None:
-        """Its teacher's features stand beside the training pictures', in a store of their own."""
-        store, data = recipe.teacher.store, self._data
-        if store is None:
-            return None
-        facts = {"teacher": data.teacher.facts.fingerprint, "grid": list(data.shape.grid)}
-        path = required_store_path(store, recipe.data) / "validation"
-        shape = (data.shape.grid[0] * data.shape.grid[1], data.teacher.facts.width)
-        return Views(1, 0, (StoreSpec(STORE, path, shape, facts),))
+def open_validation(
+    section: ValidationSection, job: wiring.Job, recipe: PretrainMimRecipe, data: MimData
+) -> TrainLoader:
+    """This rank's share of the held-out pictures, whole, once each; with a store of their own where there is one."""
+    plain = {"train": section.data, "sources": None, "phases": None, "mixing": "samples", "streams": 1}
+    whole = AugmentSection(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
+    loader = build_train_loader(
+        recipe.data.model_copy(update=plain | {"sampling": "epochs", "augment": whole}),
+        image_size=data.shape.image_size,
+        context_length=0,
+        global_batch_size=recipe.train.global_batch_size,
+        rank=job.world.rank,
+        world_size=job.world.world_size,
+        seed=0,
+        teacher_image_sizes=sorted({data.teacher.image_size} - {data.shape.image_size}),
+        with_text=False,
+        one_pass=True,
+        views=_validation_views(recipe, data),
+    )
+    if section.max_samples is not None:
+        loader.dataset.end = min(loader.num_samples, section.max_samples)
+    return loader
+
+
+def _validation_views(recipe: PretrainMimRecipe, data: MimData) -> Views | None:
+    store = recipe.teacher.store
+    if store is None:
+        return None
+    facts = {"teacher": data.teacher.facts.fingerprint, "grid": list(data.shape.grid)}
+    path = required_store_path(store, recipe.data) / "validation"
+    shape = (data.shape.grid[0] * data.shape.grid[1], data.teacher.facts.width)
+    return Views(1, 0, (StoreSpec(STORE, path, shape, facts),))
 
 
 def fixed_mask(grid: tuple[int, int], masking: str) -> np.ndarray:

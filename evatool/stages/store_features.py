@@ -39,26 +39,32 @@ def run(recipe: PretrainMimRecipe | DistillRecipe | TrainClipRecipe, run: RunOpt
     Raises: UsageError where the recipe stores no features.
     """
     with wiring.open_job(recipe, run) as job:
-        work = _work(job, recipe)
+        works = _works(job, recipe)
         started, made = time.perf_counter(), 0
-        with progress(COMMAND, num_rows(work.loader), unit="samples") as bar, torch.no_grad():
-            for batch in missing_batches(work.loader, work.sizes):
-                bar.advance(recipe.train.global_batch_size)
-                if len(batch.keys):
-                    made += _fill(work, batch.to(job.world.device))
+        total = sum(num_rows(work.loader) for work in works)
+        with progress(COMMAND, total, unit="samples") as bar, torch.no_grad():
+            for work in works:
+                for batch in missing_batches(work.loader, work.sizes):
+                    bar.advance(recipe.train.global_batch_size)
+                    if len(batch.keys):
+                        made += _fill(work, batch.to(job.world.device))
         made, seconds = sum(gather_objects(made)), time.perf_counter() - started
-        stores = work.loader.stores.values()
+        training = works[0].loader
         metrics: dict[str, float | int | str] = {
-            "samples": work.loader.num_samples,
-            "views": work.loader.dataset.num_views or 1,
+            "samples": training.num_samples,
+            "views": training.dataset.num_views or 1,
             "rows_made": made,
-            "store_bytes": sum(store.spec.row_bytes for store in stores) * num_rows(work.loader),
+            "store_bytes": sum(_bytes(work.loader) for work in works),
             "samples_per_sec": round(made / seconds, 2),
         }
-        outputs = {f"store {store.spec.name}".strip(): store.spec.path for store in stores}
+        outputs = {f"store {store.spec.name}".strip(): store.spec.path for store in training.stores.values()}
         name = run.name.removesuffix(f"-{COMMAND}")
         following = f"evatool {recipe.stage} {name}"
         return Result(COMMAND, job.run_dir.path, outputs=outputs, metrics=metrics, next_command=following)
+
+
+def _bytes(loader: TrainLoader) -> int:
+    return sum(store.spec.row_bytes for store in loader.stores.values()) * num_rows(loader)
 
 
 def _fill(work: StoreWork, batch: Batch) -> int:
@@ -69,24 +75,29 @@ def _fill(work: StoreWork, batch: Batch) -> int:
     return len(batch.keys)
 
 
-def _work(job: wiring.Job, recipe: PretrainMimRecipe | DistillRecipe | TrainClipRecipe) -> StoreWork:
+def _works(job: wiring.Job, recipe: PretrainMimRecipe | DistillRecipe | TrainClipRecipe) -> list[StoreWork]:
+    """What is to be stored of the training pictures, first, and of others."""
     match recipe:
         case PretrainMimRecipe() if recipe.teacher.store is not None:
             from evatool.stages.mim_data import STORE, open_mim_data
+            from evatool.stages.mim_hooks import open_validation
 
             data = open_mim_data(job, recipe)
-            return StoreWork(data.loader, {STORE: lambda batch: data.patches.visual_tokens(batch.image)})
+            loaders = [data.loader]
+            if recipe.validation is not None:
+                loaders.append(open_validation(recipe.validation, job, recipe, data))
+            return [StoreWork(each, {STORE: lambda batch: data.patches.visual_tokens(batch.image)}) for each in loaders]
         case TrainClipRecipe() if recipe.teacher is not None and recipe.teacher.store is not None:
             from evatool.stages.joint import open_joint_data
             from evatool.stages.mim_data import STORE
 
             joint = open_joint_data(job, recipe, wiring.clip_config(recipe.model))
             assert joint is not None, "the schema lets no teacher through without a joint objective"
-            return StoreWork(joint.loader, {STORE: lambda batch: joint.patches.visual_tokens(batch.image)})
+            return [StoreWork(joint.loader, {STORE: lambda batch: joint.patches.visual_tokens(batch.image)})]
         case DistillRecipe() if any(section.store for section in recipe.all_teachers.values()):
             from evatool.stages.distill_data import open_store_work
 
-            return open_store_work(job, recipe)
+            return [open_store_work(job, recipe)]
         case _:
             raise UsageError(
                 f"this {recipe.stage} recipe stores no teacher's features",

@@ -30,17 +30,21 @@ def table(folder: Path, store: str | None, engine: dict[str, Any]) -> dict[str, 
         "teacher": {"model": str(folder / "clip.safetensors")}
         | ({} if store is None else {"store": {"path": str(folder / store), "views": 2}}),
         "engine": engine,
+        "validation": {"data": str(folder / "data" / "train"), "every_steps": 2, "max_samples": 21},
     }
 
 
 def losses(folder: Path, store: str, engine: dict[str, Any], name: str, *, may_load: bool = True) -> list[float]:
-    """Each step's loss of a whole run; without `may_load` a teacher that is loaded is a failure."""
+    """Each step's loss of a whole run, and its validations'; without `may_load` loading a teacher is a failure."""
     with pytest.MonkeyPatch.context() as patch:
         if not may_load:
             patch.setattr(teachers, "load_clip", None)
         resolved = resolve_table(table(folder, store, engine), "pretrain-mim")
         run_stage(resolved, RunOptions(name="mim", run_dir=folder / name))
-    return [json.loads(line)["train/loss"] for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    validations = [record["val/loss"] for record in records if "val/loss" in record]
+    assert len(validations) == 2
+    return [*(record["train/loss"] for record in records), *validations]
 
 
 def fill(folder: Path, store: str) -> dict[str, Any]:
@@ -66,13 +70,13 @@ def folder(tmp_path_factory):
 
 def test_ranks_fill_and_read_together(run_on_ranks, folder):
     """Two ranks fill; two under ZeRO-2 and one alone read, without a teacher, and learn the same."""
-    one, two = run_on_ranks(fill, 2, folder, "ahead")
-    assert one["rows_made"] == two["rows_made"]
-    assert one["rows_made"] >= 2 * one["samples"]
+    made, same = (metrics["rows_made"] for metrics in run_on_ranks(fill, 2, folder, "ahead"))
+    found, again = run_on_ranks(read_only, 2, folder, "ahead", ENGINE, "zero2")
+    count = json.loads((folder / "data" / "train" / "manifest.json").read_text())["num_samples"]
+    assert made == same >= 2 * count
     assert fill(folder, "ahead")["rows_made"] == 0
     alone = read_only(folder, "ahead", {}, "alone")
-    for found in run_on_ranks(read_only, 2, folder, "ahead", ENGINE, "zero2"):
-        assert found == pytest.approx(alone, rel=1e-5)
+    assert found == again == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.slow
