@@ -121,7 +121,7 @@ def _octal(digits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(n, d) ASCII -> values int64 (n,), and whether every character is an octal digit."""
     values = digits - np.uint8(_ZERO)  # what lies below "0" wraps round to large numbers
     powers = 8 ** np.arange(digits.shape[1] - 1, -1, -1, dtype=np.int64)
-    return values.astype(np.int64) @ powers, (values < 8).all(axis=1)
+    return values.astype(np.int64) @ powers, np.asarray(values.max(axis=1) < 8)
 
 
 def _sums_are_right(headers: np.ndarray) -> np.ndarray:
