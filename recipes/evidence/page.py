@@ -167,7 +167,7 @@ def _in_short(results: Results) -> str:
             lines.append(f"- {_about(after)}, against {_about(before)}: {_judged(estimate)}.")
     for question in QUESTIONS:
         for metric in PATCH_METRICS if question.patches else ():
-            lines.append(f"- Single patches, `{metric}`: {_patch_differences(question, metric, results)}.")
+            lines.append(f"- Single patches, `{metric}`: {_patch_differences(question, metric, results)}")
     lines += ["", f"![All differences of the score, with their intervals]({PICTURES}/differences.png)"]
     return "\n".join(lines)
 
@@ -177,7 +177,18 @@ def _patch_differences(question: Question, metric: str, results: Results) -> str
     for before, after in question.pairs:
         found = [values(results, name, "scenes", metric) for name in (before, after)]
         parts.append(f"{_about(after)}, against {_about(before)}, {_judged(difference(*found))}")
-    return "; ".join(parts)
+    guess = chance(results, "scenes", metric)
+    above = [name for name in question.arms if (mean(values(results, name, "scenes", metric)).low or 0) > guess]
+    who = " and ".join(f"`{name}`" for name in above)
+    return (
+        "; ".join(parts)
+        + f". Chance is {guess:.2f}: "
+        + (
+            f"above it {'is' if len(above) == 1 else 'are'} {who}."
+            if above
+            else "none of these arms is surely above it."
+        )
+    )
 
 
 def _section(number: int, question: Question, results: Results) -> str:
@@ -200,6 +211,8 @@ def _arms_table(arms: Iterable[str], results: Results, patches: bool) -> str:
         for name in arms
         if name in results
     ]
+    if patches:
+        rows.append(["*chance*", "", "", *(f"{chance(results, *column):.2f}" for column in columns[1:])])
     return _table(["arm", "what it is", *heads], rows)
 
 
