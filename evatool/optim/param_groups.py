@@ -19,6 +19,8 @@ EMBEDDING_PARTS = (
     "cls_token",
     "mask_token",
     "conv1",
+    "class_embedding",
+    "ln_pre",
     "positional_embedding",
     "token_embedding",
 )

@@ -1,8 +1,7 @@
 """What a frozen part of a tower saves: gradients, moments, activations and two thirds of its operations.
 
 Freezing goes from the input up (`optim/locking.py`), so nothing before the first layer that learns is needed for the
-backward pass. open_clip's ViT keeps its class token and first norm learning unless the whole tower is frozen: its
-frozen blocks then save states alone. Held to locked models by tests/plan/test_locked.py.
+backward pass. Held to locked models by tests/plan/test_locked.py.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def frozen_params(config: ModelConfig, locks: Locks) -> int:
         frozen += counted.image - config.width * (config.embed_dim or 0) - bias
     elif locks.visual is not None:
         rows = 3 * config.patch_size**2 + towers.num_patches(config) + 1
-        rows += 2 if config.is_eva else 0  # bias of the patch embedding, class token
+        rows += 2 if config.is_eva else 3  # class token; bias of the patch embedding, or open_clip's norm before all
         frozen += rows * config.width + locks.visual * towers.image_blocks(config).block_params
     if text is None or locks.text is None:
         return frozen
@@ -46,18 +45,15 @@ def frozen_params(config: ModelConfig, locks: Locks) -> int:
 
 def idle_blocks(config: ModelConfig, locks: Locks) -> tuple[int, int]:
     """Blocks of the image and of the text tower through which no gradient goes."""
-    text_depth = config.text_depth
     visual = config.depth if locks.visual == "all" else locks.visual or 0
-    if locks.visual != "all" and not config.is_eva:
-        visual = 0
-    return visual, text_depth if locks.text == "all" else locks.text or 0
+    return visual, config.text_depth if locks.text == "all" else locks.text or 0
 
 
 def forward_only_flops(config: ModelConfig, locks: Locks, patch_dropout: float, text_tokens: int | None) -> int:
     """Operations a sample of what has a forward pass alone."""
     image, text = idle_blocks(config, locks)
     found = 0
-    if locks.visual is not None and (image or config.is_eva):
+    if locks.visual is not None:
         tokens = towers.kept_tokens(config, patch_dropout)
         found += towers.patch_flops(config) + towers.image_blocks(config).flops(tokens) * image // config.depth
     if text:

@@ -34,6 +34,7 @@ def run(recipe: DistillRecipe, run: RunOptions) -> Result:
         hooks = training_loop.build_hooks(job, config, model=model, contrastive_key=key)
         hooks.insert(0, LossWeights(objective, recipe.objective.changing_weights))
         flops = 3 * (image_flops(config, recipe.model.patch_dropout) + text_flops(config))
+        flops += sum(image_flops(teacher) + text_flops(teacher) for teacher in data.live)
         trainer = training_loop.build_trainer(job, objective, engine, data.loader, groups, hooks, state, flops)
         trainer.fit()
         path = job.run_dir.path

@@ -31,6 +31,8 @@ class DistillData:
     teachers: list[Teacher]
     loader: TrainLoader
     views: Views | None
+    live: list[ModelConfig]
+    """Of the teachers that run at every step."""
 
 
 def open_distill_data(job: wiring.Job, recipe: DistillRecipe, config: ModelConfig) -> DistillData:
@@ -55,7 +57,8 @@ def open_distill_data(job: wiring.Job, recipe: DistillRecipe, config: ModelConfi
         views=views,
     )
     teachers = [_teacher(name, sections[name], clip, loader) for name, clip in opened.items()]
-    return DistillData(teachers, loader, views)
+    live = [clip.config for name, clip in opened.items() if sections[name].store is None]
+    return DistillData(teachers, loader, views, live)
 
 
 def open_store_work(job: wiring.Job, recipe: DistillRecipe) -> StoreWork:

@@ -52,8 +52,9 @@ def test_what_learns_is_counted(name: str, locks: Locks) -> None:
 
 
 @pytest.mark.parametrize("locks", [Locks(6), Locks("all"), Locks(None, "all"), Locks(6, 6)], ids=str)
-def test_frozen_layers_go_forward_only(locks: Locks) -> None:
-    config = resolve_preset("EVA02-CLIP-B-16")
+@pytest.mark.parametrize("name", ["EVA02-CLIP-B-16", "OpenAI-CLIP-B-16"])
+def test_frozen_layers_go_forward_only(name: str, locks: Locks) -> None:
+    config = resolve_preset(name)
     clip = locked_clip(config.name, locks)
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         image = clip.encode_image(torch.empty(B, 3, config.image_size, config.image_size))

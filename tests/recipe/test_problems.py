@@ -42,12 +42,14 @@ def test_all_problems_of_a_recipe_and_its_base_come_at_once(write: Write) -> Non
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("train.mask_ratio = 0.4", "train.mask_ratio = 0.4: unknown key; objective.mask_ratio belongs to recipes for"),
+        ("train.mask_ratio = 0.4", "train.mask_ratio = 0.4: unknown key; mask_ratio belongs to objective.mim"),
+        ("train.num_bootstrap = 9", "train.num_bootstrap = 9: unknown key; eval.num_bootstrap belongs to recipes for eval"),
         ("train.lr = 1", "train.lr = 1: unknown key; lr belongs to optim.visual or optim.text or optim.other"),
         ("trian.seed = 1", "trian = { seed = 1 }: unknown key; did you mean train?"),
         ("data.trian = 1", "data.trian = 1: unknown key; did you mean data.train?"),
         ("data.seed = 1", "data.seed = 1: unknown key; seed belongs to train"),
-        ('teacher.model = "x"', 'teacher = { model = "x" }: unknown key; teacher belongs to recipes for pretrain-mim'),
+        ("teachers.big.weight = 1", "teachers = { big = { weight = 1 } }: unknown key; did you mean teacher?"),
+        ('teacher.model = "x"', "recipe: [teacher] has no effect in train-clip without [objective.mim]"),
         ("engine.zzz = 1", "engine.zzz = 1: unknown key; known here: kind, processes, zero_stage"),
         ('model.init = {kind = "clip", pth = "x"}', 'model.init.pth = "x": unknown key; did you mean model.init.path?'),
         ('model.init.path = "x"', 'model.init.kind is missing (one of "clip", "image-tower", "none", "towers")'),
