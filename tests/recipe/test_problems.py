@@ -43,7 +43,7 @@ def test_all_problems_of_a_recipe_and_its_base_come_at_once(write: Write) -> Non
     ("line", "problem"),
     [
         ("train.mask_ratio = 0.4", "train.mask_ratio = 0.4: unknown key; mask_ratio belongs to objective.mim"),
-        ("train.num_bootstrap = 9", "train.num_bootstrap = 9: unknown key; eval.num_bootstrap belongs to recipes for eval"),
+        ("train.num_bootstrap = 9", "num_bootstrap = 9: unknown key; eval.num_bootstrap belongs to recipes for eval"),
         ("train.lr = 1", "train.lr = 1: unknown key; lr belongs to optim.visual or optim.text or optim.other"),
         ("trian.seed = 1", "trian = { seed = 1 }: unknown key; did you mean train?"),
         ("data.trian = 1", "data.trian = 1: unknown key; did you mean data.train?"),

@@ -1,0 +1,34 @@
+"""Stopped after any of twenty steps and resumed, a run is the uninterrupted one, bit for bit (R1 of scale.md 5.2)."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+import torch
+import toy_run
+from test_trainer import SignalAt, losses_of
+from toy_run import make_trainer
+
+from evatool.errors import Preempted
+
+STEPS = 20
+
+
+def test_every_step_of_twenty(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy_run, "NUM_STEPS", STEPS)
+    whole = make_trainer(tmp_path / "whole")
+    whole.fit()
+    expected = whole.engine.model_state() | whole.engine.optimizer_state()
+    for stop_at in range(1, STEPS):
+        folder = tmp_path / f"stopped{stop_at}"
+        with pytest.raises(Preempted):
+            make_trainer(folder, hooks=[SignalAt(stop_at, signal.SIGTERM)]).fit()
+        resumed = make_trainer(folder, resume=True)
+        assert resumed.state.step == stop_at
+        resumed.fit()
+        found = resumed.engine.model_state() | resumed.engine.optimizer_state()
+        assert found.keys() == expected.keys()
+        different = [name for name in expected if not torch.equal(found[name], expected[name])]
+        assert not different, f"stopped after step {stop_at}"
+        assert losses_of(folder) == losses_of(tmp_path / "whole")
