@@ -29,7 +29,8 @@ def values(annotation: Any) -> st.SearchStrategy[Any]:
     if origin is typing.Literal:
         return st.sampled_from(typing.get_args(annotation))
     if origin is dict:
-        return st.dictionaries(st.text(max_size=8), st.text(max_size=8), min_size=1, max_size=3)
+        keys, held = typing.get_args(annotation)
+        return st.dictionaries(_keys(keys), values(held), min_size=1, max_size=2)
     if origin is list:
         return st.lists(values(typing.get_args(annotation)[0]), max_size=3)
     if origin is tuple and typing.get_args(annotation)[-1] is Ellipsis:
@@ -52,8 +53,16 @@ def values(annotation: Any) -> st.SearchStrategy[Any]:
     return st.text(max_size=12)
 
 
+def _keys(annotation: Any) -> st.SearchStrategy[str]:
+    for item in getattr(annotation, "__metadata__", ()):
+        for rule in getattr(item, "metadata", ()):
+            if getattr(rule, "pattern", None):
+                return st.from_regex(rule.pattern, fullmatch=True, alphabet="abz_09")
+    return st.text(max_size=8)
+
+
 # Of these fields a section has exactly one.
-ONE_OF = {schema.TrainDataSection: ("train", "sources")}
+ONE_OF = {schema.TrainDataSection: ("train", "sources"), schema.DistillRecipe: ("teacher", "teachers")}
 
 
 @st.composite
