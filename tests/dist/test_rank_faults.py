@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 import torch
 from toy_run import NUM_STEPS, ToyLoader, ToyObjective, make_trainer, toy_engine, toy_groups
 
-from evatool.checkpoint.load import latest_checkpoint, load_checkpoint
+from evatool.checkpoint.load import Checkpoint, latest_checkpoint, load_checkpoint
 from evatool.distributed.collectives import rank, world_size
 from evatool.errors import ExitCode, UnhealthyNodeError
 from evatool.train.health import DividedCheck, HangWatch, ReplicaCheck
@@ -178,6 +179,36 @@ def train_or_resume(folder: Path, killed_rank: int, killed_after: int) -> None:
     make_trainer(folder, hooks=hooks, every_steps=3, resume=resume).fit()
 
 
+def assert_same_state(one: Checkpoint, other: Checkpoint) -> None:
+    assert one.step == other.step
+    for ours, theirs in ((one.objective_state, other.objective_state), (one.optimizer_state, other.optimizer_state)):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+def test_kill_9_at_fifty_random_times(start_ranks, run_on_ranks, tmp_path):
+    """Ten runs, each killed five times (a random rank, at a random moment) and resumed, end with the same bits."""
+    run_on_ranks(train_or_resume, 2, tmp_path / "whole", 0, 0)
+    rng = random.Random(0)
+    for run in range(10):
+        folder, before = tmp_path / f"run{run}", 0
+        for _ in range(5):
+            killed_rank, step = rng.randrange(2), rng.randrange(before + 1, min(before + 5, NUM_STEPS))
+            ranks = start_ranks(train_or_resume, 2, folder, killed_rank, step)
+            ranks.processes[killed_rank].join(timeout=60)
+            assert ranks.processes[killed_rank].exitcode == -signal.SIGKILL
+            ranks.processes[1 - killed_rank].join(timeout=90)
+            ranks.close()
+            newest = latest_checkpoint(folder) if (folder / "checkpoints").exists() else None
+            found = 0 if newest is None else load_checkpoint(newest).step
+            # Written beside the steps: the save before the last one that was begun is whole at the least.
+            assert max(before, step - 2 * 3) <= found <= step
+            before = found
+        run_on_ranks(train_or_resume, 2, folder, 0, 0)
+        assert_same_state(*(load_checkpoint(latest_checkpoint(found)) for found in (tmp_path / "whole", folder)))
+
+
 def test_kill_9_of_a_rank_loses_no_more_than_one_interval(start_ranks, run_on_ranks, tmp_path):
     """Killed twice, in a step and right after a save, then finished: the bits of a run that nothing happened to."""
     run_on_ranks(train_or_resume, 2, tmp_path / "whole", 0, 0)
@@ -190,7 +221,5 @@ def test_kill_9_of_a_rank_loses_no_more_than_one_interval(start_ranks, run_on_ra
         assert latest_checkpoint(tmp_path / "killed").name == f"step_{saved:08d}"
     run_on_ranks(train_or_resume, 2, tmp_path / "killed", 0, 0)
     one, other = (load_checkpoint(latest_checkpoint(tmp_path / name)) for name in ("whole", "killed"))
-    assert one.step == other.step == NUM_STEPS
-    for ours, theirs in ((one.objective_state, other.objective_state), (one.optimizer_state, other.optimizer_state)):
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert one.step == NUM_STEPS
+    assert_same_state(one, other)
