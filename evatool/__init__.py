@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evatool.api import LoadedClip, load_clip, register
+    from evatool.inference.loaded_clip import LoadedClip, load_clip, register
 
 __version__ = "0.1.0"
 __all__ = ["LoadedClip", "__version__", "load_clip", "register"]
@@ -20,7 +20,7 @@ __all__ = ["LoadedClip", "__version__", "load_clip", "register"]
 
 def __getattr__(name: str) -> Any:
     if name in ("LoadedClip", "load_clip", "register"):
-        from evatool import api
+        from evatool.inference import loaded_clip as api
 
         return getattr(api, name)
     raise AttributeError(f"module 'evatool' has no attribute {name!r}")

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Pair = tuple[Tensor, Tensor]
+FeaturePair = tuple[Tensor, Tensor]
 
 
 def dense_softmax_divergence(
-    student: Pair, scale: Tensor, teacher: Pair, teacher_scale: float, temperature: float = 1.0
+    student: FeaturePair, scale: Tensor, teacher: FeaturePair, teacher_scale: float, temperature: float = 1.0
 ) -> Tensor:
     """Hinton's KL (T^2 times that of the softened softmaxes), CLIP-KD's CRD at T = 1; both directions averaged."""
     ours = scale / temperature * student[0] @ student[1].T
@@ -23,10 +23,10 @@ def dense_softmax_divergence(
 
 
 def dense_sigmoid_divergence(
-    student: Pair,
+    student: FeaturePair,
     scale: Tensor,
     bias: Tensor,
-    teacher: Pair,
+    teacher: FeaturePair,
     teacher_scale: float,
     teacher_bias: float,
     temperature: float = 1.0,
@@ -39,14 +39,18 @@ def dense_sigmoid_divergence(
     return temperature**2 * (right + wrong).sum(1).mean()
 
 
-def dense_relation(student: Pair, teacher: Pair) -> Tensor:
+def dense_relation(student: FeaturePair, teacher: FeaturePair) -> Tensor:
     """Mean squared difference of the two Gram matrices, both towers averaged."""
     parts = [F.mse_loss(s @ s.T, t @ t.T) for s, t in zip(student, teacher, strict=True)]
     return (parts[0] + parts[1]) / 2
 
 
 def dense_interactive(
-    student: Pair, teacher: Pair, scale: Tensor, caption_id: Tensor | None = None, bias: Tensor | None = None
+    student: FeaturePair,
+    teacher: FeaturePair,
+    scale: Tensor,
+    caption_id: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """CLIP-KD's ICL, with a uniform target over equal captions; or its sigmoid form."""
     size = len(student[0])

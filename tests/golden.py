@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from evatool.formats.safetensors import SafetensorsMap
 from evatool.model.config import ModelConfig, from_mim_arguments
-from evatool.tensorfile import SafetensorsMap
 
 FOLDER = Path(__file__).parent / "assets" / "golden"
 CLIP_FILES = ["eva01-clip-g", "eva02-clip-b16", "eva02-clip-l14", "eva02-clip-bige14", "eva-clip-8b", "eva-clip-18b"]

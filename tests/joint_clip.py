@@ -9,13 +9,13 @@ import torch
 from tiny_clip import make_batch
 from torch import Tensor, nn
 
+from evatool.core.batch import Batch
 from evatool.model.clip import build_clip
 from evatool.model.config import ModelConfig
 from evatool.model.mim import masked_tokens
 from evatool.model.presets import resolve_preset
-from evatool.objective.joint import JointObjective
+from evatool.objective.terms.joint import JointObjective
 from evatool.recipe import schema
-from evatool.types import Batch
 
 NUM_MASKED = 7
 WIDTH = 12  # of the teacher's features

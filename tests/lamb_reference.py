@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from evatool.core.batch import Batch, LossDict, ParamGroup
 from evatool.distributed.collectives import rank, world_size
-from evatool.distributed.engine import build_engine
-from evatool.distributed.optimizer import LayerwiseOptimizer
+from evatool.distributed.engines.build import build_engine
+from evatool.distributed.engines.optimizer_state import LayerwiseOptimizer
 from evatool.distributed.world import World
 from evatool.optim.build import build_optimizer
 from evatool.recipe.schema import EngineSection, GroupSection, LambSection
-from evatool.types import Batch, LossDict, ParamGroup
 
 NUM_STEPS, BETAS, EPS = 50, (0.9, 0.98), 1e-6
 SHAPES = {

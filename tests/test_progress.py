@@ -7,8 +7,9 @@ import io
 import pytest
 from rich.console import Console
 
-from evatool import log, progress
-from evatool.progress import progress as bar_of
+from evatool.core import logging as log
+from evatool.core import progress
+from evatool.core.progress import progress as bar_of
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from evatool.pixels import normalize_images
-from evatool.types import Batch
+from evatool.core.batch import Batch
+from evatool.core.image_norm import normalize_images
 
 EOT = 49407
 CONTEXT = 12

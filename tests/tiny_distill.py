@@ -5,8 +5,8 @@ from __future__ import annotations
 from tiny_clip import TinyTeacher, tiny_clip
 
 from evatool.objective.distill import DistillObjective
-from evatool.objective.distill_teachers import Teacher
 from evatool.recipe import schema
+from evatool.teachers.base import Teacher
 
 DISTILLATIONS = ["distill", "distill, all parts, two teachers", "distill, sigmoid, two teachers"]
 EVERYTHING = {

@@ -15,18 +15,18 @@ from torch import Tensor, nn
 
 from evatool.checkpoint.load import Checkpoint, latest_checkpoint, load_checkpoint
 from evatool.checkpoint.save import save_run
+from evatool.core.batch import Batch, LossDict, ParamGroup
 from evatool.distributed.collectives import all_gather_with_grad, rank, world_size
-from evatool.distributed.engine import Engine, build_engine
+from evatool.distributed.engines.build import Engine, build_engine
 from evatool.distributed.world import World
 from evatool.optim.build import build_optimizer
 from evatool.optim.param_groups import build_param_groups
 from evatool.optim.schedules import warmup_cosine
 from evatool.recipe.schema import AdamWSection, EngineSection, GroupSection, LambSection, OptimSection
-from evatool.train.hooks import Hook, MetricsFile
-from evatool.train.saving import Checkpoints
+from evatool.train.hooks.base import Hook, MetricsFile
+from evatool.train.hooks.checkpoint import Checkpoints
 from evatool.train.state import TrainState, resume_from
 from evatool.train.trainer import Trainer
-from evatool.types import Batch, LossDict, ParamGroup
 
 B, S, L, E, VOCAB = 8, 4, 5, 8, 32
 NUM_STEPS = 12

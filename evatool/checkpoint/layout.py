@@ -32,7 +32,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from evatool.distributed.held import HeldPiece, HeldState
+from evatool.distributed.engines.sharded_state import HeldPiece, HeldState
 
 MODEL, EXTRA, OPTIMIZER = "model.safetensors", "extra.safetensors", "optimizer.safetensors"
 AVERAGE = "ema.safetensors"  # the moving average of the model's weights, by its own names

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from evatool.checkpoint import layout
-from evatool.errors import CheckpointError
-from evatool.tensorfile import SafetensorsMap, TensorMap
+from evatool.core.errors import CheckpointError
+from evatool.formats.safetensors import SafetensorsMap, TensorMap
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from evatool.checkpoint import layout
+from evatool.core.errors import CheckpointError
 from evatool.distributed.collectives import gather_objects, rank, world_size
-from evatool.distributed.held import HeldState
-from evatool.errors import CheckpointError
+from evatool.distributed.engines.sharded_state import HeldState
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from evatool.cli import options as opt
 from evatool.cli.console import Report, answer_usage_error, execute, open_closed_streams
 from evatool.cli.recipe import recipe_app
 from evatool.cli.suites import suites_app
-from evatool.errors import ExitCode
+from evatool.core.errors import ExitCode
 
 
 class _PipelineOrder(typer.core.TyperGroup):
@@ -311,9 +311,9 @@ def _stage(
         resolved = resolve_argument(stage, source, given, overrides or [])
 
         from evatool.cli.reports import dry_run_report, result_report
+        from evatool.runs.launch import launch_if_needed
+        from evatool.runs.run_dir import RunOptions, run_path, stored_result
         from evatool.stages import run_stage
-        from evatool.stages.launch import launch_if_needed
-        from evatool.stages.run_dir import RunOptions, run_path, stored_result
 
         options = RunOptions(
             resolved.name,

@@ -41,11 +41,11 @@ def compare(
 def _compare(runs: list[Path], out: Path | None, resamples: int | None) -> Report:
     from dataclasses import asdict
 
-    from evatool.eval import words
     from evatool.eval.compare import compare_runs
-    from evatool.eval.report import write_eval_report
+    from evatool.eval.report import wording as words
+    from evatool.eval.report.page import write_eval_report
+    from evatool.eval.report.tables import write_csv, write_markdown
     from evatool.eval.results import write_results
-    from evatool.eval.tables import write_csv, write_markdown
 
     results = compare_runs(runs, num_bootstrap=resamples)
     titles = {s.name: s.title for s in results.sets}

@@ -15,9 +15,9 @@ from typing import IO, Any
 
 import typer
 
-from evatool import log as logs
-from evatool.distributed.environment import read_environment
-from evatool.errors import EvatoolError, ExitCode, RecipeError, UsageError
+from evatool.core import logging as logs
+from evatool.core.errors import EvatoolError, ExitCode, RecipeError, UsageError
+from evatool.distributed.launcher_env import read_environment
 
 
 @dataclass

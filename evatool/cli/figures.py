@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from evatool.errors import RecipeError
+from evatool.core.errors import RecipeError
 from evatool.recipe.schema import PretrainMimRecipe, Recipe, TrainingRecipe
 
 

@@ -8,7 +8,7 @@ import typer
 
 from evatool.cli import options as opt
 from evatool.cli.console import Report, execute
-from evatool.errors import RecipeError
+from evatool.core.errors import RecipeError
 
 recipe_app = typer.Typer(
     help="List, show, check and compare recipes.",

@@ -7,14 +7,14 @@ from typing import Any
 
 from evatool.cli.console import Report
 from evatool.cli.figures import derived_figures
+from evatool.core.batch import Result
 from evatool.recipe.load import Resolved
 from evatool.recipe.write import format_value, to_table, to_toml
-from evatool.types import Result
 
 
 def result_report(result: Result) -> Report:
     """What was made, where, the figures, and the next command."""
-    from evatool.stages.run_dir import result_to_json
+    from evatool.runs.run_dir import result_to_json
 
     table = result.table or ([["metric", "value"], *map(_metric_row, result.metrics.items())] if result.metrics else [])
     lines = [f"{result.stage}: done in {result.run_dir}"]
@@ -45,7 +45,7 @@ def recipe_list_report(rows: list[tuple[str, str, str]]) -> Report:
 
 def recipe_diff_report(first: Resolved, second: Resolved) -> Report:
     """The keys that two recipes set differently."""
-    from evatool.recipe.difference import recipe_differences
+    from evatool.recipe.diff import recipe_differences
 
     differences = recipe_differences(first, second)
     table = [["key", first.name, second.name, "from", "from"]]

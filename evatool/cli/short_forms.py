@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evatool.errors import UsageError
+from evatool.core.errors import UsageError
 from evatool.recipe.load import (
     Resolved,
     is_recipe,

@@ -15,9 +15,9 @@ def store_features_report(
 ) -> Report:
     """Fill the stores of a recipe; its log goes to a folder beside the run's own."""
     from evatool.cli.reports import dry_run_report, result_report
+    from evatool.runs.launch import launch_if_needed
+    from evatool.runs.run_dir import RunOptions, run_path
     from evatool.stages import run_stage
-    from evatool.stages.launch import launch_if_needed
-    from evatool.stages.run_dir import RunOptions, run_path
 
     resolved = load_recipe(source, overrides)
     options = RunOptions(f"{resolved.name}-store-features", run_dir, True, debug, command=("evatool", *sys.argv[1:]))

@@ -8,8 +8,8 @@ from importlib import metadata
 import torch
 
 import evatool
+from evatool.core.errors import UsageError
 from evatool.distributed.collectives import gather_objects
-from evatool.errors import UsageError
 
 
 def own_versions() -> dict[str, str]:

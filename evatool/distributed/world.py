@@ -8,8 +8,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from evatool.distributed.environment import read_environment
-from evatool.errors import UsageError
+from evatool.core.errors import UsageError
+from evatool.distributed.launcher_env import read_environment
 
 
 @dataclass(frozen=True)

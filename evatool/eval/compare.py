@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from evatool.errors import DataError, RecipeError
-from evatool.eval.answers import Answers
-from evatool.eval.combine import add_averages, add_differences, add_seed_rows
-from evatool.eval.predictions import Kept, prediction_path, read_predictions
+from evatool.core.errors import DataError, RecipeError
+from evatool.eval.model_differences import add_averages, add_differences, add_seed_rows
+from evatool.eval.prediction_store import Kept, prediction_path, read_predictions
+from evatool.eval.predictions import Answers
 from evatool.eval.results import EvalResults, Failure, ModelRecord, ResultRow, read_results
 from evatool.eval.suite import Suite, load_suite
 

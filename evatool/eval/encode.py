@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evatool.core.errors import EvatoolError, NumericalError
 from evatool.distributed import collectives
-from evatool.errors import EvatoolError, NumericalError
-from evatool.eval.sets import ClipModel
+from evatool.eval.tasks.base import ClipModel
 
 # T texts, L tokens of a text, B of a batch, E embedding, W ranks
 

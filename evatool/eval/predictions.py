@@ -1,127 +1,99 @@
-"""Answers on disk, compact: later intervals and comparisons need no second run, and a resumed run repeats nothing."""
+"""What a model answered on a set, sample by sample: enough for every metric, interval and comparison. No torch."""
 
 from __future__ import annotations
 
-import io
-import json
-import zipfile
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evatool.errors import DataError
-from evatool.eval.answers import Answers, ClassificationResult, RetrievalResult, ScoreResult
-from evatool.eval.results import ModelRecord, SetRecord, file_name, write_atomically
+# N samples, C classes, I pictures, T distinct captions, Q queries
 
-LAYOUT = 2
+RECALL_AT = (1, 5, 10)
+Direction = Literal["text_to_image", "image_to_text"]
+DIRECTIONS: tuple[Direction, ...] = ("text_to_image", "image_to_text")
+NEAR_TIE = 1e-4
+"""Two best logits closer than this may change places between two correct float32 evaluations."""
 
 
 @dataclass(frozen=True)
-class Kept:
-    """One model's answers on one set, and how they were come by.
+class ClassificationResult:
+    """Per-sample answers of one model on one set, in the set's order."""
 
-    Attributes:
-        key: digest of all that the answers depend on.
-        settings: precision, resize, decode, prompts.
-        seconds: that it took.
-    """
+    labels: NDArray[np.int32]  # (N,) right class
+    top: NDArray[np.int32]  # (N, min(5, C)) classes by falling logit
+    rank: NDArray[np.int32]  # (N,) classes ranked before the right one; 0 is right at the first try
+    num_classes: int
+    margin: NDArray[np.float32]  # (N,) best logit less the second best; infinite with one class
 
-    key: str
-    model: ModelRecord
-    set: SetRecord
-    settings: dict[str, str]
-    seconds: float
-    answers: Answers
-    probes: ScoreResult | None = None
+    def correct(self, k: int) -> NDArray[np.bool_]:
+        """(N,) True where the right class is among the first k."""
+        return self.rank < k
 
+    @property
+    def near_ties(self) -> NDArray[np.int64]:
+        """Samples whose two best logits differ by less than 1e-4."""
+        return np.flatnonzero(self.margin < NEAR_TIE)
 
-def prediction_path(run_dir: Path, model: str, set_name: str) -> Path:
-    """Where a run folder keeps a model's answers on a set."""
-    return run_dir / "predictions" / file_name(model) / f"{file_name(set_name)}.npz"
-
-
-def write_predictions(path: Path, kept: Kept) -> None:
-    """One compressed npz; complete or not there."""
-    arrays, about = _to_arrays(kept.answers, "")
-    if kept.probes is not None:
-        more, about["probes"] = _to_arrays(kept.probes, "probe/")
-        arrays |= more
-    meta = {"layout": LAYOUT, "key": kept.key, "settings": kept.settings, "seconds": kept.seconds, "answers": about}
-    meta |= {"model": asdict(kept.model), "set": asdict(kept.set)}
-    arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    write_atomically(path, buffer.getvalue())
+    @property
+    def largest_class_share(self) -> float:
+        """Accuracy of always naming the commonest class."""
+        return float(np.bincount(self.labels).max() / self.labels.size)
 
 
-def read_predictions(path: Path) -> Kept:
-    """What `write_predictions` wrote. Raises: DataError if the file is missing, damaged, or of an older evatool."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"kept answers cannot be read: {error}", where=str(path), fix="run evatool eval again"
-        ) from error
-    try:
-        meta = json.loads(arrays.pop("meta").tobytes())
-        if meta["layout"] != LAYOUT:
-            raise KeyError("layout")
-        about = meta["answers"]
-        probes = about.pop("probes", None)
-        read = _from_arrays(probes, arrays, "probe/") if probes else None
-        return Kept(
-            meta["key"],
-            ModelRecord(**meta["model"]),
-            SetRecord(**meta["set"]),
-            meta["settings"],
-            meta["seconds"],
-            _from_arrays(about, arrays, ""),
-            read if isinstance(read, ScoreResult) else None,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"kept answers have another layout: {error}",
-            where=str(path),
-            expected=f"layout {LAYOUT}",
-            fix="run evatool eval again",
-        ) from error
+@dataclass(frozen=True)
+class RetrievalResult:
+    """Ranks of one model on one set. A rank counts the wrong candidates before the best right one; 0 is a hit at 1."""
+
+    text_to_image: NDArray[np.int32]  # (T,)
+    image_to_text: NDArray[np.int32]  # (I,)
+    num_right_images: NDArray[np.int32]  # (T,) right pictures of each caption
+    num_right_captions: NDArray[np.int32]  # (I,) right captions of each picture
+    picture_of_text: NDArray[np.int32]  # (T,) first picture of each caption; captions of one picture are one cluster
+
+    def rank(self, direction: Direction) -> NDArray[np.int32]:
+        """(Q,) ranks of one direction."""
+        return self.text_to_image if direction == "text_to_image" else self.image_to_text
+
+    def hits(self, direction: Direction, k: int) -> NDArray[np.bool_]:
+        """(Q,) True where a right candidate is among the first k."""
+        return self.rank(direction) < k
+
+    def chance(self, direction: Direction, k: int) -> float:
+        """Recall at k of candidates in random order, averaged over the queries."""
+        if direction == "text_to_image":
+            return _chance_of_hit(self.num_right_images, len(self.image_to_text), k)
+        return _chance_of_hit(self.num_right_captions, len(self.text_to_image), k)
+
+    def recall_by_picture(self) -> NDArray[np.float64]:
+        """(I,) shares whose mean is the mean of all six recalls: both directions of a picture belong together."""
+        num_texts, num_images = len(self.text_to_image), len(self.image_to_text)
+        total = np.zeros(num_images)
+        for k in RECALL_AT:
+            hits = self.hits("text_to_image", k).astype(np.float64)
+            total += np.bincount(self.picture_of_text, weights=hits, minlength=num_images) * num_images / num_texts
+            total += self.hits("image_to_text", k)
+        mean: NDArray[np.float64] = total / (2 * len(RECALL_AT))
+        return mean
 
 
-def _to_arrays(answers: Answers, prefix: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    match answers:
-        case ClassificationResult():
-            small = np.min_scalar_type(answers.num_classes)
-            arrays = {
-                "labels": answers.labels.astype(small),
-                "top": answers.top.astype(small),
-                "rank": answers.rank.astype(small),
-                "margin": answers.margin.astype(np.float16),
-            }
-            about: dict[str, Any] = {"kind": "classification", "num_classes": answers.num_classes}
-        case RetrievalResult():
-            arrays = {name: value.astype(np.int32) for name, value in vars(answers).items()}
-            about = {"kind": "retrieval"}
-        case ScoreResult():
-            arrays = {metric: values.astype(np.float16) for metric, values in answers.scores.items()}
-            about = {"kind": "scores", "chance": answers.chance}
-    return {prefix + name: value for name, value in arrays.items()}, about
+@dataclass(frozen=True)
+class ScoreResult:
+    """Scores in [0, 1] by metric, one a sample (or scene, or query)."""
+
+    scores: dict[str, NDArray[np.float32]]
+    chance: dict[str, float]
 
 
-def _from_arrays(about: dict[str, Any], arrays: dict[str, NDArray[Any]], prefix: str) -> Answers:
-    match about["kind"]:
-        case "classification":
-            wide = {name: arrays[prefix + name].astype(np.int32) for name in ("labels", "top", "rank")}
-            margin = arrays[prefix + "margin"].astype(np.float32)
-            return ClassificationResult(**wide, num_classes=about["num_classes"], margin=margin)
-        case "retrieval":
-            names = RetrievalResult.__dataclass_fields__
-            return RetrievalResult(**{name: arrays[prefix + name] for name in names})
-        case "scores":
-            chance = about["chance"]
-            return ScoreResult({name: arrays[prefix + name].astype(np.float32) for name in chance}, chance)
-        case kind:
-            raise ValueError(f"answers of kind {kind!r}")
+Answers = ClassificationResult | RetrievalResult | ScoreResult
+
+
+def _chance_of_hit(num_right: NDArray[np.int32], num_candidates: int, k: int) -> float:
+    """1 - C(P - r, k) / C(P, k), averaged over queries with r right ones among P candidates."""
+    total = 0.0
+    for r, queries in zip(*np.unique(num_right, return_counts=True), strict=True):
+        drawn = np.arange(min(k, num_candidates))
+        miss = np.prod(np.clip(num_candidates - r - drawn, 0, None) / (num_candidates - drawn))
+        total += float(queries) * (1.0 - float(miss))
+    return total / num_right.size

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from evatool.errors import DataError
+from evatool.core.errors import DataError
 from evatool.eval.intervals import LEVEL, Interval
 
 SCHEMA = 2

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from evatool.errors import DataError, RecipeError
+from evatool.core.errors import DataError, RecipeError
 
 _FOLDER = Path(__file__).parent / "suites"
 _FROZEN = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)

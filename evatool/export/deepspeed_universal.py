@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evatool.errors import CheckpointError
+from evatool.core.errors import CheckpointError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WRITTEN_FOR = "0.19.8"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evatool.errors import EvatoolError, UsageError
+from evatool.core.errors import EvatoolError, UsageError
 
 _PARTIAL = ".export-"
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evatool.errors import DependencyError
+from evatool.core.errors import DependencyError
 from evatool.export.folder import Exported, Target, staged_folder, sync_file, write_json, write_text
 from evatool.export.model_card import CardFacts, model_card
 from evatool.export.verify import ExportableClip, fixed_inputs, largest_difference, our_outputs

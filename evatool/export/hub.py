@@ -6,7 +6,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from evatool.errors import DependencyError, EvatoolError, UsageError
+from evatool.core.errors import DependencyError, EvatoolError, UsageError
 from evatool.export.folder import Exported
 from evatool.export.open_clip import CONFIG
 

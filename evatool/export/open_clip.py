@@ -20,7 +20,7 @@ from evatool.export.verify import (
     largest_difference,
     our_outputs,
 )
-from evatool.tensorfile import write_safetensors
+from evatool.formats.safetensors import write_safetensors
 
 WEIGHTS, TIMM_CONFIG, CARD, CONFIG = "open_clip_model.safetensors", "config.json", "README.md", "open_clip_config.json"
 

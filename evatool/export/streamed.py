@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evatool.errors import EvatoolError
+from evatool.core.errors import EvatoolError
 from evatool.export.folder import Exported, Target, staged_folder, write_json, write_text
 from evatool.export.verify import relative_difference
-from evatool.tensorfile import TensorMap, shape_of, tensor_bytes
+from evatool.formats.safetensors import TensorMap, shape_of, tensor_bytes
 
 # B inputs, N tokens, D width
 

@@ -21,8 +21,8 @@ from evatool.export.verify import (
     our_outputs,
     refuse_different_tensors,
 )
-from evatool.tensorfile import write_safetensors
-from evatool.torchfile import write_torch_archive
+from evatool.formats.safetensors import write_safetensors
+from evatool.formats.torch_zip import write_torch_archive
 
 BAAI_WEIGHTS, SAFETENSORS_WEIGHTS, CONFIG, CARD = "model.pt", "model.safetensors", "model_config.json", "README.md"
 

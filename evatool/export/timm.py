@@ -12,7 +12,7 @@ from evatool.export.folder import Exported, Target, staged_folder, write_json, w
 from evatool.export.model_card import CardFacts, model_card
 from evatool.export.open_clip import NEEDS_EVATOOL
 from evatool.export.verify import TIMM_READER, ExportableClip, fixed_inputs, foreign_outputs, largest_difference
-from evatool.tensorfile import write_safetensors
+from evatool.formats.safetensors import write_safetensors
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 

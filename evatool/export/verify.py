@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from evatool.errors import EvatoolError
+from evatool.core.errors import EvatoolError
 from evatool.export.folder import Target
-from evatool.tensorfile import SafetensorsMap, write_safetensors
+from evatool.formats.safetensors import SafetensorsMap, write_safetensors
 
 # B pictures or captions, S input side in pixels, L text tokens
 

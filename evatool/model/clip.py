@@ -10,7 +10,7 @@ from open_clip.transformer import VisionTransformer
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from evatool.errors import RecipeError
+from evatool.core.errors import RecipeError
 from evatool.model.config import ModelConfig
 from evatool.model.vision import has_head_bias, timm_name
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from evatool.errors import RecipeError
+from evatool.core.errors import RecipeError
 
 Task = Literal["clip", "mim"]
 

@@ -9,7 +9,7 @@ import difflib
 import re
 from typing import Any
 
-from evatool.errors import RecipeError
+from evatool.core.errors import RecipeError
 from evatool.model.config import ModelConfig, mim_config
 
 __all__ = ["PRESETS", "ModelConfig", "mim_config", "resolve_preset"]

@@ -16,24 +16,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evatool.objective.cached import FeatureObjective, Features
-from evatool.objective.contrastive import (
+from evatool.core.batch import Batch, LossDict
+from evatool.model.features import FeaturePair, l2_normalize
+from evatool.model.text import fit_tokens
+from evatool.objective.base import FeatureObjective, Features
+from evatool.objective.clip import (
     PARAMETER_BOUNDS,
     encode_pair,
     logit_scale,
     positive_ids,
     set_logit_scale,
-    unit,
 )
-from evatool.objective.distill_logits import Pair, sigmoid_divergence, softmax_divergence
-from evatool.objective.distill_relations import interactive_loss, relation_loss
-from evatool.objective.distill_teachers import Teacher
-from evatool.objective.infonce import infonce_loss
-from evatool.objective.sigmoid import sigmoid_loss
-from evatool.objective.text import fit_tokens
+from evatool.objective.tiled.divergence import sigmoid_divergence, softmax_divergence
+from evatool.objective.tiled.infonce import infonce_loss
+from evatool.objective.tiled.relation import interactive_loss, relation_loss
+from evatool.objective.tiled.sigmoid import sigmoid_loss
 from evatool.recipe import schema
-from evatool.recipe.distill_sections import is_used, weight_at
-from evatool.types import Batch, LossDict
+from evatool.recipe.schema.distill import is_used, weight_at
+from evatool.teachers.base import Teacher
 
 INITIAL_SCALE, INITIAL_BIAS = 10.0, -10.0
 """Of a sigmoid loss, as train-clip's."""
@@ -96,7 +96,7 @@ class DistillObjective(FeatureObjective):
             for tower in ("image", "text"):
                 layer = getattr(self, _projection_name(tower, teacher), None)
                 if layer is not None:
-                    features[teacher.key(f"projected_{tower}")] = unit(layer(features[tower]))
+                    features[teacher.key(f"projected_{tower}")] = l2_normalize(layer(features[tower]))
         return features
 
     def targets(self, batch: Batch) -> Features:
@@ -171,7 +171,7 @@ def _projection_name(tower: str, teacher: Teacher) -> str:
     return (f"{teacher.name}_" if teacher.name else "") + f"{tower}_projection"
 
 
-def feature_loss(student: Pair, teacher: Pair, kind: str = "cosine") -> Tensor:
+def feature_loss(student: FeaturePair, teacher: FeaturePair, kind: str = "cosine") -> Tensor:
     """How far the student's features are from the teacher's, averaged over this rank's samples; no collective.
 
     Args:

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evatool.pixels import normalize_images
-from evatool.types import Batch, LossDict
+from evatool.core.batch import Batch, LossDict
+from evatool.core.image_norm import normalize_images
 
 
 class PatchTeacher(Protocol):

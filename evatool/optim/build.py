@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from evatool.core.batch import ParamGroup
 from evatool.optim.lamb import Lamb
 from evatool.recipe.schema import LambSection, OptimSection
-from evatool.types import ParamGroup
 
 
 def build_optimizer(section: OptimSection, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:

@@ -12,10 +12,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from evatool.core.batch import ParamGroup
+from evatool.core.errors import RecipeError
 from evatool.distributed.collectives import all_reduce_sum
-from evatool.distributed.optimizer import MOMENTS, LayerwiseOptimizer, Piece, Pieces
-from evatool.errors import RecipeError
-from evatool.types import ParamGroup
+from evatool.distributed.engines.optimizer_state import MOMENTS, LayerwiseOptimizer, Piece, Pieces
 
 ALIGNMENT = 2
 """DeepSpeed pads a flat group to a multiple of this many numbers a rank (`nccl_start_alignment_factor`)."""

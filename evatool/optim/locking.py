@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from evatool.errors import RecipeError
+from evatool.core.errors import RecipeError
 from evatool.optim.param_groups import layer_of, tower_of
 
 PROJECTIONS = (

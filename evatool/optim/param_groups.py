@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from evatool.errors import RecipeError
+from evatool.core.batch import ParamGroup
+from evatool.core.errors import RecipeError
 from evatool.recipe.schema import GroupSection, OptimSection
-from evatool.types import ParamGroup
 
 __all__ = ["ParamGroup", "build_param_groups", "decays", "group_table", "layer_of", "tower_of"]
 

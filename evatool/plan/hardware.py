@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from evatool.errors import UsageError
+from evatool.core.errors import UsageError
 
 GIB = 2**30
 

@@ -8,17 +8,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from evatool.errors import EvatoolError, RecipeError, UsageError
+from evatool.core.errors import EvatoolError, RecipeError, UsageError
 from evatool.model.config import ModelConfig, mim_config
 from evatool.model.presets import resolve_preset
 from evatool.plan.engines import Kind, Offload, Setup
 from evatool.plan.locked import Locks
 from evatool.plan.memory import Checkpointing
 from evatool.recipe.schema import DistillRecipe, JointMim, PretrainMimRecipe, Recipe, TeacherSection, TrainClipRecipe
-from evatool.recipe.teacher_sections import TIMM_PREFIX
+from evatool.recipe.schema.teacher import TIMM_PREFIX
 
 CAPTION_COLUMNS = 20
-"""Text tokens computed for a web caption: 15 on average, in groups of like length (objective/text.py)."""
+"""Text tokens computed for a web caption: 15 on average, in groups of like length (model/text.py)."""
 DEFAULT_PREDICT_DIM = 1024  # EVA-02's teacher; used where the teacher is a folder that is not there yet
 
 

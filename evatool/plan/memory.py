@@ -27,7 +27,7 @@ CONTEXT_BYTES = 1.5 * GIB
 FRAGMENTATION = 1.06
 """What the allocator cannot use: 5 to 8 % (scale.md 2.3)."""
 TILE_SIDE = 4096
-"""Rows and columns of a tile of similarities on a GPU (objective/tiles.py)."""
+"""Rows and columns of a tile of similarities on a GPU (objective/tiled/tiles.py)."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from evatool.errors import EvatoolError
+from evatool.core.errors import EvatoolError
 from evatool.plan import memory as mem
 from evatool.plan import towers
 from evatool.plan.advice import Choice, choices, engines, enough_gpus, largest_micro_batch

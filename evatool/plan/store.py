@@ -17,7 +17,7 @@ from evatool.recipe.schema import (
     TeacherSection,
     TrainClipRecipe,
 )
-from evatool.recipe.teacher_sections import store_path
+from evatool.recipe.schema.teacher import store_path
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _Taught = PretrainMimRecipe | TrainClipRecipe | DistillRecipe
 WARNED_MULTIPLE = 10.0
 """Times the bytes of the shards, above which a dry run warns."""
 
-_CHECK_BYTES = 8  # mark and checksum of a row (data/feature_store.py)
+_CHECK_BYTES = 8  # mark and checksum of a row (data/feature_store/store.py)
 
 
 def store_figures(recipe: Recipe) -> dict[str, Any]:

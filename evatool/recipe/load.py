@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from evatool.errors import RecipeError, UsageError
+from evatool.core.errors import RecipeError, UsageError
 from evatool.recipe import schema
 from evatool.recipe.problems import describe
 from evatool.recipe.write import dotted, flatten, format_value, to_table

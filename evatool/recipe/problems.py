@@ -163,7 +163,7 @@ def _about(path: Path, context: Mapping[str, Any], model: type[schema.Section]) 
     if "discriminator" in context and path[-1] == "kind":
         tags = sorted({k.kind for k in schema_keys(model) if k.path == path and k.kind})
         return " (one of " + ", ".join(f'"{tag}"' for tag in tags) + ")"
-    from evatool.recipe.docs import field_doc
+    from evatool.recipe.field_docs import field_doc
 
     current: tuple[type[schema.Section], ...] = (model,)
     description = ""

@@ -11,9 +11,9 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from evatool.recipe.docs import field_doc
+from evatool.recipe.field_docs import field_doc
 from evatool.recipe.schema import RECIPES
-from evatool.recipe.section import Section
+from evatool.recipe.schema.base import Section
 from evatool.recipe.write import format_value
 
 _INTRO = """# Recipe reference

@@ -117,7 +117,7 @@ def _tables(table: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tu
 
 
 def _descriptions(section: Section, path: tuple[str, ...] = ()) -> dict[str, str]:
-    from evatool.recipe.docs import field_doc
+    from evatool.recipe.field_docs import field_doc
 
     found: dict[str, str] = {}
     for name in type(section).model_fields:

@@ -13,11 +13,11 @@ from importlib import import_module
 from pathlib import Path
 from types import FrameType
 
-from evatool import log as logs
-from evatool.errors import EvatoolError, ExitCode, Preempted
+from evatool.core import logging as logs
+from evatool.core.batch import Result
+from evatool.core.errors import EvatoolError, ExitCode, Preempted
 from evatool.recipe.load import Resolved
-from evatool.stages.run_dir import RunDir, RunOptions, check_run_dir, run_path, stored_result
-from evatool.types import Result
+from evatool.runs.run_dir import RunDir, RunOptions, check_run_dir, run_path, stored_result
 
 log = logging.getLogger(__name__)
 

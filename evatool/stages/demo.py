@@ -12,14 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from evatool.errors import EvatoolError
-from evatool.eval.demo_report import CaptionedPicture, ChainStep, DemoReport, LossCurve, write_demo_report
-from evatool.eval.gallery import read_gallery
+from evatool.core.batch import Result
+from evatool.core.errors import EvatoolError
+from evatool.eval.report.demo import CaptionedPicture, ChainStep, DemoReport, LossCurve, write_demo_report
+from evatool.eval.report.gallery import read_gallery
 from evatool.eval.results import EvalResults, read_results, write_atomically
 from evatool.recipe.load import load_recipe
+from evatool.runs.run_dir import RunOptions
 from evatool.stages import run_stage
-from evatool.stages.run_dir import RunOptions
-from evatool.types import Result
 
 log = logging.getLogger(__name__)
 
@@ -250,7 +250,7 @@ def _loss_curve(step: Step, result: Result) -> LossCurve | None:
 
 def _samples(train: Path) -> list[CaptionedPicture]:
     """Training pictures spread over the shards, as they are stored."""
-    from evatool.data.shards import ShardIndex
+    from evatool.data.tar.writer import ShardIndex
 
     index = ShardIndex(train)
     stride = max(1, len(index) // NUM_SAMPLE_PICTURES)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from evatool.core.batch import Result
 from evatool.objective.distill import DistillObjective
 from evatool.plan.towers import image_flops, text_flops
 from evatool.recipe.schema import DistillRecipe
-from evatool.stages import chain, training_loop, wiring
-from evatool.stages.distill_data import open_distill_data
-from evatool.stages.run_dir import RunOptions
-from evatool.train.loss_weights import LossWeights
-from evatool.types import Result
+from evatool.runs import chain
+from evatool.runs.run_dir import RunOptions
+from evatool.stages.training import build as wiring
+from evatool.stages.training import loop as training_loop
+from evatool.stages.training.distill_data import open_distill_data
+from evatool.train.hooks.loss_weights import LossWeights
 
 
 def run(recipe: DistillRecipe, run: RunOptions) -> Result:

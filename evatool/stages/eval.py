@@ -13,20 +13,20 @@ from pathlib import Path
 import torch
 
 import evatool
+from evatool.core.batch import Result
+from evatool.core.errors import DependencyError, EvatoolError, RecipeError
+from evatool.core.progress import progress
 from evatool.distributed.collectives import gather_objects
 from evatool.distributed.world import World, close_world, init_world
-from evatool.errors import DependencyError, EvatoolError, RecipeError
 from evatool.eval.cache import default_folder
 from evatool.eval.encode import together
 from evatool.eval.results import EvalResults, Failure, file_name
 from evatool.eval.suite import Suite, SuiteSet, fetch_command, find_sets, load_suite
-from evatool.progress import progress
 from evatool.recipe.schema import EvalRecipe, EvalSection
-from evatool.stages.eval_measure import Evaluation, measure_set
-from evatool.stages.eval_models import load_model
-from evatool.stages.eval_output import write_outputs
-from evatool.stages.run_dir import RunOptions, open_run_dir
-from evatool.types import Result
+from evatool.runs.run_dir import RunOptions, open_run_dir
+from evatool.stages.evaluating.measure import Evaluation, measure_set
+from evatool.stages.evaluating.models import load_model
+from evatool.stages.evaluating.output import write_outputs
 
 log = logging.getLogger(__name__)
 

@@ -11,19 +11,19 @@ from pathlib import Path
 import torch
 
 import evatool
-from evatool.api import DTYPES, LoadedClip, UnloadedClip, find_clip, load_clip
-from evatool.errors import UsageError
+from evatool.core.batch import Result
+from evatool.core.errors import UsageError
 from evatool.eval.results import main_metrics, read_results
 from evatool.export.folder import Target
 from evatool.export.hub import check_credentials, push_to_hub
 from evatool.export.model_card import CardFacts
+from evatool.inference.loaded_clip import DTYPES, LoadedClip, UnloadedClip, find_clip, load_clip
 from evatool.model.config import ModelConfig
 from evatool.recipe.schema import ExportRecipe, ExportSection
-from evatool.stages import export_deepspeed
-from evatool.stages.export_formats import export_model, round_weights
-from evatool.stages.export_streamed import export_unloaded, needs_streaming
-from evatool.stages.run_dir import RunOptions, open_run_dir
-from evatool.types import Result
+from evatool.runs.run_dir import RunOptions, open_run_dir
+from evatool.stages.exporting import deepspeed as export_deepspeed
+from evatool.stages.exporting.formats import export_model, round_weights
+from evatool.stages.exporting.streamed import export_unloaded, needs_streaming
 
 log = logging.getLogger(__name__)
 

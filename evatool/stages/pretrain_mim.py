@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from evatool.core.batch import Result
 from evatool.model.mim import build_mim
 from evatool.model.presets import ModelConfig
 from evatool.objective.mim import MimObjective
 from evatool.plan.towers import image_flops, mim_flops
 from evatool.recipe.schema import PretrainMimRecipe
-from evatool.stages import chain, training_loop, wiring
-from evatool.stages.mim_data import STORE, MimData, open_mim_data
-from evatool.stages.mim_hooks import Pictures, Validation
-from evatool.stages.run_dir import RunOptions
-from evatool.types import Result
+from evatool.runs import chain
+from evatool.runs.run_dir import RunOptions
+from evatool.stages.training import build as wiring
+from evatool.stages.training import loop as training_loop
+from evatool.stages.training.mim_data import STORE, MimData, open_mim_data
+from evatool.stages.training.mim_hooks import Pictures, Validation
 
 
 def run(recipe: PretrainMimRecipe, run: RunOptions) -> Result:

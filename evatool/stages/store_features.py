@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evatool.data.loader import TrainLoader
-from evatool.data.store_pass import missing_batches, num_rows
+from evatool.core.batch import Batch, Result
+from evatool.core.errors import UsageError
+from evatool.core.progress import progress
+from evatool.data.feature_store.fill import missing_batches, num_rows
+from evatool.data.train.loader import TrainLoader
 from evatool.distributed.collectives import gather_objects
-from evatool.errors import UsageError
-from evatool.progress import progress
 from evatool.recipe.schema import DistillRecipe, PretrainMimRecipe, TrainClipRecipe
-from evatool.stages import wiring
-from evatool.stages.run_dir import RunOptions
-from evatool.types import Batch, Result
+from evatool.runs.run_dir import RunOptions
+from evatool.stages.training import build as wiring
 
 COMMAND = "store-features"
 
@@ -79,8 +79,8 @@ def _works(job: wiring.Job, recipe: PretrainMimRecipe | DistillRecipe | TrainCli
     """What is to be stored of the training pictures, first, and of others."""
     match recipe:
         case PretrainMimRecipe() if recipe.teacher.store is not None:
-            from evatool.stages.mim_data import STORE, open_mim_data
-            from evatool.stages.mim_hooks import open_validation
+            from evatool.stages.training.mim_data import STORE, open_mim_data
+            from evatool.stages.training.mim_hooks import open_validation
 
             data = open_mim_data(job, recipe)
             loaders = [data.loader]
@@ -88,14 +88,14 @@ def _works(job: wiring.Job, recipe: PretrainMimRecipe | DistillRecipe | TrainCli
                 loaders.append(open_validation(recipe.validation, job, recipe, data))
             return [StoreWork(each, {STORE: lambda batch: data.patches.visual_tokens(batch.image)}) for each in loaders]
         case TrainClipRecipe() if recipe.teacher is not None and recipe.teacher.store is not None:
-            from evatool.stages.joint import open_joint_data
-            from evatool.stages.mim_data import STORE
+            from evatool.stages.training.joint import open_joint_data
+            from evatool.stages.training.mim_data import STORE
 
             joint = open_joint_data(job, recipe, wiring.clip_config(recipe.model))
             assert joint is not None, "the schema lets no teacher through without a joint objective"
             return [StoreWork(joint.loader, {STORE: lambda batch: joint.patches.visual_tokens(batch.image)})]
         case DistillRecipe() if any(section.store for section in recipe.all_teachers.values()):
-            from evatool.stages.distill_data import open_store_work
+            from evatool.stages.training.distill_data import open_store_work
 
             return [open_store_work(job, recipe)]
         case _:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from evatool.objective.contrastive import ClipObjective
+from evatool.core.batch import Result
+from evatool.objective.clip import ClipObjective
 from evatool.plan.towers import image_flops, text_flops
 from evatool.recipe.schema import TrainClipRecipe
-from evatool.stages import chain, joint, training_loop, wiring
-from evatool.stages.run_dir import RunOptions
-from evatool.types import Result
+from evatool.runs import chain
+from evatool.runs.run_dir import RunOptions
+from evatool.stages.training import build as wiring
+from evatool.stages.training import joint
+from evatool.stages.training import loop as training_loop
 
 
 def run(recipe: TrainClipRecipe, run: RunOptions) -> Result:

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from evatool.distributed.engine import Engine
-from evatool.errors import CheckpointError
-from evatool.types import ParamGroup
+from evatool.core.batch import ParamGroup
+from evatool.core.errors import CheckpointError
+from evatool.distributed.engines.build import Engine
 
 
 @dataclass

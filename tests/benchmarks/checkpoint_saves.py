@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from evatool.checkpoint.save import save_run
-from evatool.distributed.held import HeldState
-from evatool.train.saving import BackgroundWriter
+from evatool.distributed.engines.sharded_state import HeldState
+from evatool.train.hooks.checkpoint import BackgroundWriter
 
 RUNS, TENSORS = 9, 60
 

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 from torch import Tensor
 
-from evatool.objective.infonce import infonce_loss
-from evatool.objective.sigmoid import sigmoid_loss
+from evatool.objective.tiled.infonce import infonce_loss
+from evatool.objective.tiled.sigmoid import sigmoid_loss
 
 WIDTH, RUNS = 768, 3
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -30,11 +30,11 @@ def make(preset: str, path: Path) -> None:
     """Write the synthetic checkpoint, one tensor at a time."""
     import torch
 
-    from evatool.model.baai import baai_state
+    from evatool.export.baai import baai_state
+    from evatool.formats.safetensors import TensorMap
+    from evatool.formats.torch_zip import write_torch_archive
     from evatool.model.clip import build_clip
     from evatool.model.presets import resolve_preset
-    from evatool.tensorfile import TensorMap
-    from evatool.torchfile import write_torch_archive
 
     config = resolve_preset(preset)
     with torch.device("meta"):
@@ -93,8 +93,8 @@ def make_shards(preset: str, folder: Path) -> None:
 
 def sizes(path: Path) -> tuple[float, float]:
     """Bytes of all tensors and of the largest."""
-    from evatool.model.files import open_weights
-    from evatool.tensorfile import dtype_of, shape_of
+    from evatool.formats.safetensors import dtype_of, shape_of
+    from evatool.weights.open import open_weights
 
     state = open_weights(path)
     each = []
@@ -108,8 +108,8 @@ def sizes(path: Path) -> tuple[float, float]:
 
 def convert(source: Path, out: Path, form: str) -> None:
     from evatool.recipe.schema import ExportRecipe
+    from evatool.runs.run_dir import RunOptions
     from evatool.stages.export import run
-    from evatool.stages.run_dir import RunOptions
 
     export = {"checkpoint": str(source), "format": form, "streamed": True}
     recipe = ExportRecipe.model_validate({"stage": "export", "export": export}, strict=True)

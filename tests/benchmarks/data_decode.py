@@ -125,7 +125,7 @@ def run_ours(shard: str, decode: str) -> dict[str, Any]:
 
 def build_loader(shard: str, decode: str) -> Any:
     """The training loader over one shard: an epoch is one pass."""
-    from evatool.data.loader import build_train_loader
+    from evatool.data.train.loader import build_train_loader
     from evatool.recipe.schema import TrainDataSection
 
     return build_train_loader(
@@ -144,10 +144,10 @@ def psnr(shard: str, decode: str) -> list[float]:
     import torch
     from PIL import Image
 
-    from evatool.data import order
-    from evatool.data.decode import decode_picture
-    from evatool.data.tars import scan_tar
-    from evatool.data.transforms import TrainTransform, crop_boxes
+    from evatool.data.image.decode import decode_picture
+    from evatool.data.image.train_transforms import TrainTransform, crop_boxes
+    from evatool.data.tar.scan import scan_tar
+    from evatool.data.train import shuffle as order
     from evatool.recipe.schema import AugmentSection
 
     section = AugmentSection()

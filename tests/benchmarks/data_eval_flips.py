@@ -22,10 +22,10 @@ import torch
 from PIL import Image
 from side_by_side import finish, machine, versions
 
-from evatool.api import LoadedClip, load_clip
-from evatool.data.eval_pictures import EvalTransform
-from evatool.data.eval_sets import EvalSet, open_eval_set
-from evatool.eval.zero_shot import classify
+from evatool.data.eval.sets import EvalSet, open_eval_set
+from evatool.data.image.eval_transforms import EvalTransform
+from evatool.eval.tasks.zero_shot import classify
+from evatool.inference.loaded_clip import LoadedClip, load_clip
 
 MOST_FLIPS = 0.001
 

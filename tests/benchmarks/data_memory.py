@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from sample_pictures import picture  # tests/data
 from tiny_shards import plain_samples, write_tar
 
-from evatool.data.loader import build_train_loader
+from evatool.data.train.loader import build_train_loader
 from evatool.recipe.schema import TrainDataSection
 
 NUM_SHARDS, PER_SHARD = 200, 200

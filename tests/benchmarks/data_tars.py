@@ -68,10 +68,10 @@ STATE: dict[str, Any] = {}
 
 def build_reader(folder: str) -> tuple[Any, list[int]]:
     """A reader that has opened no shard yet, and the number of samples of each."""
-    from evatool.data.fetch import Patience
-    from evatool.data.reader import ShardReader
-    from evatool.data.shard_cache import ShardCache
-    from evatool.data.sources import open_source
+    from evatool.data.sources.cache import ShardCache
+    from evatool.data.sources.fetch import Patience
+    from evatool.data.sources.shard_list import open_source
+    from evatool.data.tar.reader import ShardReader
 
     patience = Patience(1, 30.0, 1.0)
     cache = ShardCache(None, 2**30, patience)

@@ -126,8 +126,9 @@ def run_ours(job: dict[str, Any], folder: Path) -> list[float]:
 def child(path: Path) -> None:
     """What the process of `run_ours` does."""
     from evatool.recipe.load import resolve_table
-    from evatool.stages import run_stage, teachers
-    from evatool.stages.run_dir import RunOptions
+    from evatool.runs.run_dir import RunOptions
+    from evatool.stages import run_stage
+    from evatool.stages.training import teachers
 
     job = json.loads(path.read_text())
     keep_step_times(Path(os.environ["STEP_TIMES"]))

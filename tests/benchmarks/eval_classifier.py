@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 from clip_benchmark.metrics.zeroshot_classification import zero_shot_classifier
 
-from evatool.api import load_clip
 from evatool.distributed.world import init_world
 from evatool.eval.cache import TensorCache
-from evatool.eval.classifier import text_classifier
 from evatool.eval.encode import Encoding
+from evatool.eval.text_classifier import text_classifier
+from evatool.inference.loaded_clip import load_clip
 from evatool.model.presets import resolve_preset
 from evatool.recipe.schema import EvalSection
-from evatool.stages.eval_models import load_model
+from evatool.stages.evaluating.models import load_model
 
 
 def prompts(what: str) -> list[str]:

@@ -15,8 +15,8 @@ import time
 import numpy as np
 import torch
 
-from evatool.eval.ranks import ranks_both_ways
-from evatool.eval.zero_shot import classify
+from evatool.eval.tasks.retrieval_ranks import ranks_both_ways
+from evatool.eval.tasks.zero_shot import classify
 
 CHECKED = 64
 

@@ -37,15 +37,15 @@ from scipy.stats import binomtest
 from side_by_side import machine
 from torch.utils.data import DataLoader
 
-from evatool.api import load_clip
-from evatool.data.eval_pictures import EvalTransform
-from evatool.data.eval_sets import open_eval_set
-from evatool.eval.answers import ClassificationResult
-from evatool.eval.predictions import prediction_path, read_predictions
+from evatool.data.eval.sets import open_eval_set
+from evatool.data.image.eval_transforms import EvalTransform
+from evatool.eval.prediction_store import prediction_path, read_predictions
+from evatool.eval.predictions import ClassificationResult
+from evatool.inference.loaded_clip import load_clip
 from evatool.recipe.schema import EvalRecipe, EvalSection
+from evatool.runs.run_dir import RunOptions
 from evatool.stages import eval as stage
-from evatool.stages import eval_models
-from evatool.stages.run_dir import RunOptions
+from evatool.stages.evaluating import models as eval_models
 
 SETS = ["new-artist", "new-shading", "black-and-white", "never-seen", "coarse-group", "coarse-subgroup"]
 BATCH = 64  # clip-benchmark's own default

@@ -21,20 +21,20 @@ from typing import Any
 import torch
 from side_by_side import finish, machine, versions
 
-from evatool.data.feature_store import FeatureStore, StoreSpec, Views
-from evatool.data.loader import TrainLoader, build_train_loader
-from evatool.data.masking import MaskSpec
-from evatool.data.store_pass import missing_batches
+from evatool.core.batch import Batch
+from evatool.core.image_norm import normalize_images
+from evatool.data.feature_store.fill import missing_batches
+from evatool.data.feature_store.store import FeatureStore, StoreSpec, Views
+from evatool.data.train.loader import TrainLoader, build_train_loader
+from evatool.data.train.masking import MaskSpec
 from evatool.model.mim import build_mim
 from evatool.model.presets import PRESETS, ModelConfig
 from evatool.objective.mim import MimObjective
-from evatool.pixels import normalize_images
 from evatool.plan.towers import image_flops, mim_flops
 from evatool.recipe.load import resolve_table
 from evatool.recipe.schema import AugmentSection, TrainDataSection
+from evatool.runs.run_dir import RunOptions
 from evatool.stages import run_stage
-from evatool.stages.run_dir import RunOptions
-from evatool.types import Batch
 
 TARGET = 1.05  # of the same loop with targets in memory
 WIDTH = 1024

@@ -13,12 +13,13 @@ import time
 
 import torch
 
-from evatool.distributed.engine import build_engine
+from evatool.core.batch import Batch
+from evatool.distributed.engines.build import build_engine
 from evatool.distributed.world import World
 from evatool.model.clip import build_clip
 from evatool.model.config import ModelConfig
 from evatool.model.presets import resolve_preset
-from evatool.objective.contrastive import ClipObjective
+from evatool.objective.clip import ClipObjective
 from evatool.optim.build import build_optimizer
 from evatool.optim.param_groups import build_param_groups
 from evatool.plan.advice import step_sec
@@ -27,7 +28,6 @@ from evatool.plan.hardware import Assumptions, hardware
 from evatool.plan.job import Job
 from evatool.plan.memory import GIB, Checkpointing
 from evatool.recipe.schema import AdamWSection, EngineSection, GroupSection, InfoNceObjective
-from evatool.types import Batch
 
 NUM_STEPS = 6
 BOUND = 0.10

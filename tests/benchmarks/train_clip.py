@@ -75,8 +75,8 @@ def make_pictures(folder: Path, count: int, side: int, suffix: str) -> Path:
 
     from evatool.data.tokenizer import build_tokenizer
     from evatool.recipe.load import resolve_table
+    from evatool.runs.run_dir import RunOptions
     from evatool.stages import run_stage
-    from evatool.stages.run_dir import RunOptions
 
     made = folder / f"data-{count}-{side}-{suffix}"
     if (made / "manifest.json").exists():
@@ -237,8 +237,8 @@ def ours(bench: Bench, data: Path, *, precision: str, workers: int, gate_steps: 
 def run_ours(path: Path) -> None:
     """The child process of `ours`."""
     from evatool.recipe.load import resolve_table
+    from evatool.runs.run_dir import RunOptions
     from evatool.stages import run_stage
-    from evatool.stages.run_dir import RunOptions
 
     job = json.loads(path.read_text())
     use_tiny_preset()
@@ -252,9 +252,9 @@ def _feed_synthetic(table: dict[str, Any]) -> None:
     """The same random batch again and again in the loader's place: pictures, and captions of 15 tokens on average."""
     import torch
 
+    from evatool.core.batch import Batch
     from evatool.model.presets import resolve_preset
-    from evatool.stages import wiring
-    from evatool.types import Batch
+    from evatool.stages.training import build as wiring
 
     config, size = resolve_preset(table["model"]["preset"]), table["train"]["global_batch_size"]
     generator = torch.Generator().manual_seed(0)

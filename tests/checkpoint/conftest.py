@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from evatool.checkpoint.save import save_run
-from evatool.distributed.held import HeldState
+from evatool.distributed.engines.sharded_state import HeldState
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ import torch
 
 from evatool.checkpoint import layout
 from evatool.checkpoint.load import latest_checkpoint, load_checkpoint, read_model, verify
-from evatool.errors import CheckpointError
+from evatool.core.errors import CheckpointError
 
 FILES = [
     "model.safetensors",

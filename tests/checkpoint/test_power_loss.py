@@ -12,7 +12,7 @@ from recorded_disk import Node, record, replay
 
 from evatool.checkpoint import layout
 from evatool.checkpoint.load import latest_checkpoint, load_checkpoint
-from evatool.errors import CheckpointError
+from evatool.core.errors import CheckpointError
 
 SURVIVALS = ["nothing", "all", "zeros", "some", "some"]
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from evatool.checkpoint import layout
 from evatool.checkpoint.load import latest_checkpoint, load_checkpoint, read_model, verify
-from evatool.distributed.held import HeldState
-from evatool.errors import CheckpointError
+from evatool.core.errors import CheckpointError
+from evatool.distributed.engines.sharded_state import HeldState
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
 

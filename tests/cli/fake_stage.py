@@ -10,8 +10,8 @@ from typing import Any
 
 from typer.testing import Result
 
-from evatool.stages.run_dir import RunOptions, open_run_dir
-from evatool.types import Result as StageResult
+from evatool.core.batch import Result as StageResult
+from evatool.runs.run_dir import RunOptions, open_run_dir
 
 Invoke = Callable[..., Result]
 

@@ -12,7 +12,7 @@ import pytest
 from fake_stage import FakeStage, Invoke, only_json
 
 from evatool.cli.app import app
-from evatool.errors import BadDataLimitError, DataError, NumericalError, Preempted
+from evatool.core.errors import BadDataLimitError, DataError, NumericalError, Preempted
 from evatool.recipe.load import load_recipe
 from evatool.recipe.schema import RECIPES
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from evatool.cli.console import explain
-from evatool.errors import CheckpointError, ExitCode
+from evatool.core.errors import CheckpointError, ExitCode
 
 NOISY = """
 import os, sys

@@ -76,7 +76,7 @@ def test_compare_without_answers_says_what_to_do(tmp_path: Path) -> None:
     assert "run evatool eval again" in err
 
 
-@pytest.mark.parametrize("module", ["evatool.eval.compare", "evatool.eval.report", "evatool.eval.suite"])
+@pytest.mark.parametrize("module", ["evatool.eval.compare", "evatool.eval.report.page", "evatool.eval.suite"])
 def test_comparing_needs_no_torch(module: str) -> None:
     import subprocess
     import sys

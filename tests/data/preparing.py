@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from evatool.core.batch import Result
 from evatool.recipe.load import Resolved
 from evatool.recipe.schema import DataPrepareRecipe
+from evatool.runs.run_dir import RunOptions
 from evatool.stages import run_stage
-from evatool.stages.run_dir import RunOptions
-from evatool.types import Result
 
 
 def prepare(

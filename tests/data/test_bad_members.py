@@ -18,9 +18,9 @@ from PIL import Image
 from sample_pictures import BAD_PICTURES, animated, encode, picture, pixels, png_header
 from tiny_shards import add_member, keys, loader, plain_samples, take, write_tar
 
-from evatool.data.odd_pictures import odd_cause
-from evatool.data.pictures import MAX_PIXELS
-from evatool.errors import BadDataLimitError
+from evatool.core.errors import BadDataLimitError
+from evatool.data.image.header import MAX_PIXELS
+from evatool.data.image.nonstandard import odd_cause
 
 # --------------------------------------------------------------------------------------------------- R19: members
 

@@ -19,7 +19,7 @@ from faulty_server import Server, always, at_most, first, serve
 from sample_pictures import picture
 from tiny_shards import keys, loader, plain_samples, take, write_prepared, write_tar
 
-from evatool.errors import BadDataLimitError, EvatoolError, TransientError
+from evatool.core.errors import BadDataLimitError, EvatoolError, TransientError
 
 QUICK = {"attempts": 3, "timeout_sec": 0.4, "backoff_sec": 0.01}
 

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from preparing import prepare
 
-from evatool.data import shards as sharding
+from evatool.core.errors import EvatoolError, RecipeError, UsageError
 from evatool.data.prepare import pack
-from evatool.data.shards import ShardWriter
-from evatool.errors import EvatoolError, RecipeError, UsageError
+from evatool.data.tar import writer as sharding
+from evatool.data.tar.writer import ShardWriter
 
 TINY = {"kind": "drawings", "max_concepts": 12, "num_unseen": 2}
 BOOKKEEPING = {"resolved.toml", "environment.json", "status.json", "logs"}

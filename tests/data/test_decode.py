@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from sample_pictures import BAD_PICTURES, encode, picture, png_header
 
-from evatool.data import order
-from evatool.data.decode import decode_picture, eval_picture, fast_jpeg_decoder, scale_for
-from evatool.data.pictures import BadPicture
+from evatool.data.image.decode import decode_picture, eval_picture, fast_jpeg_decoder, scale_for
+from evatool.data.image.header import BadPicture
+from evatool.data.image.train_transforms import TrainTransform, crop_boxes
 from evatool.data.prepare.drawings import Drawings
-from evatool.data.transforms import TrainTransform, crop_boxes
+from evatool.data.train import shuffle as order
 from evatool.recipe.schema import AugmentSection, DrawingsSource
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from evatool.data.eval_pictures import EvalTransform
-from evatool.data.eval_sets import EvalSet, open_eval_set
-from evatool.errors import DataError
+from evatool.core.errors import DataError
+from evatool.data.eval.sets import EvalSet, open_eval_set
+from evatool.data.image.eval_transforms import EvalTransform
 
 
 def jpeg(shade: int, size: tuple[int, int] = (40, 30)) -> bytes:

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from evatool.data.eval_pictures import EvalTransform
-from evatool.data.eval_sets import open_eval_set
+from evatool.core.errors import DataError
+from evatool.data.eval.sets import open_eval_set
+from evatool.data.image.eval_transforms import EvalTransform
 from evatool.data.prepare.eval_layout import write_eval_set
-from evatool.data.shards import Sample
-from evatool.errors import DataError
+from evatool.data.tar.writer import Sample
 
 NAMES = ["black-and-white", "coarse-group", "coarse-subgroup", "never-seen", "new-artist", "new-shading", "retrieval"]
 

@@ -14,7 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_shards import loader, write_prepared
 
-from evatool.data.feature_store import (
+from evatool.core.batch import Batch
+from evatool.core.errors import DataError
+from evatool.data.feature_store.fill import missing_batches, num_rows
+from evatool.data.feature_store.store import (
     FeatureStore,
     StoreSpec,
     Views,
@@ -23,10 +26,7 @@ from evatool.data.feature_store import (
     read_header,
     unpadded_rows,
 )
-from evatool.data.masking import MaskSpec
-from evatool.data.store_pass import missing_batches, num_rows
-from evatool.errors import DataError
-from evatool.types import Batch
+from evatool.data.train.masking import MaskSpec
 
 COUNTS = [np.array([5, 3])]
 PLACES = np.array([[0, 0, 4, 0], [0, 1, 0, 1], [0, 0, 0, 0]])

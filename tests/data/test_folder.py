@@ -11,8 +11,8 @@ import pytest
 from preparing import prepare
 from sample_pictures import BAD_CAUSES, BAD_PICTURES, picture
 
-from evatool.data.shards import ShardIndex
-from evatool.errors import BadDataLimitError, DataError, EvatoolError, ExitCode, RecipeError
+from evatool.core.errors import BadDataLimitError, DataError, EvatoolError, ExitCode, RecipeError
+from evatool.data.tar.writer import ShardIndex
 
 Rows = Sequence[tuple[str, str]]
 

@@ -17,7 +17,7 @@ import torch
 from sample_pictures import picture
 from tiny_shards import add_member, count_letters, keys, loader, plain_samples, take, write_tar
 
-from evatool.data.records import MAX_CAPTION_CHARS
+from evatool.data.train.sample_decoder import MAX_CAPTION_CHARS
 
 # ------------------------------------------------------------------------------------------ R21: hostile tars
 

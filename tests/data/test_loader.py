@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sample_pictures import BAD_PICTURES, picture
 
-from evatool.data import loader as loading
-from evatool.data.loader import TrainLoader, build_train_loader
-from evatool.data.masking import MaskSpec
-from evatool.data.shards import Sample, ShardIndex, ShardWriter
-from evatool.data.steps import caption_id
+from evatool.core.batch import Batch
+from evatool.core.errors import BadDataLimitError, DataError, RecipeError
+from evatool.data.tar.writer import Sample, ShardIndex, ShardWriter
 from evatool.data.tokenizer import build_tokenizer
-from evatool.errors import BadDataLimitError, DataError, RecipeError
+from evatool.data.train import loader as loading
+from evatool.data.train.dataset import caption_id
+from evatool.data.train.loader import TrainLoader, build_train_loader
+from evatool.data.train.masking import MaskSpec
 from evatool.recipe.schema import AugmentSection, TrainDataSection
-from evatool.types import Batch
 
 AUGMENT = AugmentSection(crop_scale=(0.5, 1.0), horizontal_flip=0.5, rotate_degrees=10, color_jitter=0.4, grayscale=0.2)
 

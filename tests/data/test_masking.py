@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evatool.data import order
-from evatool.data.masking import BlockMaskGenerator, MaskSpec
-from evatool.errors import RecipeError
+from evatool.core.errors import RecipeError
+from evatool.data.train import shuffle as order
+from evatool.data.train.masking import BlockMaskGenerator, MaskSpec
 
 
 def released_mask(rng: random.Random, rows: int, columns: int, target: int, min_block: int) -> list[list[int]]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evatool.data.mixing import Mix, MixPhase
+from evatool.data.train.mixing import Mix, MixPhase
 
 MODES = ["samples", "alternating", "weighted-batches"]
 

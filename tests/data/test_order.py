@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evatool.data import order
-from evatool.data.order import SourceOrder, permute
+from evatool.data.train import shuffle as order
+from evatool.data.train.shuffle import SourceOrder, permute
 
 COUNTS = st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(lambda counts: sum(counts) > 0)
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from sample_pictures import BAD_CAUSES, BAD_PICTURES, picture, pixels, png_header
 
-from evatool.data.pictures import CAUSES, BadPicture, decode_rgb, encode_png, read_header
+from evatool.data.image.header import CAUSES, BadPicture, decode_rgb, encode_png, read_header
 
 
 @pytest.mark.parametrize("name", BAD_PICTURES)

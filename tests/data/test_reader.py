@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_shards import add_member, keys, loader, plain_samples, take, write_prepared, write_tar
 
-from evatool.data import reader as reading
-from evatool.data import steps
-from evatool.data.fetch import Patience
-from evatool.data.members import group_members, index_json, read_index, scan_file
-from evatool.data.reader import ShardReader
-from evatool.data.shard_cache import ShardCache
-from evatool.data.sources import open_source
-from evatool.data.tars import TarScan
+from evatool.data.sources.cache import ShardCache
+from evatool.data.sources.fetch import Patience
+from evatool.data.sources.shard_list import open_source
+from evatool.data.tar import reader as reading
+from evatool.data.tar.index import group_members, index_json, read_index, scan_file
+from evatool.data.tar.reader import ShardReader
+from evatool.data.tar.scan import TarScan
+from evatool.data.train import dataset as steps
 
 
 def open_reader(folder: Path, cache: Path) -> ShardReader:

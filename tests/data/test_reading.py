@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from sample_pictures import picture
 from tiny_shards import keys, loader, plain_samples, take, write_prepared, write_tar
 
-from evatool.data.records import parse_npy, parse_safetensors
-from evatool.errors import CheckpointError, RecipeError
+from evatool.core.errors import CheckpointError, RecipeError
+from evatool.data.train.sample_decoder import parse_npy, parse_safetensors
 from evatool.recipe.schema import TrainDataSection
 
 

@@ -11,9 +11,9 @@ import pytest
 import webdataset
 from sample_pictures import picture
 
-from evatool.data.members import read_index
-from evatool.data.shards import Sample, ShardIndex, ShardWriter, TarReader
-from evatool.errors import DataError
+from evatool.core.errors import DataError
+from evatool.data.tar.index import read_index
+from evatool.data.tar.writer import Sample, ShardIndex, ShardWriter, TarReader
 
 ONE_SAMPLE = {
     "keys": ["a"],

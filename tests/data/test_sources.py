@@ -11,13 +11,13 @@ import pytest
 from faulty_server import serve
 from tiny_shards import keys, loader, plain_samples, take, write_prepared, write_tar
 
-from evatool.data import sources
-from evatool.data.fetch import Patience, display_url
-from evatool.data.order import SourceOrder
-from evatool.data.shard_cache import ShardCache
-from evatool.data.shards import FORMAT, MANIFEST
-from evatool.data.sources import ShardList, expand, open_source
-from evatool.errors import BadDataLimitError, DataError
+from evatool.core.errors import BadDataLimitError, DataError
+from evatool.data.sources import shard_list as sources
+from evatool.data.sources.cache import ShardCache
+from evatool.data.sources.fetch import Patience, display_url
+from evatool.data.sources.shard_list import ShardList, expand, open_source
+from evatool.data.tar.writer import FORMAT, MANIFEST
+from evatool.data.train.shuffle import SourceOrder
 
 PATIENCE = Patience(2, 2.0, 0.01)
 
@@ -67,7 +67,7 @@ def test_plain_tars_are_scanned_once(tmp_path: Path, cache: ShardCache, monkeypa
         write_tar(tmp_path / "set" / f"{shard}.tar", plain_samples(range(shard * 5, shard * 5 + 5)))
     spec = f"{tmp_path}/set/{{0..2}}.tar"
     assert open_(spec, cache).counts.tolist() == [5, 5, 5]
-    monkeypatch.setattr("evatool.data.sources.scan_file", lambda path: pytest.fail(f"{path} scanned again"))
+    monkeypatch.setattr("evatool.data.sources.shard_list.scan_file", lambda path: pytest.fail(f"{path} scanned again"))
     again = open_(spec, cache)
     assert again.counts.tolist() == [5, 5, 5]
     assert again.indexes[0] == str(tmp_path / "set" / "0.tar.index.json")
@@ -80,7 +80,7 @@ def test_plain_tars_are_scanned_once(tmp_path: Path, cache: ShardCache, monkeypa
 def test_where_the_folder_cannot_be_written_the_index_goes_to_the_cache(
     tmp_path: Path, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from evatool.data import sources
+    from evatool.data.sources import shard_list as sources
 
     tar = write_tar(tmp_path / "set" / "0.tar", plain_samples(range(5)))
     write = sources.write_file

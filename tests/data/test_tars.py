@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evatool.data import tar_runs, tars
-from evatool.data.tars import BLOCK, CAUSES, MAX_NAME_BYTES, Member, TarScan, scan_tar
+from evatool.data.tar import fast_scan as tar_runs
+from evatool.data.tar import scan as tars
+from evatool.data.tar.scan import BLOCK, CAUSES, MAX_NAME_BYTES, Member, TarScan, scan_tar
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 FILES = [("a.jpg", b"picture" * 300), ("a.txt", b"a caption"), ("deep/b.jpg", b""), ("deep/b.json", b"x" * 512)]

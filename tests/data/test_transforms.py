@@ -10,8 +10,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from evatool.data import order
-from evatool.data.transforms import TrainTransform, crop_boxes
+from evatool.data.image.train_transforms import TrainTransform, crop_boxes
+from evatool.data.train import shuffle as order
 from evatool.recipe.schema import AugmentSection
 
 PLAIN = AugmentSection()  # EVA-CLIP's: RandomResizedCrop(0.9, 1.0), bicubic, and nothing else

@@ -15,7 +15,7 @@ import pytest
 from faulty_server import Server, at_most
 from tiny_shards import loader, take, write_prepared
 
-from evatool.errors import TransientError
+from evatool.core.errors import TransientError
 
 QUICK = {"attempts": 3, "timeout_sec": 0.4, "backoff_sec": 0.01}
 
@@ -33,7 +33,7 @@ import json, os, signal, sys, time, multiprocessing, logging
 sys.path.insert(0, sys.argv[1])
 logging.basicConfig()
 from tiny_shards import loader
-from evatool.errors import EvatoolError
+from evatool.core.errors import EvatoolError
 found = loader({"train": sys.argv[2], "num_workers": 2, **json.loads(sys.argv[4])})
 seen, start = [], time.monotonic()
 try:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from sample_pictures import picture
 
-from evatool.data.loader import TrainLoader, build_train_loader
-from evatool.data.shards import Sample, ShardWriter
+from evatool.core.batch import Batch
+from evatool.data.tar.writer import Sample, ShardWriter
+from evatool.data.train.loader import TrainLoader, build_train_loader
 from evatool.recipe.schema import TrainDataSection
-from evatool.types import Batch
 
 
 def write_prepared(folder: Path, num_samples: int, per_shard: int, prefix: str = "k", **members: bytes) -> Path:

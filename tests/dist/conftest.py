@@ -48,7 +48,7 @@ def start_ranks() -> Callable[..., Ranks]:
     run a backward pass.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "evatool.distributed.engine", "evatool.optim.param_groups"])
+    context.set_forkserver_preload(["torch._dynamo", "evatool.distributed.engines.build", "evatool.optim.param_groups"])
     return lambda fn, world_size, *args: Ranks(context, fn, world_size, args)
 
 

@@ -10,11 +10,11 @@ from dense_loss import dense_infonce, dense_sigmoid
 from tiny_distill import tiny_distillation
 from torch import Tensor
 
+from evatool.model.features import l2_normalize
 from evatool.distributed.collectives import rank, world_size
-from evatool.objective import tiles
-from evatool.objective.contrastive import unit
+from evatool.objective.tiled import tiles
 from evatool.objective.distill import DistillObjective
-from evatool.types import Batch
+from evatool.core.batch import Batch
 
 pytestmark = pytest.mark.dist
 
@@ -31,12 +31,12 @@ def global_batch() -> tuple[list[Tensor], dict[str, Tensor], Tensor]:
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
     text = draw(32, 8)
-    features = [unit(text + draw(32, 8)), unit(text)]
+    features = [l2_normalize(text + draw(32, 8)), l2_normalize(text)]
     teachers = {}
     for name, width in (("small", 6), ("large", 8)):
         shared = text @ draw(8, width)
-        teachers[f"teacher_image/{name}"] = unit(shared + draw(32, width))
-        teachers[f"teacher_text/{name}"] = unit(shared + 0.3 * draw(32, width))
+        teachers[f"teacher_image/{name}"] = l2_normalize(shared + draw(32, width))
+        teachers[f"teacher_text/{name}"] = l2_normalize(shared + 0.3 * draw(32, width))
     scalars = [torch.tensor(value, dtype=torch.float64) for value in (SCALE, BIAS)]
     leaves = [*features, *scalars, draw(6, 8) / 3, draw(6, 8) / 3]
     leaves = [leaf.float().double() for leaf in leaves]
@@ -46,8 +46,8 @@ def global_batch() -> tuple[list[Tensor], dict[str, Tensor], Tensor]:
 def with_projections(leaves: list[Tensor]) -> dict[str, Tensor]:
     image, text, scale, bias, for_image, for_text = leaves
     projected = {
-        "projected_image/small": unit(F.linear(image, for_image)),
-        "projected_text/small": unit(F.linear(text, for_text)),
+        "projected_image/small": l2_normalize(F.linear(image, for_image)),
+        "projected_text/small": l2_normalize(F.linear(text, for_text)),
     }
     return {"image": image, "text": text, "scale": scale, "bias": bias, **projected}
 

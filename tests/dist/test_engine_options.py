@@ -11,11 +11,11 @@ import torch
 from test_eva_engines import ALL, DDP, FSDP2, SINGLE, ZERO, curve
 from torch.utils.flop_counter import FlopCounterMode
 
-from evatool.distributed.blocks import blocks_of, checkpoint_blocks, compile_blocks
-from evatool.distributed.engine import build_engine
-from evatool.distributed.precision import autocast
+from evatool.distributed.engines.blocks import blocks_of, checkpoint_blocks, compile_blocks
+from evatool.distributed.engines.build import build_engine
+from evatool.distributed.engines.amp import autocast
 from evatool.distributed.world import World
-from evatool.errors import RecipeError
+from evatool.core.errors import RecipeError
 from evatool.model.clip import build_clip
 from evatool.model.presets import resolve_preset
 from evatool.recipe.schema import EngineSection

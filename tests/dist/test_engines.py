@@ -18,13 +18,13 @@ from evatool.checkpoint.load import load_checkpoint
 from evatool.checkpoint.save import save_run
 from evatool.distributed import versions
 from evatool.distributed.collectives import all_reduce_mean, rank, world_size
-from evatool.distributed.engine import Engine
+from evatool.distributed.engines.build import Engine
 from evatool.distributed.versions import own_versions
-from evatool.errors import NumericalError, Preempted, TransientError, UsageError
-from evatool.tensorfile import SafetensorsMap
-from evatool.train.gate import SpikeGate
-from evatool.train.guards import NonFiniteGuard
-from evatool.train.hooks import Hook
+from evatool.core.errors import NumericalError, Preempted, TransientError, UsageError
+from evatool.formats.safetensors import SafetensorsMap
+from evatool.train.loss_spike import SpikeGate
+from evatool.train.hooks.guards import NonFiniteGuard
+from evatool.train.hooks.base import Hook
 from evatool.train.state import describe_groups, resume_from
 
 pytestmark = pytest.mark.dist

@@ -11,15 +11,15 @@ import torch
 from toy_run import toy_optim
 
 from evatool.distributed.collectives import all_reduce_mean, rank, world_size
-from evatool.distributed.engine import build_engine
+from evatool.distributed.engines.build import build_engine
 from evatool.distributed.world import World
 from evatool.model.clip import build_clip
 from evatool.model.presets import resolve_preset
-from evatool.objective.contrastive import ClipObjective
+from evatool.objective.clip import ClipObjective
 from evatool.optim.build import build_optimizer
 from evatool.optim.param_groups import build_param_groups
 from evatool.recipe.schema import EngineSection, InfoNceObjective
-from evatool.types import Batch
+from evatool.core.batch import Batch
 
 pytestmark = pytest.mark.dist
 

@@ -20,12 +20,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Run folder of data-prepare, and an exported model of random weights."""
     import torch
 
-    from evatool.api import load_clip
+    from evatool.inference.loaded_clip import load_clip
     from evatool.model.config import ModelConfig
     from evatool.recipe.schema import DataPrepareRecipe, DrawingsSource
     from evatool.stages import data_prepare
-    from evatool.stages.run_dir import RunOptions
-    from evatool.tensorfile import write_safetensors
+    from evatool.runs.run_dir import RunOptions
+    from evatool.formats.safetensors import write_safetensors
 
     folder = tmp_path_factory.mktemp("eval-ranks")
     recipe = DataPrepareRecipe(data=DrawingsSource(max_concepts=13, num_unseen=3))
@@ -42,11 +42,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def evaluate(data: Path, model: Path, run_dir: Path, shard: str, suite: str = "drawings") -> Any:
     """Body of one rank: the rows, or what was said."""
-    from evatool.errors import EvatoolError
+    from evatool.core.errors import EvatoolError
     from evatool.eval.results import read_results
     from evatool.recipe.schema import EvalRecipe, EvalSection
     from evatool.stages import eval as stage
-    from evatool.stages.run_dir import RunOptions
+    from evatool.runs.run_dir import RunOptions
 
     section = EvalSection(
         models={"m": str(model)},
@@ -130,7 +130,7 @@ def test_a_picture_that_one_rank_cannot_read_fails_the_set_on_all(
     data = tmp_path / "eval"
     shutil.copytree(prepared[0] / "eval", data)
     tar = data / "new-artist" / "test" / "0.tar"
-    from evatool.data.shards import PICTURE_MEMBERS, TarReader
+    from evatool.data.tar.writer import PICTURE_MEMBERS, TarReader
 
     reader = TarReader([tar])
     (picture,) = reader.read(1, PICTURE_MEMBERS).values()  # rank 1's first picture

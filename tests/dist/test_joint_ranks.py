@@ -10,12 +10,12 @@ from joint_clip import joint_parts
 from tiny_clip import rows_of
 
 from evatool.distributed.collectives import all_reduce_mean, rank, world_size
-from evatool.distributed.engine import build_engine
+from evatool.distributed.engines.build import build_engine
 from evatool.distributed.world import World
 from evatool.recipe import schema
-from evatool.train.accumulation import forward_backward
-from evatool.train.gate import SpikeGate
-from evatool.types import ParamGroup
+from evatool.train.grad_cache import forward_backward
+from evatool.train.loss_spike import SpikeGate
+from evatool.core.batch import ParamGroup
 
 pytestmark = pytest.mark.dist
 

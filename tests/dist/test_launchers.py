@@ -19,7 +19,7 @@ import pytest
 
 from evatool.recipe.load import resolve_table
 from evatool.stages import run_stage
-from evatool.stages.run_dir import RunOptions
+from evatool.runs.run_dir import RunOptions
 
 pytestmark = [pytest.mark.dist, pytest.mark.e2e]
 DOCS = Path(__file__).parents[2] / "docs" / "engines.md"

@@ -9,16 +9,17 @@ from tiny_clip import TinyPatchTeacher, TinyStudent, make_batch, rows_of, tiny_c
 from tiny_distill import DISTILLATIONS, tiny_distillation
 from torch import nn
 
+from evatool.model.features import l2_normalize
 from evatool.distributed.collectives import all_reduce_mean, rank, world_size
-from evatool.distributed.engine import build_engine
+from evatool.distributed.engines.build import build_engine
 from evatool.distributed.world import World
-from evatool.objective import tiles
-from evatool.objective.contrastive import ClipObjective, unit
-from evatool.objective.infonce import infonce_loss
+from evatool.objective.tiled import tiles
+from evatool.objective.clip import ClipObjective
+from evatool.objective.tiled.infonce import infonce_loss
 from evatool.objective.mim import MimObjective
-from evatool.objective.sigmoid import sigmoid_loss
+from evatool.objective.tiled.sigmoid import sigmoid_loss
 from evatool.recipe import schema
-from evatool.types import Batch, ParamGroup
+from evatool.core.batch import Batch, ParamGroup
 
 pytestmark = pytest.mark.dist
 
@@ -91,7 +92,7 @@ LOSSES = {"infonce": (infonce_loss, dense_infonce, []), "sigmoid": (sigmoid_loss
 def global_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     text, noise = torch.randn(2, 32, 16, dtype=torch.float64, generator=generator)
-    image, text = (unit(x).float().double() for x in (text + noise, text))  # the same point in both dtypes
+    image, text = (l2_normalize(x).float().double() for x in (text + noise, text))  # the same point in both dtypes
     return image, text, torch.arange(32) % 13
 
 

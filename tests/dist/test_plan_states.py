@@ -15,19 +15,19 @@ from toy_run import toy_optim
 
 from evatool.distributed.collectives import rank as own_rank
 from evatool.distributed.collectives import world_size
-from evatool.distributed.engine import build_engine
+from evatool.distributed.engines.build import build_engine
 from evatool.distributed.world import World
 from evatool.model.clip import build_clip
 from evatool.model.presets import resolve_preset
-from evatool.objective.contrastive import ClipObjective
+from evatool.objective.clip import ClipObjective
 from evatool.optim.build import build_optimizer
 from evatool.optim.locking import lock
 from evatool.optim.param_groups import build_param_groups
 from evatool.plan.engines import Setup, average_bytes, fsdp2_states, states, zero_buckets
 from evatool.plan.memory import FP32, NUMERICS, model_buffers
 from evatool.recipe.schema import EngineSection, InfoNceObjective
-from evatool.train.ema import WeightAverage
-from evatool.types import Batch
+from evatool.train.hooks.ema import WeightAverage
+from evatool.core.batch import Batch
 
 pytestmark = pytest.mark.dist
 

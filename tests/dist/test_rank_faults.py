@@ -15,9 +15,9 @@ from toy_run import NUM_STEPS, ToyLoader, ToyObjective, make_trainer, toy_engine
 
 from evatool.checkpoint.load import Checkpoint, latest_checkpoint, load_checkpoint
 from evatool.distributed.collectives import rank, world_size
-from evatool.errors import ExitCode, UnhealthyNodeError
-from evatool.train.health import DividedCheck, HangWatch, ReplicaCheck
-from evatool.train.hooks import Hook
+from evatool.core.errors import ExitCode, UnhealthyNodeError
+from evatool.train.hooks.health import DividedCheck, HangWatch, ReplicaCheck
+from evatool.train.hooks.base import Hook
 from evatool.train.state import TrainState
 
 pytestmark = pytest.mark.dist

@@ -11,15 +11,15 @@ from tiny_clip import make_batch, rows_of, tiny_clip
 from toy_run import NUM_STEPS, make_trainer
 
 from evatool.distributed.collectives import all_reduce_mean, rank, world_size
-from evatool.distributed.engine import build_engine
+from evatool.distributed.engines.build import build_engine
 from evatool.distributed.world import World
-from evatool.errors import NumericalError
-from evatool.objective.contrastive import ClipObjective
+from evatool.core.errors import NumericalError
+from evatool.objective.clip import ClipObjective
 from evatool.recipe import schema
-from evatool.train.accumulation import forward_backward
-from evatool.train.gate import SpikeGate
-from evatool.train.guards import NonFiniteGuard
-from evatool.types import ParamGroup
+from evatool.train.grad_cache import forward_backward
+from evatool.train.loss_spike import SpikeGate
+from evatool.train.hooks.guards import NonFiniteGuard
+from evatool.core.batch import ParamGroup
 
 pytestmark = pytest.mark.dist
 

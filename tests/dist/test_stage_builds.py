@@ -17,10 +17,11 @@ from evatool.distributed.world import World
 from evatool.model.clip import build_clip
 from evatool.model.mim import build_mim
 from evatool.model.presets import resolve_preset
-from evatool.objective.contrastive import ClipObjective
+from evatool.objective.clip import ClipObjective
 from evatool.recipe.load import resolve_table
-from evatool.stages import run_stage, wiring
-from evatool.stages.run_dir import RunDir, RunOptions
+from evatool.stages import run_stage
+from evatool.stages.training import build as wiring
+from evatool.runs.run_dir import RunDir, RunOptions
 
 pytestmark = [pytest.mark.dist, pytest.mark.e2e]
 

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from evatool.model.clip import build_clip
 from evatool.model.presets import resolve_preset
 from evatool.recipe.load import resolve_table
-from evatool.stages import run_stage, teachers
-from evatool.stages.run_dir import RunOptions
+from evatool.stages import run_stage
+from evatool.stages.training import teachers
+from evatool.runs.run_dir import RunOptions
 
 pytestmark = [pytest.mark.dist, pytest.mark.e2e]
 ENGINE = {"kind": "deepspeed", "zero_stage": 2}

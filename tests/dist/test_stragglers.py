@@ -10,7 +10,7 @@ import pytest
 from toy_run import NUM_STEPS, make_trainer
 
 from evatool.distributed.collectives import rank
-from evatool.train.stragglers import Stragglers
+from evatool.train.hooks.stragglers import Stragglers
 
 pytestmark = pytest.mark.dist
 
@@ -32,7 +32,7 @@ def train(folder: Path, sec: float) -> tuple[list[str], float, float]:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
-    logger = logging.getLogger("evatool.train.stragglers")
+    logger = logging.getLogger("evatool.train.hooks.stragglers")
     logger.addHandler(handler)
     hook = Stragglers()
     spent = [0.0]

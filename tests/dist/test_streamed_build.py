@@ -13,12 +13,12 @@ from toy_run import toy_optim
 from evatool.checkpoint.load import load_checkpoint
 from evatool.checkpoint.save import save_run
 from evatool.distributed.collectives import rank, world_size
-from evatool.distributed.engine import Engine, build_engine
-from evatool.distributed.held import HeldState
+from evatool.distributed.engines.build import Engine, build_engine
+from evatool.distributed.engines.sharded_state import HeldState
 from evatool.distributed.world import World
 from evatool.optim.build import build_optimizer
 from evatool.recipe.schema import EngineSection
-from evatool.types import Batch, LossDict, ParamGroup
+from evatool.core.batch import Batch, LossDict, ParamGroup
 
 pytestmark = pytest.mark.dist
 

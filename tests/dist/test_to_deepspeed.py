@@ -11,11 +11,11 @@ from toy_run import ToyClip, ToyLoader, ToyObjective, toy_engine, toy_groups
 from evatool.checkpoint.save import save_run
 from evatool.distributed.collectives import rank, world_size
 from evatool.distributed.world import World
-from evatool.distributed.zero import _deepspeed, zero_config
-from evatool.errors import RecipeError, UsageError
+from evatool.distributed.engines.deepspeed import _deepspeed, zero_config
+from evatool.core.errors import RecipeError, UsageError
 from evatool.recipe.load import resolve_table
 from evatool.stages import run_stage
-from evatool.stages.run_dir import RunOptions
+from evatool.runs.run_dir import RunOptions
 from evatool.train.state import describe_groups
 
 pytestmark = pytest.mark.dist

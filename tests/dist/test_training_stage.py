@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from evatool.recipe.load import resolve_table
 from evatool.stages import run_stage
-from evatool.stages.run_dir import RunOptions
+from evatool.runs.run_dir import RunOptions
 
 pytestmark = [pytest.mark.dist, pytest.mark.e2e]
 

@@ -9,16 +9,16 @@ import torch
 from tiny_clip import TinyTeacher, tiny_clip
 from torch import nn
 
-from evatool.distributed.deferred import DeferredBuild, FirstWeights
+from evatool.distributed.engines.meta_init import DeferredBuild, FirstWeights
 from evatool.model.clip import build_clip
 from evatool.model.mim import build_mim
 from evatool.model.presets import PRESETS, resolve_preset
 from evatool.model.vision import restore_buffers
-from evatool.objective.contrastive import ClipObjective
+from evatool.objective.clip import ClipObjective
 from evatool.objective.distill import DistillObjective
-from evatool.objective.distill_teachers import Teacher
 from evatool.recipe import schema
 from evatool.recipe.schema import SigmoidObjective
+from evatool.teachers.base import Teacher
 
 SMALL = [name for name, config in PRESETS.items() if "debug" in name or "toy" in name]
 

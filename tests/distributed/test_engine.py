@@ -10,9 +10,9 @@ import torch
 from pydantic import ValidationError
 from toy_run import ToyLoader, ToyObjective, toy_engine, toy_groups
 
-from evatool.distributed.engine import engine_kind
-from evatool.distributed.zero import zero_config
-from evatool.errors import CheckpointError, DependencyError, RecipeError
+from evatool.core.errors import CheckpointError, DependencyError, RecipeError
+from evatool.distributed.engines.build import engine_kind
+from evatool.distributed.engines.deepspeed import zero_config
 from evatool.recipe.load import resolve_table
 from evatool.recipe.schema import EngineSection
 

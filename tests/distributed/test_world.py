@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from evatool.core.errors import UsageError
 from evatool.distributed import collectives
-from evatool.distributed.environment import first_node, read_environment
+from evatool.distributed.launcher_env import first_node, read_environment
 from evatool.distributed.world import close_world, init_world
-from evatool.errors import UsageError
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS")
 

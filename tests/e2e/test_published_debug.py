@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from evatool.core.batch import Result
 from evatool.recipe.load import list_recipes, load_recipe
+from evatool.runs.run_dir import RunOptions
 from evatool.stages import run_stage
-from evatool.stages.run_dir import RunOptions
-from evatool.types import Result
 
 pytestmark = pytest.mark.e2e
 

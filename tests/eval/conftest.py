@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evatool.eval.gallery import Found, Gallery, Item, Retrieval, data_uri, encode_picture
+from evatool.eval.report.gallery import Found, Gallery, Item, Retrieval, data_uri, encode_picture
 from evatool.eval.results import EvalResults, Failure
 from tests.eval.toys import made_up_results
 

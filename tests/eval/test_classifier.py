@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from evatool.api import load_clip
 from evatool.eval.cache import FingerprintCache, TensorCache
-from evatool.eval.classifier import Memory, text_classifier
 from evatool.eval.encode import Encoding, encode_texts
+from evatool.eval.text_classifier import Memory, text_classifier
+from evatool.inference.loaded_clip import load_clip
 from evatool.model.presets import resolve_preset
-from evatool.objective.text import encode_text
+from evatool.model.text import encode_text
 from tests.eval.toys import ToyClip
 
 NAMES = ["cat", "a very long name of a thing that fills many tokens", "dog", "traffic light"]

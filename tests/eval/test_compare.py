@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evatool.errors import DataError
-from evatool.eval.answers import ClassificationResult
+from evatool.core.errors import DataError
 from evatool.eval.compare import compare_runs
 from evatool.eval.intervals import over_seeds
-from evatool.eval.predictions import Kept, prediction_path, write_predictions
+from evatool.eval.prediction_store import Kept, prediction_path, write_predictions
+from evatool.eval.predictions import ClassificationResult
 from evatool.eval.results import EvalResults, ModelRecord, ResultRow, SetRecord, write_results
 
 N = 2000

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evatool.eval.figures import Names, bar_panels, curve_panel, difference_panels, share_axis
+from evatool.eval.report.charts import Names, bar_panels, curve_panel, difference_panels, share_axis
 from tests.eval.toys import made_up_results
 
 

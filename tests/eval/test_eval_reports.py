@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evatool.errors import DataError
-from evatool.eval.answers import ClassificationResult
-from evatool.eval.classes import class_panel
-from evatool.eval.demo_report import CaptionedPicture, ChainStep, DemoReport, LossCurve, write_demo_report
-from evatool.eval.gallery import Gallery, encode_picture
-from evatool.eval.report import text_table, write_eval_report
+from evatool.core.errors import DataError
+from evatool.eval.predictions import ClassificationResult
+from evatool.eval.report.class_accuracy import class_panel
+from evatool.eval.report.demo import CaptionedPicture, ChainStep, DemoReport, LossCurve, write_demo_report
+from evatool.eval.report.gallery import Gallery, encode_picture
+from evatool.eval.report.page import text_table, write_eval_report
 from evatool.eval.results import EvalResults
 from tests.eval.toys import made_up_results
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evatool.errors import DataError
-from evatool.eval.answers import ClassificationResult, RetrievalResult, ScoreResult
-from evatool.eval.gallery import Gallery, data_uri, encode_picture, read_gallery, write_gallery
-from evatool.eval.measures import Measure, measures_of
-from evatool.eval.predictions import Kept, read_predictions, write_predictions
+from evatool.core.errors import DataError
+from evatool.eval.metrics import Measure, measures_of
+from evatool.eval.prediction_store import Kept, read_predictions, write_predictions
+from evatool.eval.predictions import ClassificationResult, RetrievalResult, ScoreResult
+from evatool.eval.report.gallery import Gallery, data_uri, encode_picture, read_gallery, write_gallery
 from evatool.eval.results import (
     EvalResults,
     compared_pairs,

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evatool.errors import CheckpointError, DataError, EvatoolError, ExitCode, RecipeError, UsageError
-from evatool.eval.gallery import read_gallery
+from evatool.core.batch import Result
+from evatool.core.errors import CheckpointError, DataError, EvatoolError, ExitCode, RecipeError, UsageError
+from evatool.eval.report.gallery import read_gallery
 from evatool.eval.results import EvalResults, read_results
 from evatool.recipe.schema import (
     DataPrepareRecipe,
@@ -20,10 +21,10 @@ from evatool.recipe.schema import (
     FewShotSection,
     LinearProbeSection,
 )
-from evatool.stages import data_prepare, eval_measure
+from evatool.runs.run_dir import RunOptions
+from evatool.stages import data_prepare
 from evatool.stages import eval as eval_stage
-from evatool.stages.run_dir import RunOptions
-from evatool.types import Result
+from evatool.stages.evaluating import measure as eval_measure
 
 TOY = "EVA02-CLIP-toy-small"
 

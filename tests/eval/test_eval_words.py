@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evatool.eval import words
 from evatool.eval.intervals import Interval
+from evatool.eval.report import wording as words
 from tests.eval.toys import made_up_results
 
 NB = words.NO_BREAK

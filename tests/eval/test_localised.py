@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from evatool.data.eval_pictures import EvalTransform
-from evatool.data.eval_scenes import SceneSamples
-from evatool.data.pictures import encode_png
-from evatool.errors import DataError
-from evatool.eval.localised import localise, patch_labels
+from evatool.core.errors import DataError
+from evatool.data.eval.scenes import SceneSamples
+from evatool.data.image.eval_transforms import EvalTransform
+from evatool.data.image.header import encode_png
+from evatool.eval.tasks.localization import localise, patch_labels
 from tests.eval.toys import ToyClip, ToySet
 
 # 2 x 2 quadrants of a 8 x 8 mask; classes are ids less one

@@ -9,10 +9,10 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from evatool.errors import DataError
+from evatool.core.errors import DataError
 from evatool.eval.cache import TensorCache
 from evatool.eval.encode import Encoding
-from evatool.eval.probes import few_shot, fit, image_features, linear_probe, predict
+from evatool.eval.tasks.probes import few_shot, fit, image_features, linear_probe, predict
 from tests.eval.toys import ToyClip, ToySet, as_pictures
 
 PROBE = {"weight_decays": [1e-4, 1e-2], "holdout": 0.25, "max_iterations": 100, "seed": 0}

@@ -11,10 +11,10 @@ from clip_benchmark.metrics.zeroshot_retrieval import recall_at_k
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evatool.errors import DataError, NumericalError
-from evatool.eval import ranks
-from evatool.eval.answers import DIRECTIONS, RECALL_AT, Direction
-from evatool.eval.retrieval import PairFeatures, best_and_worst_retrievals, encode_pairs, retrieve
+from evatool.core.errors import DataError, NumericalError
+from evatool.eval.predictions import DIRECTIONS, RECALL_AT, Direction
+from evatool.eval.tasks import retrieval_ranks as ranks
+from evatool.eval.tasks.retrieval import PairFeatures, best_and_worst_retrievals, encode_pairs, retrieve
 from tests.eval.toys import ToyClip, ToySet, as_pictures
 
 

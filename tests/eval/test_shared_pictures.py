@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from evatool.data.eval_sets import EvalSet, open_eval_set
+from evatool.data.eval.sets import EvalSet, open_eval_set
 from evatool.eval.encode import Encoding, ImageMemory, image_batches
-from evatool.eval.retrieval import encode_pairs
-from evatool.eval.zero_shot import classify
+from evatool.eval.tasks.retrieval import encode_pairs
+from evatool.eval.tasks.zero_shot import classify
 from tests.eval.toys import ToyClip
 
 SIDE = 2
@@ -132,8 +132,8 @@ def test_retrieval_takes_features_of_a_classified_set(tmp_path: Path, pictures: 
 
 
 def test_a_corrupt_picture_is_still_named(tmp_path: Path, pictures: list[bytes]) -> None:
-    from evatool.data.eval_pictures import EvalTransform
-    from evatool.errors import DataError
+    from evatool.core.errors import DataError
+    from evatool.data.image.eval_transforms import EvalTransform
 
     folder = folder_of(tmp_path / "set", pictures[:2], 2)
     broken = open_eval_set(folder, transform=EvalTransform(8), batch_size=4)

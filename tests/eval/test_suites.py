@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from evatool.errors import DataError, RecipeError
+from evatool.core.errors import DataError, RecipeError
 from evatool.eval import published
 from evatool.eval.published import published_value
 from evatool.eval.suite import check_counts, find_set, find_sets, list_suites, load_suite

@@ -7,9 +7,9 @@ import pytest
 import torch
 from clip_benchmark.metrics import zeroshot_classification as benchmark
 
-from evatool.errors import DataError, EvatoolError, NumericalError
-from evatool.eval.classifier import Memory
-from evatool.eval.zero_shot import classify
+from evatool.core.errors import DataError, EvatoolError, NumericalError
+from evatool.eval.tasks.zero_shot import classify
+from evatool.eval.text_classifier import Memory
 from tests.eval.toys import ToyClip, ToySet, as_pictures
 
 

@@ -11,22 +11,22 @@ from golden import CLIP_FILES, read_golden, relative
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from evatool.api import load_clip
-from evatool.errors import CheckpointError, DependencyError, EvatoolError, RecipeError, UsageError
+from evatool.core.errors import CheckpointError, DependencyError, EvatoolError, RecipeError, UsageError
 from evatool.eval.results import EvalResults, ModelRecord, ResultRow, write_results
 from evatool.export import graph, tensors
+from evatool.export.baai import baai_config, baai_state
 from evatool.export.folder import Target
 from evatool.export.model_card import CardFacts
 from evatool.export.tensors import export_baai, export_safetensors
-from evatool.model.baai import baai_config, baai_state
+from evatool.inference.loaded_clip import load_clip
 from evatool.model.clip import build_clip
-from evatool.model.names import canonical_state
 from evatool.model.presets import resolve_preset
 from evatool.recipe.schema import ExportRecipe, ExportSection
-from evatool.stages import export_streamed
+from evatool.runs.run_dir import RunOptions
 from evatool.stages.export import find_model, load_model, round_to, run
-from evatool.stages.export_formats import export_model, load_written, written_tensors
-from evatool.stages.run_dir import RunOptions
+from evatool.stages.exporting import streamed as export_streamed
+from evatool.stages.exporting.formats import export_model, load_written, written_tensors
+from evatool.weights.key_mapping import canonical_state
 
 FACTS = CardFacts(name="test", source="test", architecture=[], parameters={"image": 1})
 DEBUG = resolve_preset("EVA02-CLIP-debug")

@@ -5,7 +5,7 @@ import json
 import huggingface_hub
 import pytest
 
-from evatool.errors import EvatoolError, UsageError
+from evatool.core.errors import EvatoolError, UsageError
 from evatool.export.folder import Exported
 from evatool.export.hub import check_credentials, push_to_hub
 

@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 
 import evatool
 from evatool.checkpoint.save import save_run
-from evatool.distributed.held import HeldState
-from evatool.errors import CheckpointError, UsageError
+from evatool.core.errors import CheckpointError, UsageError
+from evatool.core.image_norm import normalize_images
+from evatool.distributed.engines.sharded_state import HeldState
 from evatool.model.clip import build_clip
 from evatool.model.mim import build_mim
 from evatool.model.presets import PRESETS, resolve_preset
-from evatool.pixels import normalize_images
 
 DEBUG = resolve_preset("EVA02-CLIP-debug")
 
@@ -149,7 +149,7 @@ def test_a_mim_run_is_not_a_clip(tmp_path):
     write_run(tmp_path, model, model.config)
     with pytest.raises(CheckpointError, match="MIM model"):
         evatool.load_clip(tmp_path)
-    weights = evatool.api.read_weights(tmp_path)
+    weights = evatool.inference.loaded_clip.read_weights(tmp_path)
     assert weights.configs == [model.config]
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from evatool.errors import CheckpointError
-from evatool.model.files import open_weights
-from evatool.tensorfile import SafetensorsMap, dtype_of, shape_of, write_safetensors
+from evatool.core.errors import CheckpointError
+from evatool.formats.safetensors import SafetensorsMap, dtype_of, shape_of, write_safetensors
+from evatool.weights.open import open_weights
 
 TENSORS = {
     "a.weight": torch.randn(7, 5),
@@ -197,7 +197,7 @@ def test_a_file_without_tensors(tmp_path):
 def test_a_torch_archive_does_not_depend_on_the_time_of_day(tmp_path, monkeypatch):
     import time
 
-    from evatool.torchfile import write_torch_archive
+    from evatool.formats.torch_zip import write_torch_archive
 
     tensors = {"a": torch.arange(6.0).reshape(2, 3)}
     write_torch_archive(tmp_path / "now.pt", tensors)

@@ -10,18 +10,18 @@ from golden import read_golden, relative
 from safetensors.torch import load_file, save_file
 
 import evatool
-from evatool import api
-from evatool.errors import CheckpointError
+from evatool.core.errors import CheckpointError
+from evatool.formats.deepspeed_checkpoint import deepspeed_folder, open_deepspeed
+from evatool.formats.mapped_tensors import PROJECTION, TOWER
+from evatool.formats.safetensors import dtype_of, shape_of
+from evatool.inference import loaded_clip as api
 from evatool.model.clip import build_clip
 from evatool.model.config import ModelConfig
-from evatool.model.deepspeed_folder import deepspeed_folder, open_deepspeed
-from evatool.model.derived import PROJECTION, TOWER
-from evatool.model.detect import fitting_presets
-from evatool.model.files import open_weights
-from evatool.model.names import canonical_state
 from evatool.model.presets import resolve_preset
-from evatool.model.weights import init_text_tower, load_clip_weights
-from evatool.tensorfile import dtype_of, shape_of
+from evatool.weights.detect_preset import fitting_presets
+from evatool.weights.key_mapping import canonical_state
+from evatool.weights.load import init_text_tower, load_clip_weights
+from evatool.weights.open import open_weights
 
 ASSETS = Path(__file__).parents[1] / "assets"
 DEEPSPEED = sorted(folder.name for folder in (ASSETS / "deepspeed").iterdir() if folder.is_dir())

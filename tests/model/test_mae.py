@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from evatool.data.masking import MaskSpec
-from evatool.errors import RecipeError
+from evatool.core.errors import RecipeError
+from evatool.data.train.masking import MaskSpec
 from evatool.model.mae import MaeModel, sincos_positions
 from evatool.model.mim import build_mim
 from evatool.model.presets import resolve_preset
 from evatool.objective.mim import masked_feature_loss
 from evatool.recipe.load import resolve_table
+from evatool.runs.run_dir import RunOptions
 from evatool.stages import run_stage
-from evatool.stages.run_dir import RunOptions
 
 CONFIG = resolve_preset("EVA-L-debug")
 W = dict[str, Tensor]

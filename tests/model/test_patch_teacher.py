@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from evatool.errors import CheckpointError, RecipeError
-from evatool.model.patch_teacher import load_timm_teacher, resize_grid
+from evatool.core.errors import CheckpointError, RecipeError
+from evatool.teachers.timm import load_timm_teacher, resize_grid
 
 
 def pictures(size: int, count: int = 2) -> torch.Tensor:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from evatool.errors import RecipeError
+from evatool.core.errors import RecipeError
 from evatool.model.config import ModelConfig, from_mim_arguments, mim_config
 from evatool.model.presets import PRESETS, resolve_preset
 

@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from evatool.api import register
-from evatool.errors import CheckpointError
+from evatool.core.errors import CheckpointError
+from evatool.inference.loaded_clip import register
 from evatool.model.clip import build_clip
 from evatool.model.config import ModelConfig
 from evatool.model.presets import resolve_preset
-from evatool.model.selection import chosen, select_weights
-from evatool.model.weights import load_clip_weights
 from evatool.recipe import schema
-from evatool.stages.first_weights import init_clip
+from evatool.stages.training.first_weights import init_clip
+from evatool.weights.load import load_clip_weights
+from evatool.weights.select import chosen, select_weights
 
 FAMILIES = [
     "EVA02-CLIP-debug",

@@ -6,15 +6,15 @@ import pytest
 import torch
 from golden import CLIP_FILES, read_golden, relative
 
-from evatool.errors import CheckpointError
+from evatool.core.errors import CheckpointError
+from evatool.formats.mapped_tensors import TOWER
+from evatool.formats.safetensors import SafetensorsMap, write_safetensors
 from evatool.model.clip import build_clip
-from evatool.model.derived import TOWER
 from evatool.model.mim import build_mim
-from evatool.model.names import baai_name, canonical_state
 from evatool.model.presets import ModelConfig, resolve_preset
-from evatool.model.resize import resize_patch_kernel, resize_positions
-from evatool.model.weights import init_image_tower, load_clip_weights, load_mim_weights
-from evatool.tensorfile import SafetensorsMap, write_safetensors
+from evatool.weights.key_mapping import baai_name, canonical_state
+from evatool.weights.load import init_image_tower, load_clip_weights, load_mim_weights
+from evatool.weights.resize import resize_patch_kernel, resize_positions
 
 DEBUG = resolve_preset("EVA02-CLIP-debug")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_clip import make_batch, tiny_clip
 
-from evatool.objective import contrastive
-from evatool.objective.contrastive import ClipObjective, encode_pair
+from evatool.objective import clip as contrastive
+from evatool.objective.clip import ClipObjective, encode_pair
 from evatool.recipe.schema import FixedTemperature, InfoNceObjective, SigmoidObjective
 
 

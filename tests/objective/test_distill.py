@@ -8,13 +8,13 @@ from tiny_clip import TinyTeacher, make_batch, tiny_clip
 from tiny_distill import EVERYTHING, tiny_distillation
 from torch import Tensor
 
-from evatool.objective.contrastive import unit
+from evatool.core.batch import Batch
+from evatool.model.features import l2_normalize
+from evatool.model.text import fit_tokens
 from evatool.objective.distill import DistillObjective, feature_loss
-from evatool.objective.distill_logits import softmax_divergence
-from evatool.objective.distill_teachers import Teacher, teacher_features
-from evatool.objective.text import fit_tokens
+from evatool.objective.tiled.divergence import softmax_divergence
 from evatool.recipe import schema
-from evatool.types import Batch
+from evatool.teachers.base import Teacher, teacher_features
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def objective() -> Callable[..., DistillObjective]:
 
 def features(width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     image, text = torch.randn(2, 6, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return unit(image), unit(text)
+    return l2_normalize(image), l2_normalize(text)
 
 
 @pytest.mark.parity
@@ -65,11 +65,11 @@ def test_all_parts_are_clip_kds_with_its_weights() -> None:
     module = DistillObjective(student, [Teacher(clip, 6)], section, context_length=12, student_width=8).double()
     losses = module(batch)
 
-    image, text = (unit(x) for x in (student.encode_image(pixels(batch)), student.encode_text(batch.tokens)))
+    image, text = (l2_normalize(x) for x in (student.encode_image(pixels(batch)), student.encode_text(batch.tokens)))
     t_image, t_text = teacher_features(Teacher(clip, 6), batch)
     scale, right = student.logit_scale.exp().squeeze(), torch.arange(6)
     logits, t_logits = scale * image @ text.T, clip.logit_scale * t_image @ t_text.T
-    wide_image, wide_text = unit(module.image_projection(image)), unit(module.text_projection(text))
+    wide_image, wide_text = l2_normalize(module.image_projection(image)), l2_normalize(module.text_projection(text))
     kl = [
         F.kl_div(s.log_softmax(1), t.softmax(1), reduction="batchmean")
         for s, t in ((logits, t_logits), (logits.T, t_logits.T))
@@ -91,7 +91,7 @@ def test_all_parts_are_clip_kds_with_its_weights() -> None:
 
 
 def pixels(batch: Batch) -> Tensor:
-    from evatool.pixels import normalize_images
+    from evatool.core.image_norm import normalize_images
 
     return normalize_images(batch.image, dtype=torch.float64)
 

@@ -16,10 +16,10 @@ from dense_distill import (
 )
 from torch import Tensor
 
-from evatool.objective import tiles
-from evatool.objective.contrastive import unit
-from evatool.objective.distill_logits import sigmoid_divergence, softmax_divergence
-from evatool.objective.distill_relations import interactive_loss, relation_loss
+from evatool.model.features import l2_normalize
+from evatool.objective.tiled import tiles
+from evatool.objective.tiled.divergence import sigmoid_divergence, softmax_divergence
+from evatool.objective.tiled.relation import interactive_loss, relation_loss
 
 SIZE = 30
 T_SCALE, T_BIAS = 14.0, -4.0
@@ -30,7 +30,7 @@ def student(size: int = SIZE, width: int = 16, scale: float = 10.0) -> list[Tens
     generator = torch.Generator().manual_seed(size)
     text, noise = torch.randn(2, size, width, dtype=torch.float64, generator=generator)
     scalars = [torch.tensor(value, dtype=torch.float64) for value in (scale, -6.0)]
-    return [unit(text + noise), unit(text), *scalars]
+    return [l2_normalize(text + noise), l2_normalize(text), *scalars]
 
 
 @cache
@@ -39,7 +39,7 @@ def teacher(size: int = SIZE, width: int = 24) -> tuple[Tensor, Tensor]:
     image, text, *_ = student(size, width)
     generator = torch.Generator().manual_seed(size + 1)
     mixing = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator)).Q
-    return unit(image @ mixing), unit(text @ mixing + 0.3 * image)
+    return l2_normalize(image @ mixing), l2_normalize(text @ mixing + 0.3 * image)
 
 
 def known(like: Tensor, width: int = 24) -> tuple[Tensor, Tensor]:

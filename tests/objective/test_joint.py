@@ -8,16 +8,16 @@ from dense_loss import dense_infonce, dense_sigmoid
 from joint_clip import NUM_MASKED, JointParts, joint_parts
 from torch import nn
 
-from evatool.distributed.engine import build_engine
+from evatool.core.batch import ParamGroup
+from evatool.distributed.engines.build import build_engine
 from evatool.distributed.world import World
 from evatool.model.mim import MimModel, masked_tokens
-from evatool.objective.contrastive import encode_pair
-from evatool.objective.joint import masked_places
+from evatool.objective.clip import encode_pair
 from evatool.objective.mim import MimObjective
+from evatool.objective.terms.joint import masked_places
 from evatool.recipe import schema
-from evatool.train.accumulation import forward_backward
-from evatool.train.gate import SpikeGate
-from evatool.types import ParamGroup
+from evatool.train.grad_cache import forward_backward
+from evatool.train.loss_spike import SpikeGate
 
 KINDS = ["infonce", "sigmoid"]
 

@@ -7,10 +7,10 @@ import torch
 from golden import MIM_FILES, TOLERANCE, read_golden, relative
 from tiny_clip import TinyPatchTeacher, TinyStudent
 
+from evatool.core.batch import Batch
 from evatool.model.mim import build_mim
-from evatool.model.weights import load_mim_weights
 from evatool.objective.mim import MimObjective, masked_feature_loss
-from evatool.types import Batch
+from evatool.weights.load import load_mim_weights
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from tiny_clip import EOT, make_batch, tiny_clip
 
 from evatool.model.clip import build_clip
 from evatool.model.presets import resolve_preset
-from evatool.objective.text import MAX_GROUPS, encode_text, fit_tokens, group_sizes, split_up
+from evatool.model.text import MAX_GROUPS, encode_text, fit_tokens, group_sizes, split_up
 
 
 def columns(lengths: list[int], sizes: list[int]) -> int:

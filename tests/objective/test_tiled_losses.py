@@ -10,10 +10,10 @@ import torch
 from dense_loss import dense_infonce, dense_sigmoid, dense_top1
 from torch import Tensor
 
-from evatool.objective import tiles
-from evatool.objective.contrastive import unit
-from evatool.objective.infonce import infonce_loss
-from evatool.objective.sigmoid import sigmoid_loss
+from evatool.model.features import l2_normalize
+from evatool.objective.tiled import tiles
+from evatool.objective.tiled.infonce import infonce_loss
+from evatool.objective.tiled.sigmoid import sigmoid_loss
 
 Losses = tuple[Callable[..., tuple[Tensor, dict[str, Tensor]]], Callable[..., Tensor]]
 KINDS: dict[str, Losses] = {"infonce": (infonce_loss, dense_infonce), "sigmoid": (sigmoid_loss, dense_sigmoid)}
@@ -28,7 +28,7 @@ def inputs(kind: str, size: int, width: int = 16, scale: float = 20.0) -> list[T
     scalars = [torch.tensor(scale, dtype=torch.float64)]
     if kind == "sigmoid":
         scalars.append(torch.tensor(-8.0, dtype=torch.float64))
-    return [unit(text + noise), unit(text), *scalars]
+    return [l2_normalize(text + noise), l2_normalize(text), *scalars]
 
 
 def ids(size: int, num_captions: int | None) -> Tensor | None:

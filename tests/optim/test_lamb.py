@@ -4,7 +4,7 @@ import pytest
 import torch
 from lamb_reference import EPS, Recorded, grouped, recorded, reference, section, step_all, worst
 
-from evatool.errors import RecipeError
+from evatool.core.errors import RecipeError
 from evatool.optim.build import build_optimizer
 from evatool.optim.lamb import Lamb
 from evatool.recipe.load import resolve_table

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from evatool.errors import RecipeError
+from evatool.core.errors import RecipeError
 from evatool.model.clip import build_clip
 from evatool.model.mim import build_mim
 from evatool.model.presets import resolve_preset

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evatool.errors import RecipeError
+from evatool.core.errors import RecipeError
 from evatool.optim.schedules import build_schedule, constant_cooldown, warmup_cosine, warmup_steps_of
 from evatool.recipe.load import resolve_table
 from evatool.recipe.schema import ScheduleSection

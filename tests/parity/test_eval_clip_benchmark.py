@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from evatool.api import LoadedClip, load_clip
-from evatool.data.eval_pictures import EvalTransform
-from evatool.data.eval_sets import open_eval_set
-from evatool.eval.retrieval import encode_pairs, retrieve
-from evatool.eval.zero_shot import classify
-from evatool.objective.text import encode_text
-from evatool.pixels import normalize_images
+from evatool.core.image_norm import normalize_images
+from evatool.data.eval.sets import open_eval_set
+from evatool.data.image.eval_transforms import EvalTransform
+from evatool.eval.tasks.retrieval import encode_pairs, retrieve
+from evatool.eval.tasks.zero_shot import classify
+from evatool.formats.safetensors import write_safetensors
+from evatool.inference.loaded_clip import LoadedClip, load_clip
+from evatool.model.text import encode_text
 from evatool.recipe.schema import DataPrepareRecipe, DrawingsSource
+from evatool.runs.run_dir import RunOptions
 from evatool.stages import data_prepare
-from evatool.stages.run_dir import RunOptions
-from evatool.tensorfile import write_safetensors
 
 pytestmark = pytest.mark.parity
 

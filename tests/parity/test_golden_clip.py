@@ -5,7 +5,7 @@ import torch
 from golden import CLIP_FILES, TOLERANCE, read_golden, relative
 
 from evatool.model.clip import build_clip, image_projection, visual_tokens
-from evatool.model.weights import load_clip_weights
+from evatool.weights.load import load_clip_weights
 
 pytestmark = pytest.mark.parity
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from golden import MIM_FILES, TOLERANCE, read_golden, relative
 
 from evatool.model.mim import build_mim
-from evatool.model.weights import load_mim_weights
+from evatool.weights.load import load_mim_weights
 
 pytestmark = pytest.mark.parity
 

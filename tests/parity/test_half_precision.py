@@ -5,9 +5,9 @@ import torch
 from golden import CLIP_FILES, read_golden, relative
 
 import evatool
-from evatool.api import DTYPES
+from evatool.inference.loaded_clip import DTYPES
 from evatool.model.clip import build_clip
-from evatool.model.weights import load_clip_weights
+from evatool.weights.load import load_clip_weights
 
 pytestmark = pytest.mark.parity
 

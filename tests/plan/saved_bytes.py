@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy
 
-from evatool.distributed import blocks
+from evatool.distributed.engines import blocks
 from evatool.model.clip import build_clip
 from evatool.model.presets import resolve_preset
 from evatool.optim.locking import lock

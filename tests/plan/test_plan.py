@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from published_jobs import job_of
 
-from evatool.errors import RecipeError, UsageError
+from evatool.core.errors import RecipeError, UsageError
 from evatool.model.presets import PRESETS, resolve_preset
 from evatool.plan.advice import choices, engines, enough_gpus, largest_micro_batch, on_ranks
 from evatool.plan.estimate import memory, operations

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from evatool.errors import RecipeError
+from evatool.core.errors import RecipeError
 from evatool.recipe import load
 from evatool.recipe.load import find_recipes_dir, is_recipe, list_recipes, load_recipe, resolve_table
 

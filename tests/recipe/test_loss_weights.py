@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evatool.recipe.distill_sections import is_used, weight_at
+from evatool.recipe.schema.distill import is_used, weight_at
 
 POINTS = st.lists(
     st.tuples(st.integers(0, 10**9), st.floats(0, 1e4)), min_size=2, max_size=6, unique_by=lambda point: point[0]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from evatool.errors import EvatoolError, RecipeError, UsageError
+from evatool.core.errors import EvatoolError, RecipeError, UsageError
 from evatool.recipe.load import load_recipe, resolve_table
 
 

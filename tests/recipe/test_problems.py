@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from evatool.errors import RecipeError
+from evatool.core.errors import RecipeError
 from evatool.recipe import schema
-from evatool.recipe.docs import field_doc
+from evatool.recipe.field_docs import field_doc
 from evatool.recipe.load import load_recipe
 from evatool.recipe.problems import schema_keys, strip_union_tags
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from evatool.recipe.docs import field_doc
+from evatool.recipe.field_docs import field_doc
 from evatool.recipe.load import find_recipes_dir
 from evatool.recipe.reference import json_schema, reference_page
 from evatool.recipe.schema import RECIPES
-from evatool.recipe.section import Section
+from evatool.recipe.schema.base import Section
 
 DOCS = Path(__file__).parents[2] / "docs"
 FILES = sorted(find_recipes_dir().rglob("*.toml"))

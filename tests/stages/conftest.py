@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from evatool.core.batch import Result
 from evatool.recipe.load import resolve_table
+from evatool.runs.run_dir import RunOptions
 from evatool.stages import run_stage
-from evatool.stages.run_dir import RunOptions
-from evatool.types import Result
 
 BATCH, STEPS = 8, 6
 

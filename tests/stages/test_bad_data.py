@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from evatool.errors import BadDataLimitError, CheckpointError
-from evatool.train.hooks import read_metrics
-from evatool.types import Result
+from evatool.core.batch import Result
+from evatool.core.errors import BadDataLimitError, CheckpointError
+from evatool.train.hooks.base import read_metrics
 
 pytestmark = pytest.mark.e2e
 Run = Callable[..., Result]
@@ -68,7 +68,7 @@ def test_counts_go_on_where_a_run_is_resumed(damaged: Path, drawings: Path, run_
 def test_a_run_of_another_order_is_not_resumed(
     run_training: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from evatool.data import loader
+    from evatool.data.train import loader
 
     overrides = ("checkpoint.every_steps=2",)
     result = run_training("train-clip", tmp_path / "run", *overrides)

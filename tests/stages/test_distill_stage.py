@@ -9,14 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evatool.api import load_clip
-from evatool.errors import DataError, Preempted, RecipeError
+from evatool.core.batch import Result
+from evatool.core.errors import DataError, Preempted, RecipeError
+from evatool.inference.loaded_clip import load_clip
 from evatool.recipe.load import resolve_table
 from evatool.recipe.write import to_table
-from evatool.stages import run_stage, teachers
-from evatool.stages.run_dir import RunOptions
+from evatool.runs.run_dir import RunOptions
+from evatool.stages import run_stage
+from evatool.stages.training import teachers
 from evatool.train.signals import StopRequests
-from evatool.types import Result
 
 LARGER, OTHER = "EVA02-CLIP-toy", "EVA-CLIP-8B-debug"  # 48 pixels and width 128; 32 pixels and width 32
 

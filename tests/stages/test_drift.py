@@ -7,9 +7,9 @@ import logging
 
 import pytest
 
-from evatool.errors import RecipeError
+from evatool.core.errors import RecipeError
 from evatool.recipe.load import resolve_table
-from evatool.stages.run_dir import RunOptions, open_run_dir
+from evatool.runs.run_dir import RunOptions, open_run_dir
 
 
 def recipe(lr: float = 1e-3, seed: int = 0):

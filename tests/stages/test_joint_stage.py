@@ -12,10 +12,10 @@ from safetensors import safe_open
 
 from evatool import load_clip
 from evatool.checkpoint.load import latest_checkpoint
-from evatool.errors import RecipeError
+from evatool.core.errors import RecipeError
 from evatool.recipe.load import load_recipe, resolve_table
+from evatool.runs.run_dir import RunOptions
 from evatool.stages import run_stage
-from evatool.stages.run_dir import RunOptions
 
 JOINT = ("objective.mim.weight=0.5",)
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from evatool.errors import DataError, EvatoolError, UsageError
+from evatool.core.errors import DataError, EvatoolError, UsageError
 from evatool.recipe.load import load_recipe
-from evatool.stages import launch
-from evatool.stages.launch import launch_if_needed, num_processes
-from evatool.stages.run_dir import RunDir, RunOptions, open_run_dir, write_status
+from evatool.runs import launch
+from evatool.runs.launch import launch_if_needed, num_processes
+from evatool.runs.run_dir import RunDir, RunOptions, open_run_dir, write_status
 
 TRAIN = "demo/train-clip"
 
@@ -113,8 +113,8 @@ PARENT = """
 import sys, logging
 from pathlib import Path
 from evatool.recipe.load import load_recipe
-from evatool.stages.launch import launch_if_needed
-from evatool.stages.run_dir import RunOptions
+from evatool.runs.launch import launch_if_needed
+from evatool.runs.run_dir import RunOptions
 recipe = load_recipe("demo/train-clip", ["engine.processes=2"]).recipe
 options = RunOptions(name="x", run_dir=Path("run"))
 try:

@@ -12,19 +12,19 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
-from evatool.data.loader import build_train_loader
-from evatool.data.masking import MaskSpec
-from evatool.errors import RecipeError
+from evatool.core.errors import RecipeError
+from evatool.core.image_norm import normalize_images
+from evatool.data.train.loader import build_train_loader
+from evatool.data.train.masking import MaskSpec
 from evatool.model.config import ModelConfig
 from evatool.model.mim import build_mim
-from evatool.model.weights import load_mim_weights
-from evatool.pixels import normalize_images
 from evatool.recipe.load import load_recipe
 from evatool.recipe.schema import AugmentSection, TrainDataSection
-from evatool.stages import teachers
-from evatool.stages.mim_hooks import fixed_mask
-from evatool.stages.mim_pictures import CELL, GAP, HIDDEN_COLOR, LABEL_WIDTH, feature_colors
-from evatool.train.hooks import read_metrics
+from evatool.stages.training import teachers
+from evatool.stages.training.mim_hooks import fixed_mask
+from evatool.stages.training.mim_images import CELL, GAP, HIDDEN_COLOR, LABEL_WIDTH, feature_colors
+from evatool.train.hooks.base import read_metrics
+from evatool.weights.load import load_mim_weights
 
 pytestmark = pytest.mark.e2e
 

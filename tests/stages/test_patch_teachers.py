@@ -9,14 +9,14 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from evatool.distributed.blocks import compile_blocks
+from evatool.core.errors import RecipeError
+from evatool.distributed.engines.blocks import compile_blocks
 from evatool.distributed.world import World
-from evatool.errors import RecipeError
 from evatool.recipe.load import resolve_table
-from evatool.stages import teachers
-from evatool.stages.run_dir import RunDir, RunOptions
-from evatool.stages.wiring import Job
-from evatool.train.hooks import read_metrics
+from evatool.runs.run_dir import RunDir, RunOptions
+from evatool.stages.training import teachers
+from evatool.stages.training.build import Job
+from evatool.train.hooks.base import read_metrics
 
 pytestmark = pytest.mark.e2e
 

@@ -13,7 +13,8 @@ from types import ModuleType
 import pytest
 
 import evatool.stages
-from evatool.errors import (
+from evatool.core.batch import Result
+from evatool.core.errors import (
     CheckpointError,
     DataError,
     EvatoolError,
@@ -25,10 +26,9 @@ from evatool.errors import (
 )
 from evatool.recipe.load import Resolved, load_recipe
 from evatool.recipe.write import to_toml
-from evatool.stages import run_dir as run_dir_module
+from evatool.runs import run_dir as run_dir_module
+from evatool.runs.run_dir import RunDir, RunOptions, open_run_dir, read_status, stored_result, write_text
 from evatool.stages import run_stage
-from evatool.stages.run_dir import RunDir, RunOptions, open_run_dir, read_status, stored_result, write_text
-from evatool.types import Result
 
 
 @pytest.fixture

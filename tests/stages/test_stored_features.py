@@ -12,13 +12,15 @@ from safetensors.torch import load_file
 from test_training_stages import StopAfter
 
 from evatool.cli.store_features import store_features_report
-from evatool.data.feature_store import FeatureStore
-from evatool.errors import DataError, Preempted, UsageError
+from evatool.core.batch import Result
+from evatool.core.errors import DataError, Preempted, UsageError
+from evatool.data.feature_store.store import FeatureStore
 from evatool.recipe.load import resolve_table
-from evatool.stages import run_stage, teachers, training_loop
-from evatool.stages.run_dir import RunOptions
-from evatool.train.hooks import read_metrics
-from evatool.types import Result
+from evatool.runs.run_dir import RunOptions
+from evatool.stages import run_stage
+from evatool.stages.training import loop as training_loop
+from evatool.stages.training import teachers
+from evatool.train.hooks.base import read_metrics
 
 pytestmark = pytest.mark.e2e
 

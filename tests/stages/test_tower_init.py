@@ -7,12 +7,12 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from evatool.errors import CheckpointError
+from evatool.core.errors import CheckpointError
 from evatool.model.clip import build_clip
 from evatool.model.mim import build_mim
 from evatool.model.presets import resolve_preset
 from evatool.recipe.schema import ClipModelSection
-from evatool.stages.wiring import build_clip_model
+from evatool.stages.training.build import build_clip_model
 
 DEBUG = resolve_preset("EVA02-CLIP-debug")
 

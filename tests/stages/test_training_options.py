@@ -11,15 +11,16 @@ import torch
 from safetensors.torch import load_file
 
 import evatool
-from evatool.errors import DependencyError, RecipeError
+from evatool.core.batch import Result
+from evatool.core.errors import DependencyError, RecipeError
 from evatool.model.clip import build_clip
 from evatool.model.presets import resolve_preset
 from evatool.optim.locking import lock
 from evatool.recipe.load import resolve_table
-from evatool.stages import run_stage, wiring
-from evatool.stages.run_dir import RunOptions
-from evatool.train.hooks import Hook, read_metrics
-from evatool.types import Result
+from evatool.runs.run_dir import RunOptions
+from evatool.stages import run_stage
+from evatool.stages.training import build as wiring
+from evatool.train.hooks.base import Hook, read_metrics
 
 BATCH, STEPS = 8, 6
 
@@ -47,7 +48,7 @@ class Snapshots(Hook):
 
 
 def test_the_moving_average_is_saved_resumed_and_loaded(run_training, tmp_path, monkeypatch) -> None:
-    from evatool.stages import training_loop
+    from evatool.stages.training import loop as training_loop
 
     snapshots = Snapshots()
     build = training_loop.build_hooks
@@ -130,7 +131,7 @@ def test_norms_of_the_towers_add_up_and_mfu_is_told(clip_run) -> None:
 
 
 def test_status_follows_the_run(run_training, tmp_path, monkeypatch) -> None:
-    from evatool.stages import training_loop
+    from evatool.stages.training import loop as training_loop
 
     class Look(Hook):
         def after_step(self, state, losses, trainer) -> None:
@@ -192,7 +193,7 @@ def test_tensorboard_holds_every_record(run_training, tmp_path) -> None:
 
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb", "trackio"])
 def test_a_missing_tracker_is_named_with_its_extra(kind, run_training, tmp_path, monkeypatch) -> None:
-    from evatool.train.trackers import MODULES
+    from evatool.train.hooks.trackers import MODULES
 
     monkeypatch.setitem(sys.modules, MODULES[kind], None)
     with pytest.raises(DependencyError, match=f"train.trackers names {kind}") as raised:
@@ -301,7 +302,7 @@ def test_a_micro_batch_must_divide_a_ranks_share() -> None:
 
 def test_patch_dropout_follows_its_schedule(run_training, tmp_path, monkeypatch) -> None:
     """Kept patches of 16: max(1, int((1 - share) 16)), as EVA keeps them; from the given sample on."""
-    from evatool.stages import training_loop
+    from evatool.stages.training import loop as training_loop
 
     class Count(Hook):
         def at_start(self, trainer) -> None:

@@ -15,11 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import evatool
-from evatool.errors import CheckpointError, Preempted, RecipeError, UsageError
+from evatool.core.batch import Result
+from evatool.core.errors import CheckpointError, Preempted, RecipeError, UsageError
 from evatool.recipe.load import load_recipe
-from evatool.stages import training_loop, wiring
-from evatool.train.hooks import Hook, read_metrics
-from evatool.types import Result
+from evatool.stages.training import build as wiring
+from evatool.stages.training import loop as training_loop
+from evatool.train.hooks.base import Hook, read_metrics
 
 pytestmark = pytest.mark.e2e
 

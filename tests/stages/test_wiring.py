@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from evatool.errors import RecipeError
+from evatool.core.errors import RecipeError
 from evatool.recipe.load import list_recipes, load_recipe
-from evatool.stages import chain, wiring
-from evatool.stages.mim_pictures import CELL, GAP, HIDDEN_COLOR, LABEL_WIDTH, Look, colors_of, draw_sheet
+from evatool.runs import chain
+from evatool.stages.training import build as wiring
+from evatool.stages.training.mim_images import CELL, GAP, HIDDEN_COLOR, LABEL_WIDTH, Look, colors_of, draw_sheet
 
 FULL_CHAIN = ["train-clip", "pretrain-mim", "train-clip-mim", "distill"]
 

@@ -11,9 +11,9 @@ import torch
 from toy_run import NUM_STEPS, let_saves_end, make_trainer
 
 from evatool.checkpoint.load import latest_checkpoint, load_checkpoint
-from evatool.errors import NumericalError, Preempted
-from evatool.train.hooks import Hook
-from evatool.train.saving import HostCopy
+from evatool.core.errors import NumericalError, Preempted
+from evatool.train.hooks.base import Hook
+from evatool.train.hooks.checkpoint import HostCopy
 from evatool.train.signals import StopRequests
 
 
@@ -129,7 +129,7 @@ def test_an_error_of_our_own_ends_the_run_as_it_is(tmp_path):
 
 
 def test_memory_of_a_copy_serves_again():
-    from evatool.distributed.held import HeldState
+    from evatool.distributed.engines.sharded_state import HeldState
 
     live = torch.arange(6.0).reshape(2, 3)
     copy = HostCopy()

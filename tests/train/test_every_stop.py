@@ -10,7 +10,7 @@ import toy_run
 from test_trainer import SignalAt, losses_of
 from toy_run import make_trainer
 
-from evatool.errors import Preempted
+from evatool.core.errors import Preempted
 
 STEPS = 20
 

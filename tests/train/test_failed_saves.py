@@ -10,8 +10,8 @@ import pytest
 from toy_run import NUM_STEPS, let_saves_end, make_trainer
 
 from evatool.checkpoint.load import latest_checkpoint, load_checkpoint
-from evatool.errors import ExitCode, TransientError
-from evatool.train.hooks import Hook
+from evatool.core.errors import ExitCode, TransientError
+from evatool.train.hooks.base import Hook
 
 
 class FullDisk(Hook):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from evatool.train.gate import SpikeGate
+from evatool.train.loss_spike import SpikeGate
 
 
 def losses(count: int, seed: int = 0) -> torch.Tensor:

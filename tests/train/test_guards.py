@@ -11,10 +11,10 @@ import pytest
 import torch
 from toy_run import NUM_STEPS, B, make_trainer
 
-from evatool.errors import ExitCode, NumericalError
-from evatool.train.gate import SpikeGate
-from evatool.train.guards import NonFiniteGuard, StuckAtStart
-from evatool.train.hooks import Hook, read_metrics
+from evatool.core.errors import ExitCode, NumericalError
+from evatool.train.hooks.base import Hook, read_metrics
+from evatool.train.hooks.guards import NonFiniteGuard, StuckAtStart
+from evatool.train.loss_spike import SpikeGate
 from evatool.train.state import TrainState
 from evatool.train.trainer import Trainer
 

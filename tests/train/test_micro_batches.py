@@ -10,16 +10,16 @@ from tiny_clip import TinyPatchTeacher, TinyStudent, make_batch, tiny_clip
 from tiny_distill import DISTILLATIONS, tiny_distillation
 from torch import nn
 
-from evatool.distributed.engine import Engine, build_engine
+from evatool.core.batch import Batch, ParamGroup
+from evatool.distributed.engines.build import Engine, build_engine
 from evatool.distributed.world import World
 from evatool.model.clip import build_clip
 from evatool.model.presets import resolve_preset
-from evatool.objective.contrastive import ClipObjective
+from evatool.objective.clip import ClipObjective
 from evatool.objective.mim import MimObjective
 from evatool.recipe import schema
-from evatool.train.accumulation import forward_backward
-from evatool.train.gate import SpikeGate
-from evatool.types import Batch, ParamGroup
+from evatool.train.grad_cache import forward_backward
+from evatool.train.loss_spike import SpikeGate
 
 Found = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 

@@ -7,7 +7,7 @@ import torch
 
 from evatool.model.clip import build_clip
 from evatool.model.presets import resolve_preset
-from evatool.stages.wiring import patch_dropouts
+from evatool.stages.training.build import patch_dropouts
 
 B = 5
 

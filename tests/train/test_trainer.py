@@ -17,9 +17,9 @@ from PIL import Image
 from toy_run import NUM_STEPS, B, ToyObjective, let_saves_end, make_trainer, toy_engine, toy_groups, toy_optim
 
 from evatool.checkpoint.load import latest_checkpoint, load_checkpoint
-from evatool.errors import CheckpointError, ExitCode, Interrupted, Preempted
-from evatool.train.hooks import Hook, read_metrics
-from evatool.train.loss_curve import LossCurve, draw_loss_curve, smoothed
+from evatool.core.errors import CheckpointError, ExitCode, Interrupted, Preempted
+from evatool.train.hooks.base import Hook, read_metrics
+from evatool.train.hooks.loss_curve import LossCurve, draw_loss_curve, smoothed
 from evatool.train.state import resume_from
 from evatool.train.trainer import Trainer, step_seed
 

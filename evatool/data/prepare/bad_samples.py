@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-from evatool.errors import BadDataLimitError
+from evatool.core.errors import BadDataLimitError
 
 log = logging.getLogger(__name__)
 

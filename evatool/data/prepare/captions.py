@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, TextIO
 
-from evatool.errors import DataError
+from evatool.core.errors import DataError
 from evatool.recipe.schema import FolderSource
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from evatool.data.shards import write_file
+from evatool.data.tar.writer import write_file
 
 COLUMNS = 10
 CELL_WIDTH, PICTURE_SIDE = 128, 96  # pixels

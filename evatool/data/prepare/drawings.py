@@ -19,9 +19,9 @@ from importlib import resources
 import numpy as np
 from PIL import Image
 
-from evatool.data.pictures import encode_png
-from evatool.data.shards import Sample, json_member
-from evatool.errors import RecipeError
+from evatool.core.errors import RecipeError
+from evatool.data.image.header import encode_png
+from evatool.data.tar.writer import Sample, json_member
 from evatool.recipe.schema import DrawingsSource
 
 TILE = 64

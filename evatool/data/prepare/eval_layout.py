@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evatool.data.shards import Sample, ShardWriter, write_file
+from evatool.data.tar.writer import Sample, ShardWriter, write_file
 
 
 def write_eval_set(

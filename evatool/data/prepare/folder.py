@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from evatool.data.pictures import BadPicture, decode_rgb, read_header
+from evatool.core.errors import DataError
+from evatool.data.image.header import BadPicture, decode_rgb, read_header
 from evatool.data.prepare.bad_samples import BadSamples
 from evatool.data.prepare.captions import CaptionRow, read_captions
-from evatool.data.shards import Sample, json_member
-from evatool.errors import DataError
+from evatool.data.tar.writer import Sample, json_member
 from evatool.recipe.schema import FolderSource, ShardSection
 
 _PICTURE_SUFFIXES = frozenset(

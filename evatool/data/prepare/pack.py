@@ -11,13 +11,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from evatool.data.order import shuffled
+from evatool.core.errors import DataError
 from evatool.data.prepare.contact_sheet import Entry, thumbnail
 from evatool.data.prepare.drawings import SETS, TEMPLATES, TRAIN_SETS, Drawings, Tile
 from evatool.data.prepare.eval_layout import write_eval_set
 from evatool.data.prepare.folder import PictureFolder
-from evatool.data.shards import ShardWriter
-from evatool.errors import DataError
+from evatool.data.tar.writer import ShardWriter
+from evatool.data.train.shuffle import shuffled
 from evatool.recipe.schema import DrawingsSource, FolderSource, ShardSection
 
 MANIFEST_FORMAT = "evatool-data-1"

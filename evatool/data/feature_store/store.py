@@ -1,0 +1,292 @@
+"""What a frozen teacher says of each view of each sample, kept on the disk and checked row by row.
+
+A view of a sample is one draw of augmentation, mask and caption, keyed by (store seed, sample, epoch mod views): the
+loader draws it alike whether the teacher runs or its features are read. A store is a folder:
+
+    store.json                             whose features these are, of which draws, of which data
+    source0/shard000003.view1.features     rows of one training shard and view, in the order of its samples
+
+A row is float16 numbers, a mark and a checksum of row, place and store.json: it is there if and only if the checksum
+fits. Ranks write rows of their own samples, nothing has to be committed, and a killed run loses nothing.
+
+How a stage plugs in: it gives `build_train_loader` a `Views` with one `StoreSpec` a teacher, and takes each
+`loader.stores[name]`. `store.rows(batch)` are a batch's rows, or None where any is missing; then the stage runs the
+teacher on the whole batch and `store.keep(batch, features)` writes its rows and hands them back as they will be read.
+"""
+
+# B batch, N patches, M most masked patches of a sample
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evatool.core.batch import Batch
+from evatool.core.errors import DataError
+from evatool.data.tar.writer import write_file
+
+HEADER = "store.json"
+FORMAT = "evatool-features-1"
+_MARK = b"row1"
+_TRAILER_BYTES = len(_MARK) + 4
+_MAX_OPEN_FILES = 64
+_HALF_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class StoreSpec:
+    """One teacher's store.
+
+    Attributes:
+        name: of the teacher, under which a batch carries its rows.
+        path: the folder; made where it is missing.
+        row_shape: of one sample's features, for instance (N, T); (M, T) where only masked patches are kept.
+        facts: what the features depend on besides the data, by dotted name: the teacher's fingerprint, its picture
+            size. The loader adds its own; where both say something, this one counts.
+        masked_only: rows hold the masked patches in order, padded with zeros up to M.
+    """
+
+    name: str
+    path: Path
+    row_shape: tuple[int, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    masked_only: bool = False
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one view of one sample on the disk."""
+        return 2 * int(np.prod(self.row_shape)) + _TRAILER_BYTES
+
+
+@dataclass(frozen=True)
+class Views:
+    """Which draws a run sees: `count` views of each sample, of one seed; and the stores that are keyed by them."""
+
+    count: int
+    seed: int
+    stores: tuple[StoreSpec, ...] = ()
+
+
+class FeatureStore:
+    """Rows of one teacher, found by place: (source, shard, number within the shard, view).
+
+    Args:
+        spec: the teacher's.
+        counts: samples of each shard of each source.
+        digest: of everything the rows depend on; a row written under another one does not count.
+    """
+
+    def __init__(self, spec: StoreSpec, counts: Sequence[np.ndarray], digest: str) -> None:
+        self.spec, self.counts = spec, [np.asarray(c) for c in counts]
+        self._key = f"{digest}/{spec.name}/".encode()
+        self._files: OrderedDict[tuple[Path, bool], int] = OrderedDict()
+        self.damaged: list[str] = []
+
+    def read(self, places: np.ndarray) -> Tensor | None:
+        """Rows (B, *row_shape) float16 at places int (B, 4); None where any is missing.
+
+        A row that was written and does not fit its checksum counts as missing, and is named in `damaged`.
+        """
+        rows = np.empty((len(places), self.spec.row_bytes - _TRAILER_BYTES), dtype=np.uint8)
+        trailer = bytearray(_TRAILER_BYTES)
+        for row, place in zip(rows, map(tuple, places.tolist()), strict=True):
+            file, size = self._file(place, writing=False), self.spec.row_bytes
+            if file is None or os.preadv(file, [row.data, trailer], place[2] * size) != size:
+                return None
+            if trailer[: len(_MARK)] != _MARK:
+                return None
+            if trailer != self._trailer(place, row):
+                self.damaged.append(f"{self._path(place)}, row {place[2]}")
+                return None
+        return torch.from_numpy(rows).view(torch.float16).view(len(places), *self.spec.row_shape)
+
+    def write(self, places: np.ndarray, rows: Tensor) -> None:
+        """Write rows (B, *row_shape) float16 on the CPU at their places. Raises: OSError, for instance disk full."""
+        payload = rows.contiguous().view(len(places), -1).view(torch.uint8).numpy()
+        for row, place in zip(payload, map(tuple, places.tolist()), strict=True):
+            file = self._file(place, writing=True)
+            assert file is not None
+            pieces, offset = [row.data, self._trailer(place, row)], place[2] * self.spec.row_bytes
+            if os.pwritev(file, pieces, offset) != self.spec.row_bytes:
+                os.pwrite(file, b"".join(map(bytes, pieces)), offset)  # says why not: a full disk
+
+    def rows(self, batch: Batch) -> Tensor | None:
+        """The batch's rows as its loader found them, on its device; None where the teacher has to run."""
+        return None if batch.stored is None else batch.stored.get(self.spec.name)
+
+    def keep(self, batch: Batch, features: Tensor) -> Tensor:
+        """Write what the teacher says of a batch.
+
+        Args:
+            features: (B, *row_shape) float; with `masked_only` (B, N, T), of which the batch's mask takes its part.
+        Returns: rows as `rows` gives them once they are stored, on the same device: a run is the same to the last bit
+            whether it computes features or finds them.
+        Raises: DataError where a feature is not finite in float16.
+        """
+        assert batch.places is not None, "the batch does not come from a loader with stores"
+        rows = features.detach().to(torch.float16)
+        if not bool(torch.isfinite(rows).all()):
+            raise DataError(
+                f"the teacher's features reach {float(features.abs().max()):.3g}, which float16 does not hold",
+                where=f"samples {', '.join(batch.keys[:3])}, ... for the store {self.spec.path}",
+                expected=f"finite numbers up to {_HALF_MAX:g}",
+                fix="leave out [teacher.store], or take features of another layer",
+            )
+        if self.spec.masked_only:
+            assert batch.mask is not None
+            rows = masked_rows(rows, batch.mask, self.spec.row_shape[0])
+        self.write(batch.places.numpy(), rows.cpu())
+        return rows
+
+    def at_masked(self, rows: Tensor, mask: Tensor) -> Tensor:
+        """Patch features (masked patches of the batch, T), sample by sample, from rows; mask is (B, N) bool."""
+        return unpadded_rows(rows, mask) if self.spec.masked_only else rows[mask]
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_files": OrderedDict()}  # file numbers mean nothing in another process
+
+    def _trailer(self, place: tuple[int, ...], row: np.ndarray) -> bytes:
+        start = zlib.crc32(self._key + repr(place).encode())
+        return _MARK + zlib.crc32(row.data, start).to_bytes(4, "little")
+
+    def _path(self, place: tuple[int, ...]) -> Path:
+        source, shard, _, view = place
+        return self.spec.path / f"source{source}" / f"shard{shard:06d}.view{view}.features"
+
+    def _file(self, place: tuple[int, ...], *, writing: bool) -> int | None:
+        """The open file of a place; None where there is none and none is to be made."""
+        path = self._path(place)
+        if (path, writing) in self._files:
+            self._files.move_to_end((path, writing))
+            return self._files[path, writing]
+        if not writing:
+            try:
+                file = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:
+                return None
+        else:
+            with _saying_where(self.spec):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            # To its whole length at once (sparse), so that rows may be written in any order.
+            whole = int(self.counts[place[0]][place[1]]) * self.spec.row_bytes
+            if os.fstat(file).st_size < whole:
+                os.truncate(file, whole)
+        self._files[path, writing] = file
+        if len(self._files) > _MAX_OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
+        return file
+
+
+def masked_rows(features: Tensor, mask: Tensor, most: int) -> Tensor:
+    """The masked patches of (B, N, T) in order, padded with zeros to (B, most, T)."""
+    out = features.new_zeros(len(features), most, features.shape[2])
+    counts = mask.sum(dim=1)
+    out[torch.arange(most, device=mask.device) < counts[:, None]] = features[mask]
+    return out
+
+
+def unpadded_rows(rows: Tensor, mask: Tensor) -> Tensor:
+    """(B, M, T) of `masked_rows` -> (masked patches of the batch, T), row by row: what `features[mask]` was."""
+    counts = mask.sum(dim=1)
+    return rows[torch.arange(rows.shape[1], device=mask.device) < counts[:, None]]
+
+
+# ------------------------------------------------------------------------------------------------------ the header
+
+
+def open_store(spec: StoreSpec, counts: Sequence[np.ndarray], facts: Mapping[str, Any]) -> FeatureStore:
+    """The store of `spec`; made where there is none. Any process may call it at any time.
+
+    Args:
+        facts: of the loader, beside the spec's own: data, augmentation, masks, views, seed.
+    Raises: DataError where the folder holds another store's features, naming what differs.
+    """
+    wanted = {"row_shape": list(spec.row_shape), "masked_only": spec.masked_only, **facts, **spec.facts}
+    wanted = json.loads(json.dumps({"format": FORMAT, **dict(sorted(wanted.items()))}))
+    found = read_header(spec.path)
+    if found is None:
+        with _saying_where(spec):
+            spec.path.mkdir(parents=True, exist_ok=True)
+            _create_header(spec.path, wanted)
+        found = read_header(spec.path)
+    _check_header(spec, found or {}, wanted)
+    digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
+    return FeatureStore(spec, counts, digest)
+
+
+def read_header(path: Path) -> dict[str, Any] | None:
+    """What `store.json` says; None where there is no store. Raises: DataError where it cannot be read."""
+    file = path / HEADER
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise DataError(f"{HEADER} is damaged", where=str(file), fix="delete the folder: it is made again") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise DataError(
+            f"{HEADER} is of another format", where=str(file), expected=FORMAT, fix="choose another teacher.store.path"
+        )
+    return found
+
+
+def _create_header(path: Path, facts: Mapping[str, Any]) -> None:
+    """Write `store.json` unless somebody else just has: the first one counts."""
+    temporary = path / f".{HEADER}.{os.getpid()}"
+    write_file(temporary, (json.dumps(facts, indent=2) + "\n").encode())
+    try:
+        os.link(temporary, path / HEADER)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        os.replace(temporary, path / HEADER)
+    temporary.unlink(missing_ok=True)
+
+
+def _check_header(spec: StoreSpec, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    different = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
+    if not different:
+        return
+    problems = [
+        f"{key}: stored with {found.get(key, 'nothing')}, now {wanted.get(key, 'nothing')}" for key in different
+    ]
+    raise DataError(
+        "the store holds features of something else:\n  " + "\n  ".join(problems),
+        where=str(spec.path / HEADER),
+        expected="the same teacher, data, augmentation, masks, views and seed as the features were made with",
+        fix="put these back, choose another teacher.store.path, or delete the folder to make the features again",
+    )
+
+
+@contextmanager
+def _saying_where(spec: StoreSpec) -> Iterator[None]:
+    """A folder that cannot be written in, as an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise
+        raise DataError(
+            f"teacher features cannot be written: {error.strerror}",
+            where=str(error.filename or spec.path),
+            fix="choose a folder with teacher.store.path; a store that is complete needs no permission to write",
+        ) from error

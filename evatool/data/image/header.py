@@ -1,0 +1,180 @@
+"""Encoded pictures that go into shards: judged by their header before a byte of pixels is decoded.
+
+What training and evaluation accept is wider: `evatool.data.image.decode`. Accepted here are JPEG, PNG and WebP with
+one frame and 8 bits a channel in grey, palette or RGB, with or without alpha. Everything else is named by one of
+`CAUSES` rather than guessed at: a converted CMYK or 16-bit picture depends on a colour profile or a value range that
+a caption file does not give.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+MAX_PIXELS = 89_478_485
+"""Pillow's own warning limit; the default of `shards.max_pixels`."""
+
+EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+"""Accepted formats by Pillow's name, and the member name each has in a shard."""
+
+CAUSES = {
+    "zero-byte": "the file is empty",
+    "not-a-picture": "the header is of no known picture format",
+    "unsupported-format": "a picture, but not JPEG, PNG or WebP",
+    "too-large": "the header announces more pixels than the limit",
+    "animated": "more than one frame",
+    "cmyk": "CMYK colours",
+    "16-bit": "more than 8 bits a channel",
+    "color-mode": "neither grey, palette nor RGB",
+    "truncated": "the pixel data end early or are damaged",
+}
+"""Why a picture cannot be used."""
+
+WIDE_MODES = ("I", "F")
+"""Begin the names of Pillow's modes of more than 8 bits: "I;16", "I;16B", "I" and "F"."""
+
+PLAIN_MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX"})
+"""Pillow's modes of 8-bit grey, palette and RGB, with or without alpha."""
+
+HEADER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error)
+"""What Pillow raises at damaged headers."""
+
+_limit_lock = threading.Lock()
+
+
+class BadPicture(Exception):
+    """A picture that cannot be used.
+
+    Args:
+        cause: a key of `CAUSES`.
+        detail: the value seen.
+    """
+
+    def __init__(self, cause: str, detail: str = "") -> None:
+        super().__init__(f"{cause}: {detail or CAUSES[cause]}")
+        self.cause, self.detail = cause, detail or CAUSES[cause]
+
+
+@dataclass(frozen=True)
+class PictureHeader:
+    """What a header says. `extension` is the member name in a shard, from the content and not from the file name."""
+
+    extension: str
+    width: int
+    height: int
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Size as uint8 RGB."""
+        return 3 * self.width * self.height
+
+
+def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> PictureHeader:
+    """Judge an encoded picture by its header; no pixel is decoded.
+
+    Raises: BadPicture with the cause.
+    """
+    with opened_picture(data) as image:
+        check_size(*image.size, max_pixels)
+        return _judge(image, data)
+
+
+def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """An encoded picture as uint8 (H, W, 3), after the same judgement as `read_header`.
+
+    Alpha is dropped as `Image.convert("RGB")` does, which is what open_clip and clip-benchmark see.
+    Raises: BadPicture with the cause.
+    """
+    with opened_picture(data) as image:
+        check_size(*image.size, max_pixels)
+        _judge(image, data)
+        return converted_pixels(image)
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """uint8 (H, W, 3) as a PNG file."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG", compress_level=3)  # twice as fast as the default for a tenth more bytes
+    return out.getvalue()
+
+
+@contextmanager
+def opened_picture(data: bytes) -> Iterator[Image.Image]:
+    """The picture with its header read and no pixel decoded, of whatever size and format.
+
+    Raises: BadPicture where there is no header of a picture.
+    """
+    if not data:
+        raise BadPicture("zero-byte")
+    try:
+        image = _open_without_limit(data)
+    except UnidentifiedImageError as err:
+        raise BadPicture("not-a-picture") from err
+    except HEADER_ERRORS as err:
+        raise BadPicture("truncated", _one_line(err)) from err
+    with image:
+        yield image
+
+
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Raises: BadPicture for more pixels than the limit."""
+    if width * height > max_pixels:
+        raise BadPicture("too-large", f"{width} x {height} pixels, limit {max_pixels}")
+
+
+def converted_pixels(image: Image.Image) -> np.ndarray:
+    """The first frame as uint8 (H, W, 3), as `Image.convert("RGB")` makes it. Raises: BadPicture."""
+    try:
+        return np.array(image.convert("RGB"))
+    except Exception as err:  # damaged pixel data make Pillow's decoders raise nearly anything
+        raise BadPicture("truncated", _one_line(err)) from err
+
+
+def _open_without_limit(data: bytes) -> Image.Image:
+    # Pillow's own limit is one number for the whole process and raises above twice its value; ours is the recipe's,
+    # checked by `_judge` before any pixel is decoded. Opening reads the header only.
+    with _limit_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # e.g. corrupt EXIF: no reason to refuse
+        saved, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(io.BytesIO(data))
+        finally:
+            Image.MAX_IMAGE_PIXELS = saved
+
+
+def _judge(image: Image.Image, data: bytes) -> PictureHeader:
+    try:
+        frames = getattr(image, "n_frames", 1)
+    except HEADER_ERRORS as err:
+        raise BadPicture("truncated", _one_line(err)) from err
+    if frames > 1:
+        raise BadPicture("animated", f"{image.format} with {frames} frames")
+    if image.mode == "CMYK":
+        raise BadPicture("cmyk", f"{image.format} in CMYK")
+    if image.mode.startswith(WIDE_MODES) or png_bit_depth(data) > 8:
+        raise BadPicture("16-bit", f"{image.format} in mode {image.mode}, more than 8 bits a channel")
+    if image.format not in EXTENSIONS:
+        raise BadPicture("unsupported-format", f"{image.format}")
+    if image.mode not in PLAIN_MODES:
+        raise BadPicture("color-mode", f"{image.format} in mode {image.mode}")
+    return PictureHeader(EXTENSIONS[image.format], *image.size)
+
+
+def png_bit_depth(data: bytes) -> int:
+    """Bits a channel of a PNG by its header; 0 for other formats."""
+    # Pillow opens a 16-bit RGB PNG as mode "RGB" and drops the low bytes without a word, so the header is read here.
+    if data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and len(data) > 24:
+        return data[24]
+    return 0
+
+
+def _one_line(err: BaseException) -> str:
+    return " ".join(str(err).split()) or type(err).__name__

@@ -1,0 +1,106 @@
+"""Pictures that Pillow can turn into RGB, but whose colours or frames that leaves in doubt: found by their header.
+
+open_clip's reader, and so EVA's training, converts them without a word. `data-prepare` refuses them. Training does what
+`data.odd_pictures` says, and counts them either way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from evatool.data.image.decode import FORMATS, Mode, decode_picture
+from evatool.data.image.header import (
+    HEADER_ERRORS,
+    PLAIN_MODES,
+    WIDE_MODES,
+    BadPicture,
+    check_size,
+    opened_picture,
+    png_bit_depth,
+)
+
+OddPolicy = Literal["convert", "skip"]
+
+_JPEG_START = b"\xff\xd8\xff"
+_FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15; the three others are tables
+_WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xDA)})
+_BITS_PER_SAMPLE = 258  # TIFF's tag
+
+
+@dataclass(frozen=True)
+class TrainingPictures:
+    """Decodes pictures for training.
+
+    Args:
+        policy: the recipe's `data.odd_pictures`.
+        mode, min_side: as `decode_picture` has them.
+    """
+
+    policy: OddPolicy
+    mode: Mode
+    min_side: int | None
+
+    def __call__(self, data: bytes, max_pixels: int) -> tuple[np.ndarray, str | None]:
+        """uint8 (H, W, 3), and why the picture was an odd one, None for the ordinary ones.
+
+        Raises: BadPicture with the cause; that of an odd picture where the policy is to skip it.
+        """
+        odd = odd_cause(data, max_pixels)
+        if odd is not None and self.policy == "skip":
+            raise BadPicture(*odd)
+        pixels = decode_picture(data, max_pixels, self.mode, min_side=self.min_side)
+        return pixels, None if odd is None else odd[0]
+
+
+def odd_cause(data: bytes, max_pixels: int) -> tuple[str, str] | None:
+    """(cause, what was seen) by the header: animated, cmyk, 16-bit or color-mode; None for an ordinary picture.
+
+    Ordinary are 8-bit grey, palette and RGB with or without alpha, however they are stored: progressive JPEGs, too, and
+    phone pictures with a second one behind the first (MPO). What has no header is left to the decoder to name.
+    Raises: BadPicture for more pixels than the limit.
+    """
+    if data[:3] == _JPEG_START:
+        return ("cmyk", "JPEG in CMYK") if _jpeg_components(data) == 4 else None
+    try:
+        with opened_picture(data) as image:
+            if image.format not in FORMATS:
+                return None
+            check_size(*image.size, max_pixels)
+            if getattr(image, "is_animated", False):
+                return "animated", f"{image.format} with more than one frame"
+            if image.mode == "CMYK":
+                return "cmyk", f"{image.format} in CMYK"
+            tags = getattr(image, "tag_v2", {})
+            bits = max([png_bit_depth(data), *tags.get(_BITS_PER_SAMPLE, ())])
+            if image.mode.startswith(WIDE_MODES) or bits > 8:
+                return "16-bit", f"{image.format} in mode {image.mode}, more than 8 bits a channel"
+            if image.mode not in PLAIN_MODES:
+                return "color-mode", f"{image.format} in mode {image.mode}"
+            return None
+    except BadPicture as err:
+        if err.cause == "too-large":
+            raise
+        return None
+    except HEADER_ERRORS:
+        return None
+
+
+def _jpeg_components(data: bytes) -> int:
+    """Colour components by the frame header; 0 where there is none. A few microseconds: most pictures pass here."""
+    at = 2
+    while at + 4 <= len(data):
+        if data[at] != 0xFF:
+            return 0
+        marker = data[at + 1]
+        if marker == 0xFF:  # fill byte
+            at += 1
+        elif marker in _WITHOUT_LENGTH:
+            at += 2
+        elif marker in _FRAME_HEADERS:
+            return data[at + 9] if at + 9 < len(data) else 0
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return 0

@@ -1,0 +1,386 @@
+"""Where a source's shards are and how many samples each holds, from what a recipe names.
+
+A source is a folder or manifest that `data-prepare` wrote, or plain tars: a path, URL, glob or brace list. Counts of
+plain tars come from a `sizes.json` beside them, else every tar is scanned once and its index kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evatool.core.errors import BadDataLimitError, DataError
+from evatool.data.image.header import MAX_PIXELS
+from evatool.data.sources.cache import ShardCache
+from evatool.data.sources.fetch import FetchError, Patience, display_url, fetch_bytes, is_remote, local_path
+from evatool.data.tar.index import ShardMembers, index_json, read_index, scan_file
+from evatool.data.tar.writer import FORMAT, MANIFEST, read_manifest, write_file
+
+log = logging.getLogger(__name__)
+
+MAX_LOOKED_AT = 10_000
+"""Local tars whose size is looked at before a run begins; each is looked at when it is read."""
+
+MAX_NAMED = 100
+"""Shards of a source that get a line of their own in the log when it is opened."""
+
+_MAX_MANIFEST_BYTES = 2**30
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_INDEX_HEAD = re.compile(rb'\{"tar_bytes":(\d+),"tar_mtime_ns":(\d+),"num_samples":(\d+),')
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+@dataclass
+class ShardList:
+    """The shards of one source.
+
+    Attributes:
+        urls: local paths or URLs.
+        counts: samples of each, int64.
+        sizes: bytes of each, int64; -1 where not known.
+        sha256: of each tar; None where not known.
+        indexes: local index files beside or for the tars, as paths; None where there is none.
+        max_pixels: limit on a picture's size.
+        decoded_bytes: all pictures as uint8 RGB; None where not known.
+        lost: shards that could not be read when their samples were to be counted, with the cause.
+    """
+
+    name: str
+    urls: list[str]
+    counts: np.ndarray
+    sizes: np.ndarray
+    sha256: list[str | None]
+    indexes: list[str | None]
+    max_pixels: int = MAX_PIXELS
+    decoded_bytes: int | None = None
+    lost: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in all shards."""
+        return int(self.counts.sum())
+
+    @property
+    def has_remote(self) -> bool:
+        """True if any shard has to be fetched."""
+        return any(is_remote(url) for url in self.urls)
+
+    def digest(self) -> str:
+        """What the order of samples depends on: names and counts of the shards, wherever they lie."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.counts).tobytes())
+        for url in self.urls:
+            digest.update(url.rpartition("/")[2].encode("utf-8", "surrogatepass") + b"\0")
+        return digest.hexdigest()[:16]
+
+    def content_digest(self) -> str:
+        """The same, and what is known of the contents: checksums where there are any, else sizes."""
+        known = [sha or size for sha, size in zip(self.sha256, self.sizes.tolist(), strict=True)]
+        return hashlib.sha256(f"{self.digest()} {known}".encode()).hexdigest()[:16]
+
+
+def open_source(
+    name: str,
+    shards: str | Sequence[str],
+    *,
+    cache: ShardCache,
+    patience: Patience,
+    max_bad_fraction: float,
+) -> ShardList:
+    """The shards that a recipe's source names.
+
+    Args:
+        max_bad_fraction: share of shards that may be unreadable when plain tars are scanned.
+    Raises: DataError where nothing is found or something is not what it should be; BadDataLimitError.
+    """
+    specs = [shards] if isinstance(shards, str) else list(shards)
+    if len(specs) == 1 and not _names_tars(specs[0]):
+        found = _from_manifest(name, specs[0], patience)
+        _check_present(found, max_bad_fraction)
+        return found
+    urls = list(dict.fromkeys(url for spec in specs for url in expand(spec)))
+    if not urls:
+        raise DataError(f"source {name!r} names no shard", where=", ".join(specs), fix="correct the glob or the list")
+    others = [url for url in urls if not _names_tars(url)]
+    if others:
+        raise DataError(
+            f"source {name!r} names {others[0]!r}, which is no tar",
+            expected="one folder or manifest of `evatool data-prepare`, or .tar files only",
+        )
+    counted = _counted_by_sizes(name, urls, patience)
+    return counted or _scanned(name, urls, cache, max_bad_fraction)
+
+
+def expand(spec: str) -> list[str]:
+    """URLs that a pattern names: `{000..123}` and `{a,b}` first, then globs (`?` only in local ones). Sorted by glob.
+
+    Raises: DataError where a glob cannot be listed.
+    """
+    urls: list[str] = []
+    for pattern in _expand_braces(spec):
+        if not is_remote(pattern):
+            path = str(local_path(pattern))
+            urls += sorted(glob(path)) if has_magic(path) else [path]
+        elif "*" in pattern or "[" in pattern:
+            urls += _remote_glob(pattern)
+        else:
+            urls.append(pattern)
+    return urls
+
+
+def _expand_braces(spec: str) -> Iterator[str]:
+    found = _BRACES.search(spec)
+    if not found:
+        yield spec
+        return
+    before, after = spec[: found.start()], spec[found.end() :]
+    numbers = _RANGE.fullmatch(found[1])
+    if numbers:
+        first, last = numbers.groups()
+        step = 1 if int(first) <= int(last) else -1
+        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+        choices = [str(n).zfill(width) for n in range(int(first), int(last) + step, step)]
+    else:
+        choices = found[1].split(",")
+    for choice in choices:
+        yield from _expand_braces(before + choice + after)
+
+
+def _remote_glob(pattern: str) -> list[str]:
+    if pattern.startswith(("http://", "https://")):
+        raise DataError(
+            "a web server cannot list its files",
+            where=display_url(pattern),
+            expected="a brace list, e.g. https://host/{00000..00123}.tar, or a manifest.json",
+        )
+    import fsspec
+
+    try:
+        found = fsspec.core.get_fs_token_paths(pattern)
+        return sorted(found[0].unstrip_protocol(path) for path in found[2])
+    except (OSError, ImportError, ValueError) as err:
+        raise DataError(f"the shards cannot be listed: {err}", where=display_url(pattern)) from err
+
+
+def _names_tars(spec: str) -> bool:
+    return spec.partition("?")[0].endswith((".tar", "}", "*", "]")) if is_remote(spec) else not _is_manifest(spec)
+
+
+def _is_manifest(spec: str) -> bool:
+    path = local_path(spec)
+    return path.name == MANIFEST or path.is_dir() or not (spec.endswith(".tar") or has_magic(spec) or "{" in spec)
+
+
+# ------------------------------------------------------------------------------------------------------ manifests
+
+
+def _from_manifest(name: str, spec: str, patience: Patience) -> ShardList:
+    if is_remote(spec):
+        base = spec.rstrip("/").removesuffix(f"/{MANIFEST}")
+        manifest = _remote_json(f"{base}/{MANIFEST}", patience)
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise DataError(
+                f"the manifest is not of format {FORMAT!r}",
+                where=display_url(spec),
+                expected="a folder of shards as `evatool data-prepare` writes it, or .tar files",
+            )
+        prefix, is_local = base, False
+    else:
+        folder = local_path(spec)
+        folder = folder.parent if folder.name == MANIFEST else folder
+        manifest = read_manifest(folder)
+        prefix, is_local = str(folder), True
+    try:
+        shards = manifest["shards"]
+        found = ShardList(
+            name=name,
+            urls=[f"{prefix}/{_plain_name(shard['file'])}" for shard in shards],
+            counts=np.array([shard["num_samples"] for shard in shards], dtype=np.int64),
+            sizes=np.array([shard["bytes"] for shard in shards], dtype=np.int64),
+            sha256=[shard.get("sha256") for shard in shards],
+            indexes=[f"{prefix}/{_plain_name(shard['index'])}" for shard in shards]
+            if is_local
+            else [None] * len(shards),
+            max_pixels=int(manifest.get("max_pixels", MAX_PIXELS)),
+            decoded_bytes=int(manifest["decoded_bytes"]) if "decoded_bytes" in manifest else None,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
+        raise DataError(f"the manifest cannot be read: {err!r}", where=display_url(spec)) from err
+    if found.num_samples <= 0 or (found.counts < 0).any():
+        raise DataError("the manifest lists no samples", where=display_url(f"{prefix}/{MANIFEST}"))
+    return found
+
+
+def _check_present(shards: ShardList, max_bad_fraction: float) -> None:
+    """Look at local tars before a long run begins. Raises: BadDataLimitError where too much is gone already."""
+    # All of them where they are not too many; else evenly spread ones, which stand for the others.
+    step = -(-len(shards.urls) // MAX_LOOKED_AT)
+    missing, problems = 0.0, []
+    looked_at = zip(shards.urls[::step], shards.sizes[::step].tolist(), shards.counts[::step].tolist(), strict=True)
+    for url, size, count in looked_at:
+        if is_remote(url):
+            continue
+        try:
+            found = os.stat(url).st_size
+        except OSError:
+            found = 0
+        if found != size:
+            missing += step * count * max(0.0, 1 - found / max(1, size))
+            problems.append(f"{url}: {f'{found} bytes instead of {size}' if found else 'missing'}")
+    for problem in problems[:MAX_NAMED]:
+        log.warning("source %s: %s", shards.name, problem)
+    if len(problems) > MAX_NAMED:
+        log.warning("source %s: and %d more", shards.name, len(problems) - MAX_NAMED)
+    if missing > max_bad_fraction * shards.num_samples:
+        raise BadDataLimitError(
+            f"about {round(missing)} of {shards.num_samples} samples of source {shards.name!r} are gone",
+            where="\n  ".join(problems[:5]),
+            expected=f"at most data.max_bad_fraction = {max_bad_fraction} of them",
+            fix="copy the shards again, or run `evatool data-prepare` again into a new folder",
+        )
+
+
+def _plain_name(name: str) -> str:
+    if name.startswith("/") or (".." in name and ".." in name.split("/")):
+        raise ValueError(f"{name!r} leads out of the folder")
+    return name
+
+
+def _remote_json(url: str, patience: Patience) -> Any:
+    try:
+        return json.loads(fetch_bytes(url, patience, _MAX_MANIFEST_BYTES))
+    except FetchError as err:
+        raise DataError(f"{url.rpartition('/')[2]} cannot be fetched: {err}", where=display_url(url)) from err
+    except ValueError as err:
+        raise DataError(f"{url.rpartition('/')[2]} is no JSON: {err}", where=display_url(url)) from err
+
+
+# ------------------------------------------------------------------------------------------------------ plain tars
+
+
+def _counted_by_sizes(name: str, urls: Sequence[str], patience: Patience) -> ShardList | None:
+    """Counts of img2dataset's and open_clip's `sizes.json` ({tar name: samples}), where all shards stand in one."""
+    sizes: dict[str, dict[str, Any]] = {}
+    counts = []
+    for url in urls:
+        base, _, file = url.rpartition("/")
+        if base not in sizes:
+            sizes[base] = _read_sizes(base, patience)
+        count = sizes[base].get(file)
+        if isinstance(count, bool) or not isinstance(count, int | float) or count < 0:
+            return None
+        counts.append(int(count))
+    if not sum(counts):
+        return None
+    nothing: list[Any] = [None] * len(urls)
+    return ShardList(name, list(urls), np.array(counts, np.int64), np.full(len(urls), -1), nothing, list(nothing))
+
+
+def _read_sizes(base: str, patience: Patience) -> dict[str, Any]:
+    try:
+        if is_remote(base):
+            found = json.loads(fetch_bytes(f"{base}/sizes.json", Patience(2, patience.timeout_sec, 0.1), 2**28))
+        else:
+            found = json.loads(Path(base or ".").joinpath("sizes.json").read_text(encoding="utf-8"))
+    except (FetchError, OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _scanned(name: str, urls: Sequence[str], cache: ShardCache, max_bad_fraction: float) -> ShardList:
+    counts, sizes = [], []
+    indexes: list[str | None] = []
+    lost: dict[str, str] = {}
+    with cache.alone():  # the other ranks wait, and then find the indexes
+        for url in urls:
+            try:
+                index, num_samples, size = _count(url, cache)
+            except (FetchError, OSError) as err:
+                lost[url] = str(err)
+                index, num_samples, size = None, 0, -1
+            counts.append(num_samples)
+            sizes.append(size)
+            indexes.append(None if index is None else str(index))
+    _check_lost(name, urls, lost, max_bad_fraction)
+    if not sum(counts):
+        raise DataError(f"the shards of source {name!r} hold no samples", where=", ".join(map(display_url, urls[:5])))
+    return ShardList(
+        name, list(urls), np.array(counts, np.int64), np.array(sizes, np.int64), [None] * len(urls), indexes, lost=lost
+    )
+
+
+def _count(url: str, cache: ShardCache) -> tuple[Path | None, int, int]:
+    """Index file, samples and bytes of a plain tar; scanned unless an index of a tar of this size is there."""
+    remote = is_remote(url)
+    kept = cache.folder / "indexes" / f"{cache.path(str(url)).stem}.json"
+    tar = cache.path(url) if remote else local_path(url).resolve()
+    places = [kept] if remote else [tar.with_name(f"{tar.name}.index.json"), kept]
+    for path in places:
+        found = _read_kept(path, None if remote else tar.stat())
+        if found is not None:
+            return path, *found
+    if remote:
+        tar = cache.get(url)
+    members = scan_file(tar)
+    for problem in members.problems[:10]:
+        log.warning("%s: %s", display_url(url), problem)
+    return _keep_index(members, tar, places), len(members), tar.stat().st_size
+
+
+def _read_kept(path: Path, tar: os.stat_result | None) -> tuple[int, int] | None:
+    """Samples and tar bytes of an index, by its first bytes. It must fit the local tar; a remote one is not asked."""
+    try:
+        with path.open("rb") as file:
+            head = _INDEX_HEAD.match(file.read(200))
+    except OSError:
+        return None
+    if head is None or (tar is not None and (int(head[1]), int(head[2])) != (tar.st_size, tar.st_mtime_ns)):
+        return None
+    return int(head[3]), int(head[1])
+
+
+def _keep_index(members: ShardMembers, tar: Path, places: Sequence[Path]) -> Path | None:
+    stat = tar.stat()
+    head = {"tar_bytes": stat.st_size, "tar_mtime_ns": stat.st_mtime_ns, "num_samples": len(members)}
+    data = index_json(members, **head)
+    for path in places:
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_file(path, data)
+            return path
+        except OSError as err:
+            log.debug("no index at %s: %s", path, err)
+    return None
+
+
+def _check_lost(name: str, urls: Sequence[str], lost: dict[str, str], max_bad_fraction: float) -> None:
+    for url, cause in list(lost.items())[:MAX_NAMED]:
+        log.warning("source %s: %s cannot be read and is left out: %s", name, display_url(url), cause)
+    if len(lost) > max_bad_fraction * len(urls):
+        shown = [f"{display_url(url)}: {cause}" for url, cause in list(lost.items())[:5]]
+        raise BadDataLimitError(
+            f"{len(lost)} of {len(urls)} shards of source {name!r} cannot be read",
+            where="\n  ".join(shown),
+            expected=f"at most data.max_bad_fraction = {max_bad_fraction} of them",
+            fix="correct the list of shards, or raise data.max_bad_fraction",
+        )
+
+
+def read_members(shards: ShardList, shard: int, tar: Path, *, use_index: bool) -> ShardMembers:
+    """The samples of a shard whose tar lies at `tar`, from its index or by a scan. Raises: OSError."""
+    path = shards.indexes[shard]
+    if path is not None and use_index:
+        try:
+            return read_index(Path(path))
+        except (OSError, ValueError) as err:
+            log.info("%s: no index (%s): the tar is scanned", tar.name, err)
+    return scan_file(tar)

@@ -1,0 +1,159 @@
+"""Samples that could not be read, named once, counted by cause and limited; pictures that were converted, counted."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from evatool.core.errors import BadDataLimitError, EvatoolError, TransientError
+from evatool.data.sources.fetch import TRANSIENT_CAUSES
+
+log = logging.getLogger(__name__)
+
+LIMIT_FLOOR = 1000
+"""Samples tried before a share of bad ones means anything, where the set has so many."""
+
+LIMIT_FLOOR_SHARDS = 100
+"""Where shards are read a window at a time, a lost one comes as many bad samples at once: the same in shards."""
+
+_NAMED = 1000  # bad samples that get a line of their own; then every thousandth
+_KEPT = 100  # kept with all details, for messages
+_NAMED_CONVERTED = 5  # pictures of each cause that get a line in the log
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that could not be read; with `is_whole_shard`, as all of its shard."""
+
+    source: int
+    sample: int
+    shard: str
+    key: str
+    cause: str
+    detail: str
+    is_whole_shard: bool = False
+
+    def __str__(self) -> str:
+        name = "(all samples)" if self.is_whole_shard else self.key
+        return f"{self.shard} {name}: {self.cause} ({self.detail})"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A picture of a batch that was odd and was converted."""
+
+    cause: str
+    shard: str
+    key: str
+
+
+class BadSamples:
+    """What one rank has met.
+
+    Args:
+        num_samples: samples in all sources together.
+        floor: samples tried before the limit holds.
+        max_fraction: the recipe's `data.max_bad_fraction`.
+
+    Attributes:
+        causes: distinct bad samples by cause.
+        num_spares: slots of batches that were filled by a spare, each time.
+        first: the first bad samples met, with details.
+        converted: pictures that were converted, by cause, each time one stood in a batch; they count against no limit.
+        before: `figures` of the run before it was resumed, where this rank is to tell them; the limit begins anew.
+    """
+
+    def __init__(self, num_samples: int, floor: int, max_fraction: float) -> None:
+        self.num_samples, self.floor, self.max_fraction = num_samples, floor, max_fraction
+        self.causes: Counter[str] = Counter()
+        self.num_spares = 0
+        self.first: list[BadSample] = []
+        self.converted: Counter[str] = Counter()
+        self.before: Mapping[str, float] = {}
+        self._named_converted: set[Converted] = set()
+        self._seen: set[tuple[int, int]] = set()  # some 150 bytes each, for at most the allowed share of the set
+        self._lost_shards: set[str] = set()
+        self._num_tried = 0
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def add(
+        self, found: Iterable[BadSample], num_tried: int, num_spares: int, converted: Iterable[Converted] = ()
+    ) -> None:
+        """Count what a batch met. New bad samples, and the first converted ones, go to the log with shard and key."""
+        self._num_tried += num_tried
+        self.num_spares += num_spares
+        for bad in found:
+            if (bad.source, bad.sample) in self._seen:
+                continue
+            self._seen.add((bad.source, bad.sample))
+            self.causes[bad.cause] += 1
+            if len(self.first) < _KEPT:
+                self.first.append(bad)
+            self._log(bad)
+        for odd in converted:
+            self.converted[odd.cause] += 1
+            named = [other for other in self._named_converted if other.cause == odd.cause]
+            if odd not in named and len(named) < _NAMED_CONVERTED:
+                self._named_converted.add(odd)
+                log.warning("picture converted: %s %s: %s", odd.shard, odd.key, odd.cause)
+
+    def check(self, *, no_spare: bool = False) -> None:
+        """Raises: BadDataLimitError beyond the limit, or where no spare was found; TransientError where most of it
+        comes of a store that did not answer."""
+        base = min(self.num_samples, max(self._num_tried, self.floor))
+        if no_spare or len(self._seen) > int(self.max_fraction * base + 1e-9):
+            raise self._beyond(base)
+
+    def figures(self) -> dict[str, float]:
+        """For the metrics, with those from `before`; empty while there is nothing to tell."""
+        found: Counter[str] = Counter()
+        found.update(self.before)
+        if self._seen:
+            found.update({"data/bad_samples": len(self._seen), "data/spares": self.num_spares})
+            found.update({f"data/bad/{cause}": count for cause, count in self.causes.items()})
+        if self.converted:
+            found["data/converted"] += self.converted.total()
+            found.update({f"data/converted/{cause}": count for cause, count in self.converted.items()})
+        return {key: float(count) for key, count in sorted(found.items())}
+
+    def summary(self) -> list[str]:
+        """How many since this process began, by cause: a line for the bad, and one for the converted; none for none."""
+        lines = []
+        if self._seen:
+            lines.append(
+                f"{len(self._seen)} bad samples ({_counted(self.causes)}), {self.num_spares} places filled by spares"
+            )
+        if self.converted:
+            lines.append(f"{self.converted.total()} converted pictures read ({_counted(self.converted)})")
+        return lines
+
+    def _log(self, bad: BadSample) -> None:
+        if bad.is_whole_shard:
+            if bad.shard not in self._lost_shards:
+                self._lost_shards.add(bad.shard)
+                log.warning("shard cannot be read, its samples are replaced: %s", bad)
+        elif len(self._seen) <= _NAMED or len(self._seen) % _NAMED == 0:
+            log.warning("bad sample replaced: %s", bad)
+            if len(self._seen) == _NAMED:
+                log.warning("%d bad samples: from here on every %dth is named", _NAMED, _NAMED)
+
+    def _beyond(self, base: int) -> EvatoolError:
+        transient = sum(count for cause, count in self.causes.items() if cause in TRANSIENT_CAUSES)
+        kind = TransientError if transient * 2 > len(self._seen) else BadDataLimitError
+        named = dict.fromkeys(str(bad) for bad in self.first)
+        return kind(
+            f"{len(self._seen)} of {base} samples cannot be read ({_counted(self.causes)})",
+            where="\n  ".join(list(named)[:5]),
+            expected=f"at most data.max_bad_fraction = {self.max_fraction} of them",
+            fix="run the same command with --resume when the store answers again"
+            if kind is TransientError
+            else "prepare the data again with `evatool data-prepare`, or raise data.max_bad_fraction",
+        )
+
+
+def _counted(causes: Counter[str]) -> str:
+    return ", ".join(f"{count} {cause}" for cause, count in causes.most_common())

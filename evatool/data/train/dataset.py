@@ -1,0 +1,241 @@
+"""One rank's slice of a global batch, made from its first position alone: a pure function of (seed, position)."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from evatool.core.batch import Batch
+from evatool.data.feature_store.store import FeatureStore
+from evatool.data.image.header import BadPicture
+from evatool.data.image.train_transforms import TrainTransform
+from evatool.data.tar.reader import ShardReader, UnreadableSample
+from evatool.data.tokenizer import CaptionMemory, Tokenizer
+from evatool.data.train import shuffle as order
+from evatool.data.train.bad_samples import BadSample, Converted
+from evatool.data.train.masking import MaskGenerator
+from evatool.data.train.mixing import Mix
+from evatool.data.train.sample_decoder import Record, RecordReader, choose_caption
+from evatool.data.train.shuffle import SourceOrder
+
+_MAX_SPARES = 64  # tries for one place of a batch
+_MAX_REMEMBERED_BAD = 100_000  # bad samples a process remembers, so as not to read them again
+
+
+@dataclass
+class Made:
+    """What a worker hands over: a batch, or None where spares ran out, the bad samples newly met on the way, and the
+    pictures of the batch that were converted."""
+
+    batch: Batch | None
+    bad: list[BadSample] = field(default_factory=list)
+    num_spares: int = 0
+    converted: list[Converted] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)  # stored features whose checksum does not fit
+
+    def pin_memory(self) -> Made:
+        """Called by the DataLoader."""
+        return replace(self, batch=None if self.batch is None else self.batch.pin_memory())
+
+
+@dataclass
+class Source:
+    """One source as a loader process reads it."""
+
+    order: SourceOrder
+    reader: ShardReader
+    seed: int
+    """Of the random numbers of its samples: the run's, or the store's."""
+    max_pixels: int
+
+
+class StepDataset(Dataset[Made]):
+    """Maps the first position of a global batch to this rank's slice of it, made whole in one worker.
+
+    Rank r of W has positions r, r + W, r + 2W, ... of the batch, so that with `data.streams` each rank stays in its
+    own stretch of the data.
+
+    Args:
+        sources: what is mixed.
+        mix: which position reads which source.
+        records: members to records.
+        transform: views of a picture; the first is the student's.
+        seed: of augmentation, caption choice and masks.
+        global_batch_size, rank, world_size: slice of the batch.
+        tokenizer: None leaves the captions out.
+        masks: None makes no masks.
+        keep_decoded: keep decoded samples in memory.
+        end: position from which on samples do not count: `Batch.valid` is False there. None: no end.
+        num_views: epoch e of a sample has the draws of epoch e mod this. None: of e.
+        stores: teachers' features to read; a batch whose features are all there gets no teacher's view.
+        skip_stored: make an empty batch where all features of all stores are there.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        mix: Mix,
+        records: RecordReader,
+        transform: TrainTransform,
+        *,
+        global_batch_size: int,
+        rank: int,
+        world_size: int,
+        tokenizer: Tokenizer | None,
+        masks: MaskGenerator | None,
+        keep_decoded: bool,
+        end: int | None = None,
+        num_views: int | None = None,
+        stores: Sequence[FeatureStore] = (),
+        skip_stored: bool = False,
+    ) -> None:
+        self.sources, self.mix, self.records, self.transform = list(sources), mix, records, transform
+        self.global_batch_size, self.end = global_batch_size, end
+        self.num_views, self.stores, self.skip_stored = num_views, list(stores), skip_stored
+        self.slots = np.arange(rank, global_batch_size, world_size)
+        self.tokens = None if tokenizer is None else CaptionMemory(tokenizer)
+        self.masks = masks
+        self._kept: dict[tuple[int, int], Record] | None = {} if keep_decoded else None
+        self._bad: OrderedDict[tuple[int, int], None] = OrderedDict()
+        self._windows: dict[int, list[int]] = {}
+
+    def __getitem__(self, position: int) -> Made:
+        slots = position + self.slots
+        numbers, own = self.mix(slots)
+        samples, draws = np.empty((2, len(slots)), dtype=np.int64)
+        for number in np.unique(numbers).tolist():
+            mine = numbers == number
+            samples[mine] = self.sources[number].order(own[mine])
+            draws[mine] = self.sources[number].order.draws(own[mine])
+            self._fetch_ahead(number, int(own[mine][-1]))
+        made = Made(None)
+        if self.skip_stored and len(self._stored(self._places(numbers, samples, draws), made)) == len(self.stores):
+            made.batch = Batch(image=torch.empty(0, 3, 0, 0), keys=[], position=position + self.global_batch_size)
+            return made
+        records, names, is_spare = [], [], np.zeros(len(slots), dtype=bool)
+        for i, (number, place) in enumerate(zip(numbers.tolist(), own.tolist(), strict=True)):
+            found = self._readable(number, place, int(draws[i]), int(samples[i]), made)
+            if found is None:
+                return made
+            is_spare[i] = (found[0], found[1]) != (draws[i], samples[i])
+            draws[i], samples[i], record = found
+            records.append(record)
+            names.append(self._name(number, int(samples[i])))
+            if record.odd is not None:
+                reader, order_of = self.sources[number].reader, self.sources[number].order
+                shard, _ = order_of.locate(int(samples[i]))
+                made.converted.append(Converted(record.odd, reader.shard_name(shard), names[-1]))
+        made.num_spares = int(is_spare.sum())
+        seeds = np.array([source.seed for source in self.sources], dtype=np.uint64)[numbers]
+        places = self._places(numbers, samples, draws)
+        stored = self._stored(places, made)
+        views = draws if self.num_views is None else draws % self.num_views
+        has_all = bool(self.stores) and len(stored) == len(self.stores)
+        made.batch = self._assemble(records, order.sample_keys_of(seeds, views, samples), with_teacher=not has_all)
+        if self.stores:
+            made.batch.stored, made.batch.places = stored, torch.from_numpy(places)
+        made.batch.keys = names
+        made.batch.position = position + self.global_batch_size
+        if self.end is not None:
+            made.batch.valid = torch.from_numpy((slots < self.end) & ~is_spare)
+        return made
+
+    def _places(self, numbers: np.ndarray, samples: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """Where a store keeps these views of these samples, int64 (B, 4)."""
+        if not self.stores:
+            return np.empty((len(samples), 0), dtype=np.int64)
+        inside = [self.sources[n].order.locate(s) for n, s in zip(numbers.tolist(), samples.tolist(), strict=True)]
+        shards, rows = np.array(inside, dtype=np.int64).T
+        return np.stack([numbers, shards, rows, draws % (self.num_views or 1)], axis=1)
+
+    def _stored(self, places: np.ndarray, made: Made) -> dict[str, torch.Tensor]:
+        """Features by teacher, of those whose rows are all there."""
+        found = {}
+        for store in self.stores:
+            rows = store.read(places)
+            made.damaged += store.damaged
+            store.damaged.clear()
+            if rows is not None:
+                found[store.spec.name] = rows
+        return found
+
+    def _fetch_ahead(self, number: int, own_position: int) -> None:
+        """Remote shards of this window and the next begin to come when a window is entered."""
+        source = self.sources[number]
+        if not source.reader.shards.has_remote:
+            return
+        window = source.order.shards_of_window(own_position)
+        if self._windows.get(number) != window:
+            self._windows[number] = window
+            source.reader.fetch_ahead([*window, *source.order.shards_of_window(own_position, 1)])
+
+    def _readable(self, number: int, place: int, draw: int, sample: int, made: Made) -> tuple[int, int, Record] | None:
+        """(draw, sample, record) of this place: its own sample, or the first readable spare."""
+        for attempt in range(_MAX_SPARES):
+            if attempt:
+                draw, sample = self.sources[number].order.spare(place, attempt)
+            record = self._record(number, sample, made)
+            if record is not None:
+                return draw, sample, record
+        return None
+
+    def _record(self, number: int, sample: int, made: Made) -> Record | None:
+        if (number, sample) in self._bad:
+            return None
+        if self._kept is not None and (number, sample) in self._kept:
+            return self._kept[number, sample]
+        source = self.sources[number]
+        shard, inside = source.order.locate(sample)
+        try:
+            record = self.records(source.reader.read(shard, inside), source.max_pixels)
+        except (BadPicture, UnreadableSample) as err:
+            is_whole_shard = isinstance(err, UnreadableSample) and err.is_whole_shard
+            key = source.reader.key(shard, inside)
+            name = source.reader.shard_name(shard)
+            made.bad.append(BadSample(number, sample, name, key, err.cause, err.detail, is_whole_shard))
+            if not is_whole_shard:  # a lost shard may come back, and the reader remembers it
+                self._bad[number, sample] = None
+                if len(self._bad) > _MAX_REMEMBERED_BAD:
+                    self._bad.popitem(last=False)
+            return None
+        if self._kept is not None:
+            self._kept[number, sample] = record
+        return record
+
+    def _name(self, number: int, sample: int) -> str:
+        source = self.sources[number]
+        return source.reader.key(*source.order.locate(sample))
+
+    def _assemble(self, records: list[Record], keys: np.ndarray, *, with_teacher: bool = True) -> Batch:
+        views = self.transform([r.picture for r in records], keys, None if with_teacher else 1)
+        teacher_image = views[1] if len(views) > 1 else None
+        batch = Batch(image=views[0], keys=[], teacher_image=teacher_image, more_views=views[2:] or None)
+        if self.tokens is not None:
+            draws = order.uniforms(keys, order.STREAM_CAPTION, 1)[:, 0].tolist()
+            captions = [choose_caption(r, u) for r, u in zip(records, draws, strict=True)]
+            batch.tokens = self.tokens(captions)
+            batch.text_lengths = batch.tokens.argmax(dim=-1) + 1
+            batch.caption_id = torch.tensor([caption_id(r.concept, c) for r, c in zip(records, captions, strict=True)])
+        if self.masks is not None:
+            seeds = order.random_bits(keys, order.STREAM_MASK, 1)[:, 0].tolist()
+            batch.mask = torch.from_numpy(np.stack([self.masks(random.Random(s)) for s in seeds]))
+        names = [extra.name for extra in self.records.extras]
+        if names:
+            batch.extras = {name: torch.stack([r.extras[name] for r in records]) for name in names}
+        return batch
+
+
+def caption_id(concept: str | None, caption: str) -> int:
+    """Equal for captions that count as equal: of one concept where the sample names one, else of the same words.
+
+    Letter case and spacing do not matter, as they do not to the tokenizer. int64, a hash: the same in every process.
+    """
+    text = f"c:{concept}" if concept is not None else "t:" + " ".join(caption.lower().split())
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

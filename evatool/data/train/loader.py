@@ -1,0 +1,326 @@
+"""Training batches from shards: a pure function of (seed, position), whatever the workers and ranks.
+
+Position p is the number of samples the whole run has consumed; it is the loader's only state. The global batch at p
+holds positions p .. p + G - 1, and rank r of W every W-th of them from the r-th on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+
+from torch.utils.data import Sampler
+
+from evatool.core.batch import Batch
+from evatool.core.errors import CheckpointError, RecipeError
+from evatool.data.feature_store.store import FeatureStore, Views, open_store
+from evatool.data.image.decode import fast_jpeg_decoder
+from evatool.data.image.nonstandard import TrainingPictures
+from evatool.data.image.train_transforms import TrainTransform
+from evatool.data.sources.cache import ShardCache
+from evatool.data.sources.fetch import Patience
+from evatool.data.sources.shard_list import ShardList, open_source
+from evatool.data.tar.reader import ShardReader
+from evatool.data.tokenizer import Tokenizer, build_tokenizer
+from evatool.data.train.bad_samples import LIMIT_FLOOR, LIMIT_FLOOR_SHARDS, BadSamples
+from evatool.data.train.dataset import Made, Source, StepDataset
+from evatool.data.train.masking import MaskSpec
+from evatool.data.train.mixing import Mix, MixPhase
+from evatool.data.train.sample_decoder import RecordReader
+from evatool.data.train.shuffle import ORDER_VERSION, SourceOrder, seed_of
+from evatool.data.train.workers import iterate_steps
+from evatool.recipe.schema import TrainDataSection
+
+log = logging.getLogger(__name__)
+
+CACHE_BYTES = 512 * 2**20
+"""Decoded pictures are kept in memory while the whole set, in every worker process, stays below this (as uint8)."""
+
+LOCAL_WINDOW, REMOTE_WINDOW = 64, 16
+"""Shards shuffled together where the recipe does not say: fewer where each has to be fetched."""
+
+
+class TrainLoader:
+    """Batches of one rank without end, from `position` on.
+
+    Attributes:
+        position: samples consumed by the run once the batch yielded last is used; set by iteration.
+        num_samples: samples in all sources.
+        bad: what could not be read so far in this process, replaced by spares.
+        order_name: what the order of samples depends on besides the seed; a run must go on with the one it began with.
+        stores: teachers' stored features, by teacher.
+    """
+
+    def __init__(
+        self,
+        dataset: StepDataset,
+        *,
+        position: int,
+        section: TrainDataSection,
+        order_name: str,
+    ) -> None:
+        self.dataset, self.position, self.section, self.order_name = dataset, position, section, order_name
+        orders = [source.order for source in dataset.sources]
+        self.num_samples = sum(order.num_samples for order in orders)
+        self.stores: dict[str, FeatureStore] = {store.spec.name: store for store in dataset.stores}
+        windowed = [order for order in orders if order.window < len(order.counts)]
+        floor = max([LIMIT_FLOOR, *(LIMIT_FLOOR_SHARDS * order.num_samples // len(order.counts) for order in windowed)])
+        self.bad = BadSamples(self.num_samples, floor, section.max_bad_fraction)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches without end; up to the end of the pass where the loader was built for one.
+
+        Raises: BadDataLimitError beyond `max_bad_fraction`; TransientError where that comes of a store that does not
+            answer, or where the loader processes die or hang.
+        """
+        dataset = self.dataset
+        if self.section.mixing != "samples" and self.position % dataset.global_batch_size:
+            raise RecipeError(
+                f"position {self.position} is inside a batch of train.global_batch_size = {dataset.global_batch_size}",
+                where=f'data.mixing = "{self.section.mixing}" counts whole batches',
+                fix="go on with the batch size the run began with",
+            )
+        steps = iterate_steps(
+            dataset,
+            self._positions,
+            num_workers=self.section.num_workers,
+            max_wait_sec=self.section.max_wait_sec,
+        )
+        try:
+            for made in steps:
+                self._account(made)
+                assert made.batch is not None, "a batch without spares passed the limit on bad samples"
+                self.position = made.batch.position
+                yield made.batch
+        finally:
+            steps.close()
+            for line in self.bad.summary():
+                log.warning("data: %s", line)
+
+    def figures(self) -> dict[str, float]:
+        """This rank's counts of bad samples, spares and converted pictures, for the metrics; empty while there are
+        none. Rank 0 has those from before a resume, too."""
+        return self.bad.figures()
+
+    def check_order(self, saved: str, where: str) -> None:
+        """Raises: CheckpointError where a run was begun in another order than this loader's; "" is a run's from
+        before orders had names, and that order is gone."""
+        if saved == self.order_name:
+            return
+        raise CheckpointError(
+            f"the run was begun with samples in another order: {saved or 'version 1'}, and now {self.order_name}",
+            where=where,
+            expected="the same shards with the same number of samples, and the same data.window_shards and streams",
+            fix="put the data back as it was, or start a new run folder (model.init can take this run's weights)",
+        )
+
+    def _positions(self) -> Sampler[int]:
+        return _Positions(self.position, self.dataset.global_batch_size, self.dataset.end)
+
+    def _account(self, made: Made) -> None:
+        self.bad.add(made.bad, len(self.dataset.slots), made.num_spares, made.converted)
+        self.bad.check(no_spare=made.batch is None)
+        for place in made.damaged:
+            log.warning("data: stored features are damaged and made again: %s", place)
+
+
+def build_train_loader(
+    section: TrainDataSection,
+    *,
+    image_size: int,
+    context_length: int,
+    global_batch_size: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    position: int = 0,
+    mask: MaskSpec | None = None,
+    teacher_image_sizes: Sequence[int] = (),
+    with_text: bool = True,
+    tokenizer: Tokenizer | None = None,
+    one_pass: bool = False,
+    views: Views | None = None,
+) -> TrainLoader:
+    """The training loader of one rank.
+
+    Args:
+        section: the recipe's `[data]`.
+        image_size, teacher_image_sizes: sides of the student's and (where they differ) the teachers' views of one crop.
+        context_length: of the built-in tokenizer, where none is given.
+        global_batch_size: samples of a step over all ranks.
+        seed: of order, augmentation, caption choice and masks.
+        position: samples consumed before, from a checkpoint.
+        mask: block masks on the student's patch grid.
+        with_text: tokens and caption ids; without, captions are not even read.
+        one_pass: end after each sample was read once; every rank gets as many batches, and what fills the last one,
+            or stands in for a bad sample, is marked in `Batch.valid`.
+        views: how many draws of each sample there are, under a seed of their own, and teachers' features of them.
+    Raises: DataError where a source is not what it should be, or a store is another's; RecipeError where the batch
+        does not divide.
+    """
+    if global_batch_size % world_size:
+        near = global_batch_size // world_size * world_size
+        raise RecipeError(
+            f"train.global_batch_size = {global_batch_size} does not divide over {world_size} ranks",
+            expected=f"a multiple of {world_size}: {', '.join(str(n) for n in (near, near + world_size) if n)}",
+        )
+    if section.decode != "exact":
+        fast_jpeg_decoder()  # here, so that a missing one is said once and not by every worker
+    sizes = [image_size, *teacher_image_sizes]
+    transform = TrainTransform(section.augment, sizes, section.decode)
+    records = RecordReader(
+        section.caption if with_text else None,
+        section.extras or (),
+        TrainingPictures(section.odd_pictures, section.decode, transform.min_side),
+    )
+    shards, sources = _open_sources(section, seed, records, global_batch_size)
+    if views is not None:
+        sources = [replace(source, seed=seed_of(views.seed, number)) for number, source in enumerate(sources)]
+    decoded = [found.decoded_bytes for found in shards]
+    keep_decoded = all(n is not None for n in decoded) and (
+        sum(n or 0 for n in decoded) * max(1, section.num_workers) <= CACHE_BYTES
+    )
+    if with_text and tokenizer is None:
+        tokenizer = build_tokenizer(context_length)
+    dataset = StepDataset(
+        sources,
+        Mix(seed, section.mixing, _phases(section, shards), global_batch_size),
+        records,
+        transform,
+        global_batch_size=global_batch_size,
+        rank=rank,
+        world_size=world_size,
+        tokenizer=tokenizer if with_text else None,
+        masks=None if mask is None else mask.generator(),
+        keep_decoded=keep_decoded,
+        end=position + sum(found.num_samples for found in shards) if one_pass else None,
+        num_views=None if views is None else views.count,
+        stores=[] if views is None else _open_stores(views, shards, section, sizes[-1], transform, mask, with_text),
+    )
+    name = _order_name(section, shards, sources)
+    return TrainLoader(dataset, position=position, section=section, order_name=name)
+
+
+def _open_stores(
+    views: Views,
+    shards: Sequence[ShardList],
+    section: TrainDataSection,
+    teacher_size: int,
+    transform: TrainTransform,
+    mask: MaskSpec | None,
+    with_text: bool,
+) -> list[FeatureStore]:
+    """The stores of `views`, each checked against everything that what a teacher sees depends on."""
+    facts: dict[str, object] = {
+        "views": views.count,
+        "seed": views.seed,
+        "teacher.picture": teacher_size,
+        "data": [found.content_digest() for found in shards],
+        "data.decode": [section.decode, section.odd_pictures, transform.min_side],
+    }
+    facts |= {f"data.augment.{key}": value for key, value in section.augment.model_dump(mode="json").items()}
+    if with_text:
+        caption = section.caption
+        facts["data.caption"] = caption if isinstance(caption, str) else [c.model_dump(mode="json") for c in caption]
+    counts = [found.counts for found in shards]
+    drawn = {} if mask is None else {f"mask.{key}": value for key, value in asdict(mask).items()}
+    # A mask only tells which patches a row holds where it does not hold all.
+    return [open_store(spec, counts, facts | drawn if spec.masked_only else facts) for spec in views.stores]
+
+
+def _open_sources(
+    section: TrainDataSection, seed: int, records: RecordReader, global_batch_size: int
+) -> tuple[list[ShardList], list[Source]]:
+    remote = section.remote
+    patience = Patience(remote.attempts, remote.timeout_sec, remote.backoff_sec)
+    cache = ShardCache(remote.cache_dir, remote.cache_bytes, patience)
+    named = (
+        [("train", str(section.train))] if section.sources is None else [(s.name, s.shards) for s in section.sources]
+    )
+    found, sources = [], []
+    for number, (name, spec) in enumerate(named):
+        shards = open_source(name, spec, cache=cache, patience=patience, max_bad_fraction=section.max_bad_fraction)
+        window = window_of(shards, section.window_shards)
+        order = SourceOrder(
+            seed_of(seed, number),
+            shards.counts,
+            window=window,
+            streams=section.streams,
+            with_replacement=section.sampling == "with-replacement",
+        )
+        _check_cache(shards, order.window, section, global_batch_size)
+        reader = ShardReader(shards, cache, patience, records.wanted)
+        found.append(shards)
+        sources.append(Source(order, reader, seed_of(seed, number), shards.max_pixels))
+        log.info("data: %s: %d samples in %d shards, window %d", name, shards.num_samples, len(shards.urls), window)
+    return found, sources
+
+
+def window_of(shards: ShardList, asked: int | None) -> int:
+    """Shards shuffled together."""
+    window = asked or (REMOTE_WINDOW if shards.has_remote else LOCAL_WINDOW)
+    return min(window, len(shards.urls))
+
+
+def _check_cache(shards: ShardList, window: int, section: TrainDataSection, global_batch_size: int) -> None:
+    """Raises: RecipeError where the shards that are read at once do not fit the cache of fetched ones."""
+    known = shards.sizes[shards.sizes >= 0]
+    if not shards.has_remote or not len(known):
+        return
+    # Two batches are under way in each worker. Beside their windows: the next one, and the one that spares come from.
+    ahead = 2 * max(1, section.num_workers) * global_batch_size / section.streams
+    windows = 2 + math.ceil(ahead * len(shards.urls) / (shards.num_samples * window))
+    num_shards = min(windows * window, len(shards.urls))
+    needed = int(known.max()) * num_shards
+    if needed > section.remote.cache_bytes:
+        raise RecipeError(
+            f"data.remote.cache_bytes = {section.remote.cache_bytes} does not hold the {num_shards} shards that are "
+            f"read at once ({windows} windows of {window})",
+            where=f"source {shards.name!r}, whose largest shard has {int(known.max())} bytes",
+            expected=f"at least {needed}",
+            fix="raise data.remote.cache_bytes, or lower data.window_shards or data.num_workers",
+        )
+
+
+def _phases(section: TrainDataSection, shards: Sequence[ShardList]) -> list[MixPhase]:
+    """Weights of all sources by phase; by number of samples where the recipe gives none."""
+    sources = section.sources or []
+    given = [source.weight for source in sources]
+    first = tuple(
+        float(found.num_samples if weight is None else weight)
+        for weight, found in zip(given or [None], shards, strict=True)
+    )
+    if section.mixing == "alternating":
+        first = tuple(float(weight > 0) for weight in first)
+    later = [
+        MixPhase(phase.from_samples, tuple(phase.weights.get(source.name, 0.0) for source in sources))
+        for phase in section.phases or []
+    ]
+    return [MixPhase(0, first), *later]
+
+
+def _order_name(section: TrainDataSection, shards: Sequence[ShardList], sources: Sequence[Source]) -> str:
+    """Version, and a hash of everything but the seed and the batch size that the order depends on."""
+    parts: list[object] = [section.sampling, section.mixing, section.streams]
+    parts += [phase.model_dump_json() for phase in section.phases or []]
+    for found, source in zip(shards, sources, strict=True):
+        parts += [found.digest(), source.order.window]
+    if len(sources) > 1:
+        parts += [source.weight for source in section.sources or []]
+    return f"{ORDER_VERSION}:{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
+
+
+class _Positions(Sampler[int]):
+    """First positions of the global batches, from `start` on; up to `end` where there is one."""
+
+    def __init__(self, start: int, step: int, end: int | None) -> None:
+        self.start, self.step, self.end = start, step, end
+
+    def __iter__(self) -> Iterator[int]:
+        position = self.start
+        while self.end is None or position < self.end:
+            yield position
+            position += self.step

@@ -1,0 +1,219 @@
+"""One sample's members to what training uses: pixels, captions to choose from, arrays stored beside the picture."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evatool.data.tar.reader import UnreadableSample
+from evatool.data.tar.writer import PICTURE_MEMBERS
+from evatool.recipe.schema import CaptionChoice, ExtraMember
+
+MAX_TEXT_BYTES = 2**20
+"""A caption or json member larger than this makes a bad sample."""
+
+MAX_CAPTION_CHARS = 4096
+"""What stands behind these is cut off before tokenising; 77 tokens hold a tenth of it."""
+
+_SAFETENSORS_TYPES = {"F32": "<f4", "F16": "<f2"}
+_NPY_TYPES = frozenset({"<f4", "<f2"})
+_MAX_HEADER_BYTES = 2**16
+
+# H and W sides of a picture as stored
+
+
+@dataclass(frozen=True)
+class Record:
+    """A decoded sample.
+
+    Attributes:
+        picture: uint8 (3, H, W), channels last in memory.
+        captions: (probability, captions) of each place of the recipe where this sample has any.
+        concept: for equal-caption positives.
+        extras: float16 or float32 arrays by name, of the recipe's shapes.
+        odd: why the picture was converted; None for an ordinary one.
+    """
+
+    picture: Tensor
+    captions: tuple[tuple[float, tuple[str, ...]], ...] = ()
+    concept: str | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    odd: str | None = None
+
+
+class RecordReader:
+    """Makes records of the members that the recipe asks for, and says which those are.
+
+    Args:
+        caption: the recipe's `data.caption`; None leaves captions out.
+        extras: the recipe's `data.extras`.
+        decode: an encoded picture and the limit on its pixels to uint8 (H, W, 3), and why it is an odd one, if it is;
+            raises BadPicture.
+    """
+
+    def __init__(
+        self,
+        caption: str | Sequence[CaptionChoice] | None,
+        extras: Sequence[ExtraMember],
+        decode: Callable[[bytes, int], tuple[np.ndarray, str | None]],
+    ) -> None:
+        match caption:
+            case None:
+                places: list[CaptionChoice] = []
+            case "txt":
+                places = [CaptionChoice()]
+            case "json-captions":
+                places = [CaptionChoice(member="json", field="captions")]
+            case _:
+                places = [place for place in caption if isinstance(place, CaptionChoice)]
+        self.places, self.extras, self.decode = places, list(extras), decode
+        texts = {place.member for place in places} | ({"json"} if places else set())
+        self.members = frozenset({*PICTURE_MEMBERS, *texts, *(extra.member for extra in self.extras)})
+
+    def wanted(self, extension: str) -> bool:
+        """True for a member that is read; no other ever is."""
+        return extension in self.members
+
+    def __call__(self, members: Mapping[str, bytes], max_pixels: int) -> Record:
+        """The record. Raises: BadPicture, UnreadableSample naming the cause."""
+        encoded = next((members[e] for e in PICTURE_MEMBERS if e in members), None)
+        if encoded is None:
+            raise UnreadableSample("no-picture", f"members: {', '.join(sorted(members))}")
+        captions, concept = self._captions(members) if self.places else ((), None)
+        extras = {extra.name: _read_extra(members, extra) for extra in self.extras}
+        decoded, odd = self.decode(encoded, max_pixels)
+        # Channels last in memory, as decoded: the resize is fastest on that.
+        pixels = torch.from_numpy(decoded).permute(2, 0, 1)
+        return Record(pixels, captions, concept, extras, odd)
+
+    def _captions(self, members: Mapping[str, bytes]) -> tuple[tuple[tuple[float, tuple[str, ...]], ...], str | None]:
+        texts: dict[str, Any] = {}
+        for name in {place.member for place in self.places} | {"json"}:
+            if name in members:
+                texts[name] = _text(members[name], name)
+        for name in texts:
+            if name.rpartition(".")[2] == "json":
+                texts[name] = _object(texts[name], name)
+        found = []
+        for place in self.places:
+            if place.member in texts:
+                value = texts[place.member]
+                captions = _usable([value] if place.field is None else value.get(place.field))
+                if captions:
+                    found.append((place.probability, captions))
+        if not found:
+            wanted = [p.member if p.field is None else f"{p.field!r} in the {p.member} member" for p in self.places]
+            raise UnreadableSample("no-caption", f"data.caption needs {' or '.join(wanted)}")
+        concept = texts.get("json", {}).get("concept")
+        return tuple(found), None if concept is None else str(concept)
+
+
+def choose_caption(record: Record, draw: float) -> str:
+    """One of the record's captions: the place by its probability, then evenly within it; `draw` in [0, 1)."""
+    total = sum(probability for probability, _ in record.captions)
+    for number, (probability, captions) in enumerate(record.captions):
+        share = probability / total
+        if draw < share or number == len(record.captions) - 1:
+            # What is left of the draw is again even on [0, 1).
+            return captions[min(len(captions) - 1, int(draw / share * len(captions)))]
+        draw -= share
+    raise AssertionError("a record without captions was asked for one")
+
+
+def _text(data: bytes, name: str) -> str:
+    if len(data) > MAX_TEXT_BYTES:
+        raise UnreadableSample("huge-text", f"{name} of {len(data)} bytes, limit {MAX_TEXT_BYTES}")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as err:
+        raise UnreadableSample("bad-utf8", str(err)) from err
+
+
+def _object(text: str, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as err:
+        raise UnreadableSample("bad-json", f"{name}: {err}") from err
+    if not isinstance(value, dict):
+        raise UnreadableSample("bad-json", f"{name} holds {type(value).__name__}, not an object")
+    return value
+
+
+def _usable(value: Any) -> tuple[str, ...]:
+    captions = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    kept = (c[:MAX_CAPTION_CHARS] for c in captions if isinstance(c, str) and c.strip())
+    # A lone surrogate (JSON can spell one) is no character: no tokeniser takes it.
+    return tuple(c.encode("utf-8", "replace").decode("utf-8") for c in kept)
+
+
+# -------------------------------------------------------------------------------------------------------- arrays
+
+
+def _read_extra(members: Mapping[str, bytes], extra: ExtraMember) -> Tensor:
+    if extra.member not in members:
+        raise UnreadableSample("no-array", f"there is no {extra.member} member")
+    data = members[extra.member]
+    try:
+        array = parse_npy(data) if extra.tensor is None else parse_safetensors(data, extra.tensor)
+    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError, struct.error) as err:
+        raise UnreadableSample("bad-array", f"{extra.member}: {err}") from err
+    if list(array.shape) != list(extra.shape):
+        raise UnreadableSample("array-shape", f"{extra.member} has shape {list(array.shape)}, not {list(extra.shape)}")
+    if not np.isfinite(array).all():
+        raise UnreadableSample("bad-array", f"{extra.member} holds values that are not finite")
+    return torch.from_numpy(array.copy())
+
+
+def parse_npy(data: bytes) -> np.ndarray:
+    """A float16 or float32 array of a `.npy` file, parsed here: numpy's reader can run what an object array holds.
+
+    Raises: ValueError, SyntaxError, struct.error where it is something else.
+    """
+    if data[:6] != b"\x93NUMPY" or data[6:7] not in (b"\x01", b"\x02", b"\x03"):
+        raise ValueError("not a .npy file")
+    width, code = (2, "<H") if data[6] == 1 else (4, "<I")
+    (length,) = struct.unpack_from(code, data, 8)
+    start = 8 + width + length
+    if length > _MAX_HEADER_BYTES or start > len(data):
+        raise ValueError(f"a header of {length} bytes")
+    header = ast.literal_eval(data[8 + width : start].decode("latin-1").strip())
+    descr, fortran, shape = header["descr"], header["fortran_order"], header["shape"]
+    if descr not in _NPY_TYPES or fortran is not False:
+        raise ValueError(f"type {descr!r}, fortran_order {fortran!r}: float32 or float16 in C order is read")
+    return _array(data[start:], descr, shape)
+
+
+def parse_safetensors(data: bytes, name: str) -> np.ndarray:
+    """One float16 or float32 tensor of a safetensors file. Raises: ValueError, struct.error where it is not there."""
+    (length,) = struct.unpack_from("<Q", data, 0)
+    if length > min(len(data) - 8, 2**20):
+        raise ValueError(f"a header of {length} bytes")
+    header = json.loads(data[8 : 8 + length])
+    entry = header.get(name) if isinstance(header, dict) else None
+    if not isinstance(entry, dict):
+        raise ValueError(f"there is no tensor {name!r}")
+    if entry.get("dtype") not in _SAFETENSORS_TYPES:
+        raise ValueError(f"tensor {name!r} is {entry.get('dtype')}: F32 or F16 is read")
+    begin, end = entry["data_offsets"]
+    if not 0 <= begin <= end <= len(data) - 8 - length:
+        raise ValueError(f"tensor {name!r} lies outside the file")
+    return _array(data[8 + length + begin : 8 + length + end], _SAFETENSORS_TYPES[entry["dtype"]], entry["shape"])
+
+
+def _array(data: bytes, descr: str, shape: Any) -> np.ndarray:
+    sizes = tuple(shape)
+    if not all(isinstance(size, int) and size >= 0 for size in sizes) or len(sizes) > 8:
+        raise ValueError(f"shape {shape!r}")
+    expected = math.prod(sizes) * np.dtype(descr).itemsize
+    if len(data) != expected:
+        raise ValueError(f"{len(data)} bytes of data for shape {sizes}")
+    return np.frombuffer(data, dtype=descr).reshape(sizes)

@@ -1,0 +1,143 @@
+"""Loader processes: the same batches in the same order with any number of them, one restart, and no endless wait."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from multiprocessing.process import BaseProcess
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from evatool.core.errors import TransientError
+from evatool.data.train.dataset import Made, StepDataset
+
+log = logging.getLogger(__name__)
+
+_DEATH = "DataLoader worker"  # begins the RuntimeError for a process that is gone; one passed on says "Caught ..."
+
+
+def iterate_steps(
+    dataset: StepDataset,
+    positions: Callable[[], Sampler[int]],
+    *,
+    num_workers: int,
+    max_wait_sec: float,
+) -> Generator[Made, None, None]:
+    """What the dataset makes of each position, in order.
+
+    A process that dies is noticed within seconds; then all are started again at the batch that is due, which changes
+    nothing in what comes. Dying twice at one batch, or nothing for `max_wait_sec`, is an error.
+
+    Args:
+        positions: those that are still due, asked again after a restart.
+    Raises: TransientError as said; whatever the dataset raises.
+    """
+    has_failed = False
+    while True:
+        attempt = _Attempt(dataset, positions(), num_workers, max_wait_sec)
+        try:
+            for made in attempt:
+                yield made
+                has_failed = False
+            return
+        except (RuntimeError, OSError, EOFError) as err:
+            if not attempt.is_death(err):
+                raise
+            what = " ".join(str(err).split())
+            if attempt.has_hung or has_failed:
+                raise TransientError(
+                    f"no batch came for {max_wait_sec:g} s"
+                    if attempt.has_hung
+                    else f"a loader process died twice: {what}",
+                    where=f"processes {', '.join(map(str, attempt.pids))} of this rank",
+                    expected="a batch within data.max_wait_sec"
+                    if attempt.has_hung
+                    else "processes that live; the system kills them when memory runs out",
+                    fix="run the same command with --resume; fewer data.num_workers need less memory",
+                ) from err
+            log.warning("%s: the loader processes are started again at the batch that is due", what)
+            has_failed = True
+        finally:
+            attempt.close()
+
+
+class _Attempt:
+    """One set of loader processes. `pids` of them; `has_hung` once they were ended for taking too long."""
+
+    def __init__(self, dataset: StepDataset, positions: Sampler[int], num_workers: int, max_wait_sec: float) -> None:
+        before = set(multiprocessing.active_children())
+        self._iterator = iter(
+            DataLoader(
+                dataset,
+                batch_size=None,
+                sampler=positions,
+                num_workers=num_workers,
+                worker_init_fn=_ignore_interrupts,
+                generator=torch.Generator(),  # its draws must not come out of the training process's generator
+                pin_memory=torch.cuda.is_available(),  # so that `Batch.to` does not wait for the copy
+            )
+        )
+        if num_workers:
+            _leave_children_to_the_loader()
+        self._processes: list[BaseProcess] = sorted(
+            set(multiprocessing.active_children()) - before, key=lambda process: process.pid or 0
+        )
+        self.pids = [process.pid for process in self._processes]
+        self.has_hung = False
+        self._waiting_since: float | None = None
+        self._is_over = threading.Event()
+        if self._processes:
+            threading.Thread(target=self._watch, args=(max_wait_sec,), daemon=True, name="evatool-loader-watch").start()
+
+    def __iter__(self) -> Iterator[Made]:
+        while True:
+            self._waiting_since = time.monotonic()
+            try:
+                made = next(self._iterator)
+            except StopIteration:
+                return
+            finally:
+                self._waiting_since = None
+            yield made
+
+    def is_death(self, err: BaseException) -> bool:
+        """True where an error comes of a process that is gone, and not out of its work."""
+        if isinstance(err, RuntimeError):
+            return str(err).startswith(_DEATH)
+        # Tensors are handed over by the process that made them: its death in the middle is a broken connection.
+        is_broken = isinstance(err, ConnectionError | EOFError | FileNotFoundError)
+        return is_broken and bool(self._processes) and not str(err).startswith("Caught ")
+
+    def close(self) -> None:
+        """End the processes."""
+        self._is_over.set()
+        del self._iterator
+
+    def _watch(self, max_wait_sec: float) -> None:
+        while not self._is_over.wait(min(1.0, max_wait_sec / 4)):
+            since = self._waiting_since
+            if since is not None and time.monotonic() - since > max_wait_sec:
+                # The loader waits for its processes as long as they live.
+                self.has_hung = True
+                for process in self._processes:
+                    process.kill()
+                return
+
+
+def _leave_children_to_the_loader() -> None:
+    # The DataLoader has installed a handler that raises in whatever the training process is doing when a worker dies.
+    # Without it the death is noticed where the batch is waited for, every five seconds, and can be handled there.
+    if threading.current_thread() is threading.main_thread():
+        handler = signal.getsignal(signal.SIGCHLD)
+        if getattr(handler, "__module__", "") == "torch.utils.data._utils.signal_handling":
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def _ignore_interrupts(worker: int) -> None:
+    # Ctrl-C reaches the whole process group; the training process saves its state and ends the workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

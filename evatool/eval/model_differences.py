@@ -1,0 +1,134 @@
+"""What follows from several models' answers: averages, paired differences, intervals over seeds. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from evatool.eval.aggregate import AVERAGE, Combined, combined_figures, measures_for, paired
+from evatool.eval.intervals import over_seeds
+from evatool.eval.metrics import Measure, measure_named, measures_of
+from evatool.eval.predictions import Answers
+from evatool.eval.published import published_value
+from evatool.eval.results import DifferenceRow, EvalResults, ModelRecord, ResultRow, SeedRow, SetRecord
+from evatool.eval.suite import Suite
+
+AnswersOf = Mapping[tuple[str, str], Answers]
+"""By model and set."""
+
+
+def add_averages(results: EvalResults, answers: AnswersOf, suite: Suite) -> None:
+    """Rows and sets for the suite's averages and gaps, for every model that was measured on all of their sets."""
+    for figure in combined_figures(suite):
+        for model in results.models:
+            measures = _measures(figure, results, answers, model.name)
+            if measures is None:
+                continue
+            if all(s.name != figure.name for s in results.sets):
+                results.sets.append(_record(figure, suite))
+            results.results.append(_row(figure, results, model, measures))
+
+
+def add_differences(
+    results: EvalResults, answers: AnswersOf, suite: Suite | None, pairs: Sequence[tuple[str, str]]
+) -> None:
+    """Paired differences between models on every set, and on the averages that both have."""
+    how = {"num_resamples": results.num_bootstrap, "seed": results.seed}
+    for before, after in pairs:
+        for record in results.sets:
+            first, second = (answers.get((model, record.name)) for model in (before, after))
+            if first is None or second is None:
+                continue
+            later = {m.metric: m for m in measures_of(second)}
+            for a in measures_of(first):
+                if a.metric in later:
+                    change = a.difference_to(later[a.metric], **how)
+                    bounds = (change.value, change.low, change.high)
+                    results.differences.append(
+                        DifferenceRow(before, after, record.name, a.metric, *bounds, len(a.values))
+                    )
+        for figure in combined_figures(suite) if suite else ():
+            both = [_measures(figure, results, answers, model) for model in (before, after)]
+            if both[0] is None or both[1] is None:
+                continue
+            changes = paired(both[0], both[1])
+            change = figure.interval(changes, **how)
+            n = sum(len(m.values) for m in changes.values())
+            bounds = (change.value, change.low, change.high)
+            results.differences.append(DifferenceRow(before, after, figure.name, AVERAGE, *bounds, n))
+
+
+def add_seed_rows(results: EvalResults, answers: AnswersOf) -> None:
+    """The mean over training seeds for models of one recipe, with intervals that cover another seed as well."""
+    groups: dict[str, list[ModelRecord]] = {}
+    for model in results.models:
+        if model.recipe:
+            groups.setdefault(model.recipe, []).append(model)
+    for group in groups.values():
+        if len({m.train_seed for m in group}) < 2:
+            continue
+        names = [m.name for m in group]
+        for record in results.sets:
+            found = [answers.get((name, record.name)) for name in names]
+            if any(a is None for a in found):
+                continue
+            for metric in [m.metric for m in measures_of(found[0])]:  # type: ignore[arg-type]
+                measures = [m for a in found if a is not None and (m := measure_named(a, metric)) is not None]
+                interval = over_seeds([m.value for m in measures], _sample_deviation(measures, results))
+                results.over_seeds.append(
+                    SeedRow(names, record.name, metric, interval.value, interval.low, interval.high, len(names))
+                )
+
+
+def _sample_deviation(measures: Sequence[Measure], results: EvalResults) -> float:
+    """Standard deviation of the mean over seeds when the samples are drawn again, the same ones for every seed."""
+    mean = np.mean([m.values for m in measures], axis=0)
+    of_mean = Measure("", mean, 0.0, measures[0].clusters, measures[0].classes)
+    return float(of_mean.resamples(num_resamples=results.num_bootstrap, seed=(results.seed,)).std())
+
+
+def _measures(figure: Combined, results: EvalResults, answers: AnswersOf, model: str) -> dict[str, Measure] | None:
+    own = {set_name: a for (name, set_name), a in answers.items() if name == model}
+    return measures_for(figure, own, [s.name for s in results.sets if not s.partial])
+
+
+def _record(figure: Combined, suite: Suite) -> SetRecord:
+    return SetRecord(
+        name=figure.name,
+        title=figure.title,
+        phrase=figure.title.lower(),
+        about=figure.about,
+        kind="average",
+        variant=f"{suite.name}/{figure.name}",
+        n=0,
+        metric=figure.metric,
+    )
+
+
+def _row(figure: Combined, results: EvalResults, model: ModelRecord, measures: Mapping[str, Measure]) -> ResultRow:
+    interval = figure.interval(measures, num_resamples=results.num_bootstrap, seed=results.seed)
+    own = [r for r in results.results if r.model == model.name and r.set in figure.weights]
+    comparable = not any(s.not_comparable for s in results.sets if s.name in figure.weights)
+    published = published_value(model.preset, figure.name, AVERAGE, own[0].resize) if comparable else None
+    return ResultRow(
+        model=model.name,
+        fingerprint=model.fingerprint,
+        set=figure.name,
+        variant=f"{results.suite}/{figure.name}",
+        kind="average",
+        metric=AVERAGE,
+        value=interval.value,
+        low=interval.low,
+        high=interval.high,
+        chance=figure.chance(measures),
+        n=sum(len(m.values) for m in measures.values()),
+        num_classes=None,
+        seed=results.seed,
+        seconds=round(sum({r.set: r.seconds for r in own}.values()), 3),
+        precision=own[0].precision,
+        resize=own[0].resize,
+        decode=own[0].decode,
+        published=published.value if published else None,
+        published_source=published.source if published else "",
+    )

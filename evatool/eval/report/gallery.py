@@ -1,0 +1,187 @@
+"""Retrieval examples as pictures and captions that a report shows, kept in one file without other assets."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from evatool.core.errors import DataError
+from evatool.eval.results import write_atomically
+
+if TYPE_CHECKING:
+    from evatool.eval.tasks.retrieval import RetrievalExample
+
+Picture = bytes | Path | str
+"""An encoded picture, a file of one, or a ready `data:` URI."""
+
+_MAX_SIDE = 160  # pixels; a gallery tile is at most 96 CSS pixels wide
+_MAGIC = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp", b"GIF8": "image/gif"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """A picture, a caption, or both."""
+
+    picture: str | None = None  # data: URI
+    caption: str | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A candidate that was found."""
+
+    item: Item
+    is_right: bool
+    score: float  # cosine
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """One query with what was found, best first."""
+
+    direction: str  # "text_to_image" or "image_to_text"
+    query: Item
+    found: list[Found]
+    rank: int  # place of the best right candidate, from 1
+    num_candidates: int
+    right: Item | None  # the best right candidate where it is not among those found
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The clearest hits and misses of one model."""
+
+    model: str
+    set: str
+    best: list[Retrieval]
+    worst: list[Retrieval]
+
+
+@dataclass(frozen=True)
+class MissedPicture:
+    """A picture that was named wrong."""
+
+    picture: str  # data: URI
+    key: str
+    right: str
+    named: str
+
+
+def missed_picture(pixels: NDArray[np.uint8], key: str, right: str, named: str) -> MissedPicture:
+    """(H, W, 3) uint8 with its class and the one it was taken for."""
+    return MissedPicture(data_uri(encode_picture(pixels, _MAX_SIDE)), key, right, named)
+
+
+def data_uri(picture: Picture) -> str:
+    """A picture as a `data:` URI.
+
+    Raises: DataError if the file cannot be read, or the bytes are no PNG, JPEG, WebP or GIF.
+    """
+    if isinstance(picture, str) and picture.startswith("data:"):
+        return picture
+    where = str(picture) if isinstance(picture, str | Path) else "picture in memory"
+    try:
+        content = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read a picture of the report: {error}", where=where) from error
+    kind = next((mime for magic, mime in _MAGIC.items() if content.startswith(magic)), None)
+    if kind is None:
+        raise DataError("a picture of the report is in no known format", where=where, expected="PNG, JPEG, WebP or GIF")
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def encode_picture(pixels: NDArray[np.uint8], max_side: int | None = None) -> bytes:
+    """(H, W, 3) uint8 RGB as PNG bytes, shrunk to `max_side` pixels where larger."""
+    image = Image.fromarray(pixels)
+    if max_side and max(image.size) > max_side:
+        image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    image.save(out, "PNG", optimize=True)
+    return out.getvalue()
+
+
+def needed_pictures(examples: Sequence[RetrievalExample]) -> set[int]:
+    """Indices of the pictures that a gallery of these examples shows."""
+    needed: set[int] = set()
+    for example in examples:
+        if example.direction == "text_to_image":
+            needed.update(example.found, [example.right])
+        else:
+            needed.add(example.query)
+    return needed
+
+
+def build_gallery(
+    model: str,
+    set_name: str,
+    best: Sequence[RetrievalExample],
+    worst: Sequence[RetrievalExample],
+    *,
+    pictures: Mapping[int, NDArray[np.uint8]],
+    captions: Sequence[str],
+    num_pictures: int,
+) -> Gallery:
+    """Examples with their pictures, (H, W, 3) uint8 by index, and captions in place of indices."""
+    encoded: dict[int, str] = {}
+
+    def item(index: int, is_picture: bool) -> Item:
+        if not is_picture:
+            return Item(caption=captions[index])
+        if index not in encoded:
+            encoded[index] = data_uri(encode_picture(pictures[index], _MAX_SIDE))
+        return Item(picture=encoded[index])
+
+    def shown(example: RetrievalExample) -> Retrieval:
+        finds_pictures = example.direction == "text_to_image"
+        missing = not any(example.is_right)
+        return Retrieval(
+            direction=example.direction,
+            query=item(example.query, not finds_pictures),
+            found=[
+                Found(item(c, finds_pictures), right, round(score, 4))
+                for c, right, score in zip(example.found, example.is_right, example.scores, strict=True)
+            ],
+            rank=example.rank + 1,
+            num_candidates=num_pictures if finds_pictures else len(captions),
+            right=item(example.right, finds_pictures) if missing else None,
+        )
+
+    return Gallery(model, set_name, [shown(e) for e in best], [shown(e) for e in worst])
+
+
+def write_gallery(path: Path, gallery: Gallery) -> None:
+    """The gallery with its pictures as one JSON file; complete or not there."""
+    write_atomically(path, (json.dumps(asdict(gallery), ensure_ascii=False) + "\n").encode())
+
+
+def read_gallery(path: Path) -> Gallery:
+    """What `write_gallery` wrote.
+
+    Raises: DataError if the file is missing or has another layout.
+    """
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        best, worst = ([_retrieval(row) for row in table[key]] for key in ("best", "worst"))
+        return Gallery(table["model"], table["set"], best, worst)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"cannot read retrieval examples: {error}", where=str(path), fix="run evatool eval") from error
+
+
+def _retrieval(row: dict[str, Any]) -> Retrieval:
+    return Retrieval(
+        direction=row["direction"],
+        query=Item(**row["query"]),
+        found=[Found(Item(**f["item"]), f["is_right"], f["score"]) for f in row["found"]],
+        rank=row["rank"],
+        num_candidates=row["num_candidates"],
+        right=Item(**row["right"]) if row["right"] else None,
+    )

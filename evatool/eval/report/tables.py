@@ -1,0 +1,106 @@
+"""Results as CSV and Markdown. No torch."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from evatool.eval.report import wording as words
+from evatool.eval.results import EvalResults, ResultRow, write_atomically
+
+
+def write_csv(path: Path, results: EvalResults) -> None:
+    """One line a model, set and metric, with every key of a row of `results.json`; complete or not there."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [f.name for f in fields(ResultRow)], lineterminator="\n")
+    writer.writeheader()
+    for row in results.results:
+        writer.writerow(asdict(row))
+    write_atomically(path, out.getvalue().encode())
+
+
+def write_markdown(path: Path, results: EvalResults) -> None:
+    """Tables for a page or a pull request: numbers, published ones beside them, differences; complete or not there."""
+    write_atomically(path, markdown(results).encode())
+
+
+def markdown(results: EvalResults) -> str:
+    """The tables as text."""
+    lines = [f"# {results.title}", "", _how(results), ""]
+    names = [m.name for m in results.models]
+    lines += _table(["set", "metric", *names, "chance", "n"], [_numbers(results, *key) for key in _keys(results)])
+    beside = [row for row in results.results if row.published is not None]
+    if beside:
+        lines += ["", "## Beside published numbers", ""]
+        lines += _table(
+            ["model", "set", "metric", "here", "published", "difference", "source"],
+            [
+                [
+                    row.model,
+                    _title(results, row.set),
+                    words.label(row.metric),
+                    f"{words.percent(row.value)} {words.bounds(row.interval)}",
+                    words.percent(row.published or 0.0),
+                    words.signed_points(row.value - (row.published or 0.0)),
+                    row.published_source,
+                ]
+                for row in beside
+            ],
+        )
+    if results.differences:
+        lines += ["", "## Differences, paired over the same samples, in points", ""]
+        lines += _table(
+            ["after", "before", "set", "metric", "difference", "verdict"],
+            [
+                [
+                    *(d.after, d.before, _title(results, d.set), words.label(d.metric)),
+                    *(words.points(d.interval), words.verdict(d.interval)),
+                ]
+                for d in results.differences
+            ],
+        )
+    if results.over_seeds:
+        lines += ["", "## Over training seeds", ""]
+        lines += _table(
+            ["models", "set", "metric", "mean"],
+            [
+                [
+                    *(", ".join(s.models), _title(results, s.set), words.label(s.metric)),
+                    f"{words.percent(s.value)} {words.bounds(s.interval)}",
+                ]
+                for s in results.over_seeds
+            ],
+        )
+    for failure in results.failures:
+        lines += ["", f"Not evaluated: {failure.model} {failure.set or ''}: {failure.message.splitlines()[0]}"]
+    return "\n".join(lines) + "\n"
+
+
+def _how(results: EvalResults) -> str:
+    row = results.results[0] if results.results else None
+    how = f"precision {row.precision}, resize {row.resize}, decoding {row.decode}; " if row else ""
+    return f"{how}brackets are {results.level:.0%} intervals from {results.num_bootstrap:,} resamples."
+
+
+def _keys(results: EvalResults) -> list[tuple[str, str]]:
+    return [(s.name, metric) for s in results.sets for metric in results.metrics_of(s.name)]
+
+
+def _numbers(results: EvalResults, set_name: str, metric: str) -> list[str]:
+    rows = [results.row(m.name, set_name, metric) for m in results.models]
+    first = next(row for row in rows if row)
+    cells = [f"{words.percent(row.value)} {words.bounds(row.interval)}" if row else "–" for row in rows]
+    return [_title(results, set_name), words.label(metric), *cells, words.percent(first.chance), f"{first.n:,}"]
+
+
+def _title(results: EvalResults, set_name: str) -> str:
+    record = next(s for s in results.sets if s.name == set_name)
+    return f"{record.title} ({record.partial})" if record.partial else record.title
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    clean = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
+    lines = ["| " + " | ".join(row) + " |" for row in clean]
+    return [lines[0], "|" + " --- |" * len(header), *lines[1:]]

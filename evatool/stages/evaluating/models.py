@@ -1,0 +1,254 @@
+"""Models as evaluation needs them: whatever `load_clip` reads, stock open_clip names, whole or divided over ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from evatool.core.errors import DependencyError, UsageError
+from evatool.core.image_norm import CLIP_MEAN, CLIP_STD, normalize_images
+from evatool.data.tokenizer import build_tokenizer
+from evatool.distributed.engines.shard_weights import divide_weights, gathered_call, whole_state
+from evatool.distributed.world import World
+from evatool.eval.cache import FingerprintCache
+from evatool.eval.results import ModelRecord
+from evatool.inference.loaded_clip import DTYPES, LoadedClip, UnloadedClip, find_clip, load_clip
+from evatool.model.clip import build_clip
+from evatool.model.config import fingerprint_text
+from evatool.model.text import is_trimmable
+from evatool.model.vision import match_key_biases, restore_buffers
+from evatool.recipe.schema import EvalSection
+from evatool.stages.evaluating.training_recipes import recipe_of
+
+log = logging.getLogger(__name__)
+
+OPEN_CLIP = "open_clip:"
+_SHARE_OF_GPU = 0.8  # weights beyond this share of a GPU's memory leave no room for activations
+
+
+@dataclass
+class EvalModel:
+    """A model in eval mode with all that an evaluation asks of it.
+
+    Attributes:
+        device: as a string, "cpu" or "cuda:0".
+        trims_text: texts may be cut after their end.
+        in_step: the weights are divided over the ranks, so every rank must run every batch.
+        tokenizer_key: changes with what the tokenizer gives.
+        origin: what features depend on besides the picture or text: weights, arithmetic.
+        patch_tokens: (B, 3, S, S) -> projected patch tokens (B, N, E), or None where the tower has none.
+    """
+
+    record: ModelRecord
+    device: str
+    tokenizer: Callable[[list[str]], Tensor]
+    tokenizer_key: str
+    trims_text: bool
+    in_step: bool
+    origin: str
+    encode_image: Callable[[Tensor], Tensor]
+    encode_text: Callable[[Tensor], Tensor]
+    patch_tokens: Callable[[Tensor], Tensor] | None
+
+
+def load_model(name: str, source: str, section: EvalSection, world: World, cache: Path | None) -> EvalModel:
+    """The model that `source` names, on this rank's device.
+
+    Args:
+        name: in the report.
+        cache: folder of remembered fingerprints; None to compute them anew.
+    Raises: EvatoolError as `load_clip`; UsageError for an unknown open_clip name.
+    """
+    if source.startswith(OPEN_CLIP):
+        return _open_clip_model(name, source, section, world)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(section.seed)  # a preset's random weights are the same ones every time and on every rank
+        clip, in_step = _load(source, section.model_configs.get(name), section, world)
+    fingerprint = _fingerprint(clip, section.precision, cache)
+    record = ModelRecord(
+        name=name,
+        source=source,
+        fingerprint=fingerprint,
+        image_size=clip.image_size,
+        num_parameters=sum(p.numel() for p in clip.model.parameters()),
+        preset=clip.config.name,
+        weights=clip.source,
+        precision=section.precision,
+        **recipe_of(clip.source),
+    )
+    return EvalModel(
+        record=record,
+        device=str(clip.device),
+        tokenizer=clip.tokenizer,
+        tokenizer_key=f"clip-bpe/{clip.context_length}",
+        trims_text=is_trimmable(clip.model.text),
+        in_step=in_step,
+        origin=json.dumps([fingerprint, section.precision]),
+        encode_image=clip.encode_image,
+        encode_text=lambda tokens: _encode_text(clip.model, tokens.to(clip.device)),
+        patch_tokens=gathered_call(clip.model.visual, clip.visual_tokens) if in_step else clip.visual_tokens,
+    )
+
+
+def _load(source: str, model_config: str | None, section: EvalSection, world: World) -> tuple[LoadedClip, bool]:
+    """The model, and whether its weights are divided over the ranks."""
+    on_disk = Path(source).expanduser().exists()
+    if world.world_size > 1 and on_disk and section.shard_model != "never":
+        unloaded = find_clip(source, model_config)
+        shapes = (unloaded.tensors.shape(key) for key in unloaded.tensors)
+        size = sum(torch.Size(shape).numel() for shape in shapes) * DTYPES[section.precision].itemsize
+        if section.shard_model == "always" or not _fits(size, world.device):
+            return _divided(unloaded, section, world), True
+    elif section.shard_model == "always":
+        raise UsageError(
+            'eval.shard_model = "always" divides weights on disk over several ranks',
+            where=f"eval.models: {source}, {world.world_size} rank(s)",
+            fix="start several ranks (eval.processes, or torchrun), or leave eval.shard_model out",
+        )
+    return load_clip(source, model_config, section.precision, world.device), False
+
+
+def _fits(size: int, device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    return size <= _SHARE_OF_GPU * torch.cuda.get_device_properties(device).total_memory
+
+
+def _divided(unloaded: UnloadedClip, section: EvalSection, world: World) -> LoadedClip:
+    """Each rank holds its part of every weight; one tensor of the file is whole in memory at a time."""
+    with torch.device("meta"):
+        clip = build_clip(unloaded.config)
+    restore_buffers(clip)
+    divide_weights(clip, (clip.visual, clip.text), unloaded.tensors, world, DTYPES[section.precision])
+    match_key_biases(clip)
+    log.info("%s: weights divided over %d ranks", unloaded.source, world.world_size)
+    config = unloaded.config
+    return LoadedClip(
+        model=clip.eval().requires_grad_(False),
+        config=config,
+        source=unloaded.source,
+        preprocess=_no_preprocess,
+        tokenizer=build_tokenizer(config.context_length),
+        device=world.device,
+        stored_dtype=unloaded.stored_dtype,
+    )
+
+
+def _no_preprocess(picture: Any) -> Tensor:
+    raise RuntimeError("a model that is divided over ranks is given decoded pictures")
+
+
+def _fingerprint(clip: LoadedClip, precision: str, cache: Path | None) -> str:
+    """`LoadedClip.fingerprint`, remembered by path, size and time of the files it was read from."""
+    about = (fingerprint_text(clip.config), precision)
+    files = _files(clip.source)
+    remembered = FingerprintCache(cache) if cache is not None and files else None
+    found = remembered.get(files, *about) if remembered else None
+    if found is None:
+        found = _digest(clip)
+        if remembered and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):
+            remembered.put(found, files, *about)
+    return found
+
+
+def _digest(clip: LoadedClip) -> str:
+    """As `LoadedClip.fingerprint`, also of divided weights; every rank must call it then."""
+    digest = hashlib.sha256(fingerprint_text(clip.config).encode())
+    for name, tensor in whole_state(clip.model):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Text features of tokens (B, L) of any L up to the context, through the tower's own call: divided weights come
+    together there."""
+    tower = model.text
+    assert isinstance(tower, nn.Module)
+    length = tokens.shape[1]
+    if not is_trimmable(tower):
+        return tower(tokens)
+    # open_clip slices the position table to the text but not the causal mask, so the mask is handed in sliced
+    return functional_call(tower, {"attn_mask": tower.attn_mask[:length, :length]}, (tokens,))  # type: ignore[index]
+
+
+def _files(source: str) -> list[Path]:
+    """Files of weights at a path; none for random weights."""
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    suffixes = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json")
+    found = path.rglob("*") if path.is_dir() else ()
+    return sorted(p for p in found if p.is_file() and p.name.endswith(suffixes))
+
+
+# ------------------------------------------------------------------------------------------------------- open_clip
+
+
+def _open_clip_model(name: str, source: str, section: EvalSection, world: World) -> EvalModel:
+    """A model by its name in open_clip: `open_clip:NAME/PRETRAINED`; random weights without PRETRAINED."""
+    import open_clip
+
+    architecture, _, pretrained = source.removeprefix(OPEN_CLIP).partition("/")
+    if architecture not in open_clip.list_models():
+        raise UsageError(
+            f"open_clip has no model {architecture!r}",
+            where=f"eval.models: {source}",
+            expected="a name of open_clip.list_models(), and after a slash one of its pretrained tags",
+        )
+    precision = {"fp32": "fp32", "bf16": "pure_bf16", "fp16": "pure_fp16"}[section.precision]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(section.seed)
+            model = open_clip.create_model(
+                architecture, pretrained or None, precision=precision, device=world.device, output_dict=False
+            )
+    except (OSError, RuntimeError) as error:
+        raise DependencyError(
+            f"open_clip cannot load {source}: {str(error).splitlines()[0]}",
+            fix=f"check the tag against open_clip.list_pretrained_tags_by_model({architecture!r}), and the network",
+        ) from error
+    model = model.eval().requires_grad_(False)
+    preprocess = open_clip.get_model_preprocess_cfg(model)
+    size = preprocess["size"] if isinstance(preprocess["size"], int) else preprocess["size"][0]
+    mean, std = preprocess.get("mean") or CLIP_MEAN, preprocess.get("std") or CLIP_STD
+    dtype = DTYPES[section.precision]
+    digest = hashlib.sha256(architecture.encode())
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    fingerprint = digest.hexdigest()
+    record = ModelRecord(
+        name=name,
+        source=source,
+        fingerprint=fingerprint,
+        image_size=size,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        preset=architecture,
+        weights=f"open_clip {architecture}" + (f", {pretrained}" if pretrained else ", random weights"),
+        precision=section.precision,
+    )
+    tokenizer = open_clip.get_tokenizer(architecture)
+    trims = hasattr(model, "text") and is_trimmable(model.text)
+    return EvalModel(
+        record=record,
+        device=str(world.device),
+        tokenizer=tokenizer,
+        tokenizer_key=f"open_clip/{architecture}",
+        trims_text=trims,
+        in_step=False,
+        origin=json.dumps([fingerprint, section.precision]),
+        encode_image=lambda image: model.encode_image(normalize_images(image, mean, std, dtype)).float(),
+        encode_text=lambda tokens: (_encode_text(model, tokens) if trims else model.encode_text(tokens)).float(),
+        patch_tokens=None,
+    )

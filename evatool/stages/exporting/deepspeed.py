@@ -1,0 +1,86 @@
+"""A training checkpoint for people who go on in DeepSpeed: `evatool export` with `format = "deepspeed"`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from evatool.checkpoint.layout import MODEL_PREFIX
+from evatool.checkpoint.load import latest_checkpoint, load_checkpoint
+from evatool.core.batch import Result
+from evatool.core.errors import UsageError
+from evatool.export.deepspeed_universal import WRITTEN_FOR, write_universal
+from evatool.formats.safetensors import TensorMap, shape_of
+from evatool.recipe.schema import ExportRecipe
+from evatool.runs.run_dir import RunOptions, open_run_dir
+
+
+def run(recipe: ExportRecipe, run: RunOptions) -> Result:
+    """Write the checkpoint as DeepSpeed's universal one into the run folder.
+
+    Raises: UsageError where there is no training checkpoint; CheckpointError where it is damaged.
+    """
+    source = Path(recipe.export.checkpoint).expanduser()
+    path = source if (source / "MANIFEST.json").is_file() else latest_checkpoint(source) if source.is_dir() else None
+    if path is None:
+        raise UsageError(
+            f"there is no training checkpoint at {recipe.export.checkpoint!r}",
+            where="export.checkpoint",
+            expected="the run folder of a training stage, or one of its checkpoints/step_*",
+            fix="exports of weights alone have no optimiser state: name the run they came from",
+        )
+    saved = load_checkpoint(path)
+    run_dir = open_run_dir(recipe, run)
+    plain = lambda name: name.removeprefix(MODEL_PREFIX)  # noqa: E731
+    files = write_universal(
+        run_dir.path,
+        path.name,
+        weights=_Renamed(saved.objective_state, {plain(name): name for name in saved.objective_state}),
+        moments=_Renamed(saved.optimizer_state, {_plain_moment(name): name for name in saved.optimizer_state}),
+        groups=[group | {"parameters": [plain(name) for name in group["parameters"]]} for group in saved.groups],
+        step=saved.step,
+        samples_seen=saved.train_state["samples_seen"],
+        num_updates=int(saved.optimizer_state["num_updates"]),
+    )
+    size = sum(file.stat().st_size for file in files)
+    return Result(
+        stage="export",
+        run_dir=run_dir.path,
+        outputs={"checkpoint": run_dir.path / path.name},
+        metrics={"step": saved.step, "files": len(files), "bytes": size},
+        next_command=f"engine.load_checkpoint({str(run_dir.path.resolve())!r})",
+        table=[
+            ["", ""],
+            ["format", f"DeepSpeed universal checkpoint ({WRITTEN_FOR})"],
+            ["step", str(saved.step)],
+            ["configuration needs", '"checkpoint": {"load_universal": true}'],
+            ["size", f"{size / 1e6:.1f} MB"],
+        ],
+    )
+
+
+def _plain_moment(name: str) -> str:
+    moment, dot, parameter = name.partition(f".{MODEL_PREFIX}")
+    return f"{moment}.{parameter}" if dot else name
+
+
+class _Renamed(TensorMap):
+    """Tensors of files under other names."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+        self._tensors, self._names = tensors, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._names[name]]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Without reading."""
+        return shape_of(self._tensors, self._names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -1,0 +1,102 @@
+"""What a student learns from: its teachers, their stores, and the batches that serve them all."""
+
+# B batch, T teacher's embedding
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from evatool.core.batch import Batch
+from evatool.core.errors import RecipeError
+from evatool.data.feature_store.store import FeatureStore, StoreSpec, Views
+from evatool.data.train.loader import TrainLoader
+from evatool.model.config import ModelConfig
+from evatool.recipe.schema import DistillRecipe, DistillTeacherSection
+from evatool.recipe.schema.distill import EMBEDDINGS
+from evatool.stages.store_features import StoreWork
+from evatool.stages.training import build as wiring
+from evatool.stages.training.teachers import LazyTeacher, open_clip_teacher, required_store_path, views_of
+from evatool.teachers.base import Teacher, teacher_features
+
+
+@dataclass
+class DistillData:
+    """Teachers as the objective has them, and the training batches."""
+
+    teachers: list[Teacher]
+    loader: TrainLoader
+    views: Views | None
+    live: list[ModelConfig]
+    """Of the teachers that run at every step."""
+
+
+def open_distill_data(job: wiring.Job, recipe: DistillRecipe, config: ModelConfig) -> DistillData:
+    """Every rank calls it. Raises: RecipeError, DataError where a store is missing its folder or is another's.
+
+    Args:
+        config: of the student.
+    """
+    sections = recipe.all_teachers
+    for section in sections.values():
+        if section.store is not None:
+            required_store_path(section.store, recipe.data)  # on every rank, before one of them reads a teacher
+    opened = {name: open_clip_teacher(job, section) for name, section in sections.items()}
+    specs = tuple(_spec(name, sections[name], clip) for name, clip in opened.items() if sections[name].store)
+    store = next(iter(sections.values())).store
+    views = None if store is None else views_of(store, specs)
+    loader = wiring.build_job_loader(
+        job,
+        config,
+        context_length=max(config.context_length, *(clip.context_length for clip in opened.values())),
+        teacher_size=[clip.image_size for clip in opened.values()],
+        views=views,
+    )
+    teachers = [_teacher(name, sections[name], clip, loader) for name, clip in opened.items()]
+    live = [clip.config for name, clip in opened.items() if sections[name].store is None]
+    return DistillData(teachers, loader, views, live)
+
+
+def open_store_work(job: wiring.Job, recipe: DistillRecipe) -> StoreWork:
+    """For filling the recipe's stores ahead of time."""
+    data = open_distill_data(job, recipe, wiring.clip_config(recipe.model))
+    features: dict[str, Callable[[Batch], Tensor]] = {
+        t.store.spec.name: partial(_rows, t) for t in data.teachers if isinstance(t.store, FeatureStore)
+    }
+    sizes = sorted({teacher.image_size for teacher in data.teachers if teacher.image_size is not None})
+    return StoreWork(data.loader, features, sizes)
+
+
+def _rows(teacher: Teacher, batch: Batch) -> Tensor:
+    """What a store keeps of a batch: (B, 2, T), image and text embedding of unit length."""
+    return torch.stack(teacher_features(teacher, batch), dim=1)
+
+
+def _spec(name: str, section: DistillTeacherSection, clip: LazyTeacher) -> StoreSpec:
+    assert section.store is not None
+    assert section.store.path is not None
+    facts = {"teacher": clip.facts.fingerprint, "teacher.picture": clip.image_size}
+    return StoreSpec(name or EMBEDDINGS, section.store.path, (2, clip.embed_dim), facts)
+
+
+def _teacher(name: str, section: DistillTeacherSection, clip: LazyTeacher, loader: TrainLoader) -> Teacher:
+    if clip.facts.config is None:
+        raise RecipeError(
+            f"{section.model} is no CLIP: it has no text tower to learn from",
+            where=f"teachers.{name}.model" if name else "teacher.model",
+            fix="name a CLIP; a model of pictures alone can teach pretrain-mim",
+        )
+    return Teacher(
+        clip,
+        clip.embed_dim,
+        name,
+        section.weight,
+        scale=None if section.temperature is None else 1 / section.temperature,
+        bias=section.bias,
+        image_size=clip.image_size,
+        store=loader.stores.get(name or EMBEDDINGS),
+    )

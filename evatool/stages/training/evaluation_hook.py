@@ -1,0 +1,113 @@
+"""Zero-shot evaluation while a model trains, on chosen sets of a suite, every rank taking its share of the pictures."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from evatool.core.batch import LossDict
+from evatool.core.image_norm import normalize_images
+from evatool.data.eval.sets import EvalSet, open_eval_set
+from evatool.data.image.eval_transforms import EvalTransform
+from evatool.data.tokenizer import build_tokenizer
+from evatool.distributed.engines.amp import autocast
+from evatool.distributed.world import World
+from evatool.eval.suite import find_sets, load_suite
+from evatool.eval.tasks.retrieval import encode_pairs, retrieve
+from evatool.eval.tasks.zero_shot import classify
+from evatool.model.config import ModelConfig
+from evatool.model.text import encode_text, is_trimmable
+from evatool.recipe.schema import EvaluateSection
+from evatool.train.hooks.base import Hook
+from evatool.train.state import TrainState
+from evatool.train.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+class Evaluation(Hook):
+    """Puts `eval/<set>/top1`, or `eval/<set>/t2i_r5` and `i2t_r5`, into the records of every `every_steps`-th step.
+
+    Listed before the hooks that write records. The weights are whole while it runs, on every engine; the arithmetic is
+    the run's own precision.
+
+    Args:
+        section: the recipe's `[evaluate]`.
+        model: the CLIP model within the objective.
+        config: its configuration.
+    Raises: DataError, at once, where a set is missing or wrong.
+    """
+
+    def __init__(
+        self, section: EvaluateSection, model: nn.Module, config: ModelConfig, world: World, precision: str
+    ) -> None:
+        self._every_steps, self._model, self._device = section.every_steps, _Towers(model), world.device
+        self._precision, self._in_step = precision, world.world_size > 1
+        self._trims_text = is_trimmable(model.text)
+        self._tokenizer = build_tokenizer(config.context_length)
+        suite = load_suite(section.suite)
+        chosen = [entry for entry in suite.chosen(section.sets) if entry.compose is None]
+        folders = find_sets(section.data, suite, chosen)
+        self._sets: Sequence[EvalSet] = [
+            open_eval_set(
+                folders[entry.name],
+                transform=EvalTransform(config.image_size),
+                batch_size=section.batch_size,
+                split=entry.split,
+                rank=world.rank,
+                world_size=world.world_size,
+                name=entry.name,
+                prompts=entry.prompts,
+            )
+            for entry in chosen
+        ]
+
+    def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
+        if state.step % self._every_steps == 0 or state.step == trainer.num_steps:
+            figures = self._evaluate(trainer)
+            trainer.record |= figures
+            log.info("step %d  %s", state.step, "  ".join(f"{key} {value:.4f}" for key, value in figures.items()))
+
+    def _evaluate(self, trainer: Trainer) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        was_training = trainer.objective.training
+        trainer.objective.eval()
+        try:
+            with torch.no_grad(), trainer.engine.whole_weights(), autocast(self._precision, self._device):
+                for opened in self._sets:
+                    figures |= self._figures(opened)
+        finally:
+            trainer.objective.train(was_training)
+        return figures
+
+    def _figures(self, opened: EvalSet) -> dict[str, float]:
+        device = str(self._device)
+        how = {"device": device, "trim_text": self._trims_text, "in_step": self._in_step}
+        if opened.kind == "classification":
+            answers = classify(self._model, self._tokenizer, opened, **how)  # type: ignore[arg-type]
+            return {f"eval/{opened.name}/top1": float(answers.correct(1).mean())}
+        pairs = encode_pairs(self._model, self._tokenizer, opened, **how)  # type: ignore[arg-type]
+        found = retrieve(pairs, device=device)
+        return {
+            f"eval/{opened.name}/t2i_r5": float(found.hits("text_to_image", 5).mean()),
+            f"eval/{opened.name}/i2t_r5": float(found.hits("image_to_text", 5).mean()),
+        }
+
+
+class _Towers:
+    """A CLIP model in training with the face of a loaded one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        dtype = next(self._model.parameters()).dtype
+        pixels = normalize_images(image, dtype=dtype) if image.dtype == torch.uint8 else image
+        return self._model.encode_image(pixels).float()  # type: ignore[operator]
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        # Texts of about one length come together, and a rank may have fewer of them than another: one pass on each.
+        return encode_text(self._model, tokens, max_groups=1).float()

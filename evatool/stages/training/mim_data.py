@@ -1,0 +1,102 @@
+"""What a student of masked image modelling learns from: its teacher, masks, batches, and what is stored of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from evatool.core.errors import RecipeError
+from evatool.data.feature_store.store import StoreSpec, Views
+from evatool.data.train.loader import TrainLoader
+from evatool.data.train.masking import MaskSpec
+from evatool.model.presets import ModelConfig, resolve_preset
+from evatool.recipe import schema
+from evatool.recipe.schema import PretrainMimRecipe
+from evatool.stages.training import build as wiring
+from evatool.stages.training.teachers import (
+    LazyTeacher,
+    PatchTeacher,
+    open_patch_teacher,
+    required_store_path,
+    views_of,
+)
+
+STORE = "patches"
+"""Name of the store of a teacher's patch features."""
+
+
+@dataclass
+class MimData:
+    """What the student learns from."""
+
+    shape: ModelConfig
+    """Of the student."""
+    mask: MaskSpec
+    teacher: LazyTeacher
+    patches: PatchTeacher
+    """The teacher on the student's grid."""
+    views: Views | None
+    loader: TrainLoader
+
+
+def open_mim_data(job: wiring.Job, recipe: PretrainMimRecipe) -> MimData:
+    """Teacher, masks and batches. Raises: RecipeError where the student predicts features of another width."""
+    shape = resolve_preset(recipe.model.preset).with_image_size(recipe.model.image_size)
+    check_decoder(shape, recipe)
+    return open_masked_data(job, shape, recipe.objective, recipe.teacher)
+
+
+def open_masked_data(
+    job: wiring.Job,
+    shape: ModelConfig,
+    masks: schema.MimObjective | schema.JointMim,
+    section: schema.PatchTeacherSection,
+    *,
+    context_length: int = 0,
+) -> MimData:
+    """The same for a student of this shape, with captions where they are asked for."""
+    masking = masks.masking if isinstance(masks, schema.MimObjective) else "blocks"
+    mask = MaskSpec(shape.grid, masks.mask_ratio, masks.min_block_fraction, masking)
+    generator = mask.generator()  # here, so that masks that cannot be drawn are said before anything is loaded
+    teacher = open_patch_teacher(job, section)
+    check_widths(shape, teacher)
+    views, store = None, section.store
+    if store is not None:
+        patches = generator.num_masked if store.masked_only else shape.grid[0] * shape.grid[1]
+        spec = StoreSpec(
+            STORE,
+            required_store_path(store, job.recipe.data),
+            (patches, teacher.facts.width),
+            {"teacher": teacher.facts.fingerprint, "grid": list(shape.grid)},
+            masked_only=store.masked_only,
+        )
+        views = views_of(store, (spec,))
+    loader = wiring.build_job_loader(
+        job, shape, context_length=context_length, mask=mask, teacher_size=teacher.image_size, views=views
+    )
+    return MimData(shape, mask, teacher, PatchTeacher(teacher, shape.grid), views, loader)
+
+
+def check_decoder(student: ModelConfig, recipe: PretrainMimRecipe) -> None:
+    """Raises: RecipeError, with all problems, for settings that a masked autoencoder cannot follow."""
+    if student.decoder is None:
+        return
+    problems = []
+    if recipe.objective.masking != "random":
+        problems.append('objective.masking must be "random": blocks hide different numbers of patches')
+    if recipe.model.patch_embed_grad_scale != 1.0:
+        problems.append("model.patch_embed_grad_scale must be 1.0: it has no mask token among its patches")
+    if problems:
+        raise RecipeError(f"{student.name} is a masked autoencoder", problems=problems, where="model.preset")
+
+
+def check_widths(student: ModelConfig, teacher: LazyTeacher) -> None:
+    """Raises: RecipeError where the student's preset says how wide the features are, and the teacher's are not."""
+    if student.predict_dim is None or student.predict_dim == teacher.facts.width:
+        return
+    raise RecipeError(
+        f"{student.name} predicts {student.predict_dim} features a patch, the teacher {teacher.facts.name} gives "
+        f"{teacher.facts.width}",
+        where="model.preset and teacher.model",
+        expected=f"a teacher with {student.predict_dim} features",
+        fix="choose such a teacher, or a CLIP preset as the student: its image tower predicts any width",
+    )

@@ -1,0 +1,113 @@
+"""One optimiser step's gradients from batches that do not fit at once, equal to those of the whole batch.
+
+Source: GradCache (arXiv 2101.06983). Parity: tests/train/test_micro_batches.py, tests/dist/test_small_batches.py.
+"""
+
+# b this rank's samples of a step, m of a small batch, K = b / m small batches
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evatool.core.batch import Batch, LossDict
+from evatool.distributed.engines.amp import poisoned_if_not_finite
+from evatool.distributed.engines.build import Engine
+
+Gate = Callable[[Tensor], Tensor]
+"""A step's loss -> the factor on its gradient: 1, or NaN where the step is to be skipped on every rank."""
+
+
+def forward_backward(
+    engine: Engine, objective: nn.Module, batch: Batch, *, micro_batch_size: int, seed: int, gate: Gate
+) -> LossDict:
+    """Losses of one step, detached, with their gradients in the engine; every rank calls it.
+
+    An objective with features (`encode`, `losses`) keeps all samples of the batch as negatives: features of every small
+    batch, the loss between all of them once, then every small batch with its features' gradients. The last small batch
+    keeps its graph from the first pass, so there are K - 1 forward passes more than in a batch taken whole. Both passes
+    of a small batch draw the same random numbers, so dropout hits the same numbers. Any other objective is a mean over
+    samples or patches, and its small batches' gradients are added up by their shares of it.
+
+    Args:
+        micro_batch_size: samples of this rank that go through the model at once; divides the batch.
+        seed: of this step's random numbers on this rank.
+    """
+    size = len(batch.keys)
+    chunks = [batch.rows(slice(first, first + micro_batch_size)) for first in range(0, size, micro_batch_size)]
+    if len(chunks) == 1:
+        torch.manual_seed(seed)
+        losses = engine.forward(batch)
+        engine.backward(losses["loss"] * gate(losses["loss"].detach()))
+        return {name: loss.detach() for name, loss in losses.items()}
+    seeds = [(seed + 0x9E3779B97F4A7C15 * (number + 1)) & (2**63 - 1) for number in range(len(chunks))]
+    if hasattr(objective, "encode"):
+        return _with_features(engine, objective, batch, chunks, seeds, gate)
+    return _by_shares(engine, objective, chunks, seeds, gate)
+
+
+def _with_features(
+    engine: Engine, objective: Any, batch: Batch, chunks: Sequence[Batch], seeds: Sequence[int], gate: Gate
+) -> LossDict:
+    first_pass: list[dict[str, Tensor]] = []
+    for number, (chunk, seed) in enumerate(zip(chunks, seeds, strict=True), start=1):
+        torch.manual_seed(seed)
+        is_last = number == len(chunks)
+        with nullcontext() if is_last else torch.no_grad(), engine.no_sync():
+            first_pass.append(engine.forward(chunk, part="features"))
+    kept = first_pass[-1]
+    leaves = {
+        name: (_joined(name, first_pass)).detach().requires_grad_(feature.requires_grad)
+        for name, feature in kept.items()
+    }
+    whole = chunks[0].rows(slice(0, 0))  # the loss looks at no picture
+    whole.caption_id = None if batch.caption_id is None else batch.caption_id.to(engine.device, non_blocking=True)
+    losses = objective.losses(leaves, whole)
+    learned = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    loss = poisoned_if_not_finite(losses["loss"]) * gate(losses["loss"].detach())
+    found = torch.autograd.grad(loss, list(learned.values()), allow_unused=True)
+    grads = {name: grad for name, grad in zip(learned, found, strict=True) if grad is not None}
+
+    rows_of = iter(range(0, len(batch.keys), len(chunks[0].keys)))
+    slices = [slice(first, first + len(chunks[0].keys)) for first in rows_of]
+    of_last = {name: grad if grad.dim() == 0 else grad[slices[-1]] for name, grad in grads.items()}
+    with engine.no_sync():  # its graph is there already; the scalars' gradient goes with it
+        engine.backward(_surrogate(kept, of_last))
+    for number, (chunk, seed, rows) in enumerate(zip(chunks[:-1], seeds, slices, strict=False), start=1):
+        of_chunk = {name: grad[rows] for name, grad in grads.items() if grad.dim() > 0}
+        torch.manual_seed(seed)
+        with nullcontext() if number == len(chunks) - 1 else engine.no_sync():
+            engine.backward(engine.forward(chunk, part="encoding", gradients=of_chunk)["loss"])
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+def _joined(name: str, parts: Sequence[dict[str, Tensor]]) -> Tensor:
+    """One feature of the whole batch; scalars are the same in every part."""
+    return parts[0][name] if parts[0][name].dim() == 0 else torch.cat([part[name] for part in parts])
+
+
+def _surrogate(features: dict[str, Tensor], gradients: dict[str, Tensor]) -> Tensor:
+    """A scalar with these gradients with respect to the features."""
+    parts = [(features[name] * grad).sum() for name, grad in gradients.items()]
+    return torch.stack([part.to(parts[0].dtype) for part in parts]).sum()
+
+
+def _by_shares(engine: Engine, objective: Any, chunks: Sequence[Batch], seeds: Sequence[int], gate: Gate) -> LossDict:
+    shares = objective.shares(chunks)
+    sums: LossDict = {}
+    for number, (chunk, seed, share) in enumerate(zip(chunks, seeds, shares, strict=True), start=1):
+        torch.manual_seed(seed)
+        is_last = number == len(chunks)
+        with nullcontext() if is_last else engine.no_sync():
+            losses = engine.forward(chunk)
+            for name, value in losses.items():
+                weighted = value.detach() * (share if name == "loss" else 1 / len(chunks))
+                sums[name] = weighted + sums[name] if name in sums else weighted
+            # The whole loss is known with the last part; where it closes the gate, that part's gradient says so.
+            passed = gate(sums["loss"]) if is_last else 1.0
+            engine.backward(losses["loss"] * share * passed)
+    return sums

@@ -1,0 +1,73 @@
+"""A moving average of the weights, kept beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from evatool.core.batch import LossDict
+from evatool.distributed.engines.sharded_state import HeldPiece, HeldState, read_piece
+from evatool.train.hooks.base import Hook
+from evatool.train.state import SavedRun, TrainState
+
+if TYPE_CHECKING:
+    from evatool.train.trainer import Trainer
+
+PREFIX, MODEL = "ema.", "model."
+
+
+class WeightAverage(Hook):
+    """average = d average + (1 - d) weights after every step, d = min(decay, (1 + step) / (10 + step)).
+
+    Each rank averages the numbers it holds, so it works on every engine and costs a rank one copy of them. Checkpoints
+    keep that of the model's weights; a run that is resumed or rolled back takes it from there.
+
+    Args:
+        decay: of the average.
+        saved: the checkpoint that the run goes on from.
+    Source: the rising decay is TensorFlow's `ExponentialMovingAverage` with `num_updates`.
+    """
+
+    def __init__(self, decay: float, saved: SavedRun | None = None) -> None:
+        self._decay, self._saved = decay, saved
+        self._average: dict[tuple[str, int], Tensor] = {}
+
+    def at_start(self, trainer: Trainer) -> None:
+        if self._saved is not None:
+            self.load(self._saved, trainer)
+        else:
+            self._average = {key: values.clone() for key, values in _floats(trainer.engine.held_model()).items()}
+
+    def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
+        weight = 1 - min(self._decay, (1 + state.step) / (10 + state.step))
+        live = _floats(trainer.engine.held_model())
+        if live:  # a rank that is no writer of whole weights averages none
+            torch._foreach_lerp_([self._average[key] for key in live], list(live.values()), weight)
+
+    def held(self, trainer: Trainer) -> HeldState:
+        whole = trainer.engine.held_model()
+        names = [name for name, dtype in whole.dtypes.items() if _is_averaged(name, dtype)]
+        average = HeldState({name: whole.shapes[name] for name in names}, {name: whole.dtypes[name] for name in names})
+        average.pieces = [HeldPiece(name, start, values) for (name, start), values in self._average.items()]
+        return average.renamed({name: PREFIX + name for name in names})
+
+    def load(self, saved: SavedRun, trainer: Trainer) -> None:
+        held, average = trainer.engine.held_model(), saved.averaged_state
+        self._average = {
+            (name, start): read_piece(average, PREFIX + name, start, values.numel(), held.shapes[name])
+            .to(values.device, values.dtype)
+            .clone()
+            for (name, start), values in _floats(held).items()
+        }
+
+
+def _floats(held: HeldState) -> Mapping[tuple[str, int], Tensor]:
+    """The model's floating-point numbers that this rank holds, by name and start."""
+    return {(p.name, p.start): p.values for p in held.pieces if _is_averaged(p.name, p.values.dtype)}
+
+
+def _is_averaged(name: str, dtype: torch.dtype) -> bool:
+    return name.startswith(MODEL) and dtype.is_floating_point

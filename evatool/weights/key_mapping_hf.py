@@ -1,0 +1,97 @@
+"""The names that transformers gives to CLIP (OpenAI's and LAION's) and that BAAI's remote code gives to EVA-CLIP."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+from evatool.formats.mapped_tensors import PROJECTION, TOWER, Source, TowerKind
+
+_LAYER = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)")
+_IN_BLOCK = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj"}
+_IN_BLOCK |= {"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+_IN_EVA_BLOCK = {"layer_norm1": "norm1", "layer_norm2": "norm2", "self_attn.out_proj": "attn.proj"}
+_IN_EVA_BLOCK |= {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+
+_TEXT = {
+    "text_model.embeddings.token_embedding.weight": "text.token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "text.positional_embedding",
+    "text_model.final_layer_norm.weight": "text.ln_final.weight",
+    "text_model.final_layer_norm.bias": "text.ln_final.bias",
+    "logit_scale": "logit_scale",
+}
+_VISION = "vision_model."
+_VIT = {
+    "embeddings.class_embedding": "visual.class_embedding",
+    "embeddings.patch_embedding.weight": "visual.conv1.weight",
+    "embeddings.position_embedding.weight": "visual.positional_embedding",
+    "pre_layrnorm.weight": "visual.ln_pre.weight",  # transformers' own spelling
+    "pre_layrnorm.bias": "visual.ln_pre.bias",
+    "post_layernorm.weight": "visual.ln_post.weight",
+    "post_layernorm.bias": "visual.ln_post.bias",
+}
+_EVA = {
+    "embeddings.patch_embedding.weight": f"{TOWER}patch_embed.proj.weight",
+    "embeddings.patch_embedding.bias": f"{TOWER}patch_embed.proj.bias",
+    "post_layernorm.weight": f"{TOWER}norm.weight",
+    "post_layernorm.bias": f"{TOWER}norm.bias",
+}
+
+
+def is_transformers(names: set[str]) -> bool:
+    """Whether the names are transformers' of a model with a CLIP image tower."""
+    return f"{_VISION}embeddings.patch_embedding.weight" in names
+
+
+def transformers_sources(keys: Mapping[str, str]) -> tuple[dict[str, Source], TowerKind]:
+    """Our names -> where their tensors come from, and the kind of image tower.
+
+    OpenAI's ViT has a norm before its blocks, EVA's has none. Attention's three matrices are one in our models.
+
+    Args:
+        keys: name without wrappers -> key in the file.
+    """
+    is_vit = f"{_VISION}pre_layrnorm.weight" in keys
+    vision = _VIT if is_vit else _EVA
+    sources: dict[str, Source] = {}
+    for name, key in keys.items():
+        layer = _LAYER.fullmatch(name)
+        if layer:
+            ours = _layer_name(*layer.groups(), is_vit=is_vit)
+            sources[ours] = Source((*sources.get(ours, Source(())).keys, key))
+        elif name == "text_projection.weight":
+            sources["text.text_projection"] = Source((key,), transposed=True)
+        elif name == "visual_projection.weight":
+            sources["visual.proj" if is_vit else PROJECTION] = Source((key,), transposed=is_vit)
+        elif name in _TEXT:
+            sources[_TEXT[name]] = Source((key,))
+        elif name.startswith(_VISION) and name.removeprefix(_VISION) in vision:
+            sources[vision[name.removeprefix(_VISION)]] = Source((key,))
+        elif not is_vit and name == f"{_VISION}embeddings.class_embedding":
+            sources[f"{TOWER}cls_token"] = Source((key,), lead=2)
+        elif not is_vit and name == f"{_VISION}embeddings.position_embedding.weight":
+            sources[f"{TOWER}pos_embed"] = Source((key,), lead=1)
+        else:
+            sources[name] = Source((key,))  # has no place in the model: named when it is loaded
+    return _in_qkv_order(sources), "clip-vit" if is_vit else "eva"
+
+
+def _layer_name(tower: str, number: str, rest: str, *, is_vit: bool) -> str:
+    part, leaf = rest.rsplit(".", 1)
+    is_eva = tower == "vision" and not is_vit
+    prefix = f"{TOWER}blocks.{number}." if is_eva else f"{_PREFIX[tower]}transformer.resblocks.{number}."
+    if part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+        return f"{prefix}attn.qkv.{leaf}" if is_eva else f"{prefix}attn.in_proj_{leaf}"
+    return f"{prefix}{(_IN_EVA_BLOCK if is_eva else _IN_BLOCK).get(part, part)}.{leaf}"
+
+
+_PREFIX = {"vision": "visual.", "text": "text."}
+
+
+def _in_qkv_order(sources: dict[str, Source]) -> dict[str, Source]:
+    """Files hold the three matrices in any order (transformers writes k, v, q)."""
+    order: Callable[[str], int] = lambda key: next(i for i, part in enumerate("qkv") if f".{part}_proj." in key)  # noqa: E731
+    return {
+        name: Source(tuple(sorted(source.keys, key=order))) if len(source.keys) > 1 else source
+        for name, source in sources.items()
+    }
