@@ -32,7 +32,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from evatool.distributed.engines.sharded_state import HeldPiece, HeldState
+from evatool.distributed.engines.sharded_state import ShardedState, StateShard
 
 MODEL, EXTRA, OPTIMIZER = "model.safetensors", "extra.safetensors", "optimizer.safetensors"
 AVERAGE = "ema.safetensors"  # the moving average of the model's weights, by its own names
@@ -140,7 +140,7 @@ class TensorLayout:
     Source: the format as described at https://github.com/huggingface/safetensors#format.
     """
 
-    def __init__(self, held: HeldState) -> None:
+    def __init__(self, held: ShardedState) -> None:
         self._item_size = {name: dtype.itemsize for name, dtype in held.dtypes.items()}
         # Largest alignment first, as the library does, so that every tensor starts at a multiple of its item size.
         names = sorted(held.shapes, key=lambda name: (-self._item_size[name], name))
@@ -159,18 +159,18 @@ class TensorLayout:
         self._start = {name: len(self.head) + entry["data_offsets"][0] for name, entry in header.items()}
         self.num_bytes = len(self.head) + end
 
-    def offset(self, piece: HeldPiece) -> int:
+    def offset(self, piece: StateShard) -> int:
         """Of a piece's first byte in the file."""
         return self._start[piece.name] + piece.start * self._item_size[piece.name]
 
 
-def create_tensor_file(path: Path, held: HeldState) -> None:
+def create_tensor_file(path: Path, held: ShardedState) -> None:
     """A new file of its final size, for the ranks to write their ranges into."""
     with path.open("xb") as raw:
         raw.truncate(TensorLayout(held).num_bytes)
 
 
-def write_ranges(path: Path, held: HeldState, *, is_first: bool) -> dict[str, Any]:
+def write_ranges(path: Path, held: ShardedState, *, is_first: bool) -> dict[str, Any]:
     """Write this rank's pieces into a file that was created, one in memory at a time, and flush them.
 
     Args:

@@ -15,7 +15,7 @@ from typing import Any
 from evatool.checkpoint import layout
 from evatool.core.errors import CheckpointError
 from evatool.distributed.collectives import gather_objects, rank, world_size
-from evatool.distributed.engines.sharded_state import HeldState
+from evatool.distributed.engines.sharded_state import ShardedState
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +24,8 @@ def save_run(
     folder: Path,
     step: int,
     *,
-    objective_state: HeldState,
-    optimizer_state: HeldState,
+    objective_state: ShardedState,
+    optimizer_state: ShardedState,
     groups: Sequence[Mapping[str, Any]],
     train_state: Mapping[str, Any],
     model_config: Mapping[str, Any],
@@ -74,7 +74,7 @@ def save_run(
     return final
 
 
-def _tensor_files(objective: HeldState, optimizer: HeldState) -> dict[str, HeldState]:
+def _tensor_files(objective: ShardedState, optimizer: ShardedState) -> dict[str, ShardedState]:
     prefix, average = layout.MODEL_PREFIX, layout.AVERAGE_PREFIX
     model = objective.renamed({name: name.removeprefix(prefix) for name in objective.shapes if name.startswith(prefix)})
     rest = [name for name in objective.shapes if not name.startswith(prefix)]
@@ -84,7 +84,7 @@ def _tensor_files(objective: HeldState, optimizer: HeldState) -> dict[str, HeldS
     return {name: held for name, held in files.items() if held.shapes or name in layout.ALWAYS_THERE}
 
 
-def _create(folder: Path, part: Path, tensors: Mapping[str, HeldState]) -> None:
+def _create(folder: Path, part: Path, tensors: Mapping[str, ShardedState]) -> None:
     """The temporary folder with its tensor files at their final sizes; what crashes left behind goes first."""
     folder.mkdir(parents=True, exist_ok=True)
     for left_over in layout.unfinished_in(folder):
@@ -94,7 +94,7 @@ def _create(folder: Path, part: Path, tensors: Mapping[str, HeldState]) -> None:
         layout.create_tensor_file(part / name, held)
 
 
-def _entry(held: HeldState, writers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _entry(held: ShardedState, writers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The manifest's line of a tensor file: its size, and who wrote what where."""
     return {"bytes": layout.TensorLayout(held).num_bytes, "writers": [w for w in writers if w["ranges"]]}
 

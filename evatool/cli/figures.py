@@ -9,19 +9,19 @@ from evatool.core.errors import RecipeError
 from evatool.recipe.schema import PretrainMimRecipe, Recipe, TrainingRecipe
 
 
-def derived_figures(recipe: Recipe) -> dict[str, Any]:
+def derived_values(recipe: Recipe) -> dict[str, Any]:
     """Figures by name, empty for stages that do not train.
 
     Raises: RecipeError for an unknown preset, or a batch that does not divide over the ranks.
     """
-    return _training_figures(recipe) if isinstance(recipe, TrainingRecipe) else {}
+    return _training_values(recipe) if isinstance(recipe, TrainingRecipe) else {}
 
 
-def _training_figures(recipe: Any) -> dict[str, Any]:
+def _training_values(recipe: Any) -> dict[str, Any]:
     # What these import is torch-free; where it lives says how the stage itself computes the same figure.
     from evatool.model.presets import resolve_preset
     from evatool.optim.schedules import warmup_steps_of
-    from evatool.plan.store import store_figures
+    from evatool.plan.store import store_sizes
 
     train = recipe.train
     world_size = _world_size(recipe)
@@ -39,7 +39,7 @@ def _training_figures(recipe: Any) -> dict[str, Any]:
     }
     if isinstance(recipe, PretrainMimRecipe):
         figures["masked_patches_at_most"] = round(recipe.objective.mask_ratio * rows * columns)
-    return figures | store_figures(recipe)
+    return figures | store_sizes(recipe)
 
 
 def samples_per_rank(global_batch_size: int, world_size: int) -> int:

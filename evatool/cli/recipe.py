@@ -115,7 +115,7 @@ def recipe_schema(json_output: opt.Json = False, debug: opt.Debug = False) -> No
 
 
 def _check(recipes: list[str]) -> Report:
-    from evatool.cli.figures import derived_figures
+    from evatool.cli.figures import derived_values
     from evatool.recipe.load import load_recipe
 
     good: list[list[str]] = []
@@ -123,7 +123,7 @@ def _check(recipes: list[str]) -> Report:
     for name in recipes:
         try:
             recipe = load_recipe(name).recipe
-            derived_figures(recipe)
+            derived_values(recipe)
             good.append([name, recipe.stage])
         except RecipeError as error:
             own = error.problems or [f"{name}: " + ": ".join([error.what, *(text for _, text in error.details())])]

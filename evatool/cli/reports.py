@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evatool.cli.console import Report
-from evatool.cli.figures import derived_figures
+from evatool.cli.figures import derived_values
 from evatool.core.batch import Result
 from evatool.recipe.load import Resolved
 from evatool.recipe.write import format_value, to_table, to_toml
@@ -31,7 +31,7 @@ def recipe_report(resolved: Resolved, docs: bool = False) -> Report:
 
 def dry_run_report(resolved: Resolved, run_dir: Path) -> Report:
     """The resolved recipe, the origin of each value, the run folder and derived figures; still valid TOML."""
-    figures = derived_figures(resolved.recipe)
+    figures = derived_values(resolved.recipe)
     comments = [f"# run folder: {run_dir}", *(f"# {name} = {format_value(value)}" for name, value in figures.items())]
     text = to_toml(resolved.recipe, resolved.origins) + "\n" + "\n".join(comments)
     return Report(data=_recipe_json(resolved) | {"run_dir": str(run_dir), "derived": figures}, text=text)

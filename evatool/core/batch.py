@@ -26,13 +26,13 @@ class Batch:
     caption_id: Tensor | None = None  # (B,) int64; equal ids if and only if the captions are equal
     mask: Tensor | None = None  # (B, N) bool, True where the student does not see the patch
     teacher_image: Tensor | None = None  # (B, 3, T, T) uint8, the same crop at the teacher's size
-    more_views: list[Tensor] | None = None  # the same at the sizes of further teachers
+    teacher_images: list[Tensor] | None = None  # the same at the sizes of further teachers
     position: int = 0  # global samples consumed once this batch is used; the loader's whole state
     text_lengths: Tensor | None = None  # (B,) int64, always on the CPU: tokens up to the end-of-text token
     extras: dict[str, Tensor] | None = None  # name -> (B, ...) float16 or float32, arrays stored beside the samples
     valid: Tensor | None = None  # (B,) bool, always on the CPU: False for what only fills up the last batch of a pass
     stored: dict[str, Tensor] | None = None  # teacher -> (B, ...) float16, its stored features; absent where any is not
-    places: Tensor | None = None  # (B, 4) int64, always on the CPU: source, shard, number in the shard, view
+    store_rows: Tensor | None = None  # (B, 4) int64, always on the CPU: source, shard, number in the shard, view
 
     def __post_init__(self) -> None:
         # Found out while the tokens are on the CPU: reading them from a GPU would make the CPU wait for it.
@@ -50,7 +50,7 @@ class Batch:
             caption_id=move(self.caption_id),
             mask=move(self.mask),
             teacher_image=move(self.teacher_image),
-            more_views=None if self.more_views is None else [there(view) for view in self.more_views],
+            teacher_images=None if self.teacher_images is None else [there(view) for view in self.teacher_images],
             extras=None if self.extras is None else {name: there(t) for name, t in self.extras.items()},
             stored=None if self.stored is None else {name: there(t) for name, t in self.stored.items()},
         )
@@ -65,7 +65,7 @@ class Batch:
             caption_id=pin(self.caption_id),
             mask=pin(self.mask),
             teacher_image=pin(self.teacher_image),
-            more_views=None if self.more_views is None else [view.pin_memory() for view in self.more_views],
+            teacher_images=None if self.teacher_images is None else [view.pin_memory() for view in self.teacher_images],
             extras=None if self.extras is None else {name: t.pin_memory() for name, t in self.extras.items()},
             stored=None if self.stored is None else {name: t.pin_memory() for name, t in self.stored.items()},
         )
@@ -81,12 +81,12 @@ class Batch:
             caption_id=cut(self.caption_id),
             mask=cut(self.mask),
             teacher_image=cut(self.teacher_image),
-            more_views=None if self.more_views is None else [view[rows] for view in self.more_views],
+            teacher_images=None if self.teacher_images is None else [view[rows] for view in self.teacher_images],
             text_lengths=cut(self.text_lengths),
             extras=None if self.extras is None else {name: t[rows] for name, t in self.extras.items()},
             valid=cut(self.valid),
             stored=None if self.stored is None else {name: t[rows] for name, t in self.stored.items()},
-            places=cut(self.places),
+            store_rows=cut(self.store_rows),
         )
 
 

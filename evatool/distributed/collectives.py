@@ -119,7 +119,7 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 
 def around_ring(
-    block: Sequence[Tensor], luggage: Sequence[Tensor]
+    block: Sequence[Tensor], carried_state: Sequence[Tensor]
 ) -> Iterator[tuple[int, Sequence[Tensor], Sequence[Tensor]]]:
     """Every rank's block in turn, the own one first, without ever holding more than two; every rank must go through.
 
@@ -131,7 +131,7 @@ def around_ring(
     Yields: the rank whose block it is, the block, and its luggage. No gradient flows.
     """
     size, me = world_size(), rank()
-    held, carried = list(block), list(luggage)
+    held, carried = list(block), list(carried_state)
     for hop in range(size):
         is_last = hop + 1 == size
         arriving = None if is_last else _pass_on(held, first_tag=0)
@@ -140,7 +140,7 @@ def around_ring(
             carried = _pass_on(carried, first_tag=len(held))()
         if arriving is not None:
             held = arriving()
-    for own, home in zip(luggage, carried, strict=True):
+    for own, home in zip(carried_state, carried, strict=True):
         if own is not home:
             own.copy_(home)
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evatool.eval.intervals import Interval, quantile_interval
-from evatool.eval.metrics import Measure, measure_named
-from evatool.eval.predictions import Answers
+from evatool.eval.metrics import Metric, metric_named
+from evatool.eval.predictions import Predictions
 from evatool.eval.suite import Suite
 
 AVERAGE = "average"
@@ -27,23 +27,23 @@ class Combined:
     metric: str  # of each set
     weights: dict[str, float]  # by set
 
-    def value(self, measures: Mapping[str, Measure]) -> float:
+    def value(self, metrics: Mapping[str, Metric]) -> float:
         """The figure."""
-        return sum(weight * measures[name].value for name, weight in self.weights.items())
+        return sum(weight * metrics[name].value for name, weight in self.weights.items())
 
-    def chance(self, measures: Mapping[str, Measure]) -> float:
+    def chance(self, metrics: Mapping[str, Metric]) -> float:
         """What a guess would give."""
-        return sum(weight * measures[name].chance for name, weight in self.weights.items())
+        return sum(weight * metrics[name].chance for name, weight in self.weights.items())
 
-    def interval(self, measures: Mapping[str, Measure], *, num_resamples: int, seed: int) -> Interval:
+    def interval(self, metrics: Mapping[str, Metric], *, num_resamples: int, seed: int) -> Interval:
         """The figure with its 95 % interval: every set is resampled by itself."""
         drawn: NDArray[np.float64] = np.zeros(num_resamples)
         for number, (name, weight) in enumerate(self.weights.items()):
-            drawn += weight * measures[name].resamples(num_resamples=num_resamples, seed=(seed, number))
-        return quantile_interval(self.value(measures), drawn)
+            drawn += weight * metrics[name].resamples(num_resamples=num_resamples, seed=(seed, number))
+        return quantile_interval(self.value(metrics), drawn)
 
 
-def combined_figures(suite: Suite) -> list[Combined]:
+def combined_metrics(suite: Suite) -> list[Combined]:
     """The averages and gaps of a suite, in its order."""
     kinds = ("classification", "retrieval")
     found = []
@@ -58,18 +58,18 @@ def combined_figures(suite: Suite) -> list[Combined]:
     return found
 
 
-def measures_for(figure: Combined, answers: Mapping[str, Answers], whole: Sequence[str]) -> dict[str, Measure] | None:
+def metrics_for(figure: Combined, answers: Mapping[str, Predictions], whole: Sequence[str]) -> dict[str, Metric] | None:
     """The figure's metric on each of its sets; None unless all were measured, and none is only a part of its set.
 
     Args:
         answers: by set.
         whole: sets that have the samples that the suite states.
     """
-    found = {name: measure_named(answers[name], figure.metric) for name in figure.weights if name in answers}
-    measures = {name: measure for name, measure in found.items() if measure is not None and name in whole}
-    return measures if len(measures) == len(figure.weights) else None
+    found = {name: metric_named(answers[name], figure.metric) for name in figure.weights if name in answers}
+    metrics = {name: measure for name, measure in found.items() if measure is not None and name in whole}
+    return metrics if len(metrics) == len(figure.weights) else None
 
 
-def paired(before: Mapping[str, Measure], after: Mapping[str, Measure]) -> dict[str, Measure]:
+def paired(before: Mapping[str, Metric], after: Mapping[str, Metric]) -> dict[str, Metric]:
     """Changes sample by sample on every set."""
     return {name: before[name].change(after[name]) for name in before}

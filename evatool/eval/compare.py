@@ -9,7 +9,7 @@ from pathlib import Path
 from evatool.core.errors import DataError, RecipeError
 from evatool.eval.model_differences import add_averages, add_differences, add_seed_rows
 from evatool.eval.prediction_store import Kept, prediction_path, read_predictions
-from evatool.eval.predictions import Answers
+from evatool.eval.predictions import Predictions
 from evatool.eval.results import EvalResults, Failure, ModelRecord, ResultRow, read_results
 from evatool.eval.suite import Suite, load_suite
 
@@ -37,7 +37,7 @@ def compare_runs(runs: Sequence[Path], *, num_bootstrap: int | None = None, seed
         versions=first.versions,
         machine=first.machine,
     )
-    answers: dict[tuple[str, str], Answers] = {}
+    answers: dict[tuple[str, str], Predictions] = {}
     for run, results in loaded:
         for model in results.models:
             _take(merged, answers, run, results, model)
@@ -76,7 +76,7 @@ def _results(run: Path) -> EvalResults:
 
 def _take(
     merged: EvalResults,
-    answers: dict[tuple[str, str], Answers],
+    answers: dict[tuple[str, str], Predictions],
     run: Path,
     results: EvalResults,
     model: ModelRecord,

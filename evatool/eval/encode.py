@@ -31,13 +31,13 @@ class Encoding:
         device: where the model is.
         trim_text: cut each batch of texts after its longest end-of-text token. Exact for a causal text tower that
             pools at that token, as CLIP's and EVA's; not for others.
-        in_step: every rank runs every batch, with a made-up one where it has none left: a model whose weights are
+        lockstep: every rank runs every batch, with a made-up one where it has none left: a model whose weights are
             divided over the ranks gathers them with collectives that all ranks must join.
     """
 
     device: str = "cpu"
     trim_text: bool = False
-    in_step: bool = False
+    lockstep: bool = False
 
 
 class ImageMemory(dict[bytes, Tensor]):
@@ -76,7 +76,7 @@ def text_batches(
         for numbers in own:
             rows = tokens[numbers, : int(lengths[numbers].max())].to(how.device)
             yield numbers, unit(model.encode_text(rows), where, "text features")
-        if how.in_step and len(own) < len(batches[:: collectives.world_size()]):
+        if how.lockstep and len(own) < len(batches[:: collectives.world_size()]):
             model.encode_text(tokens[:1].to(how.device))
 
 
@@ -105,7 +105,7 @@ def image_batches(
             ranks work in step, nor with loaders that give no digests.
     """
     unknown = getattr(loader, "unknown", None)
-    if memory is not None and unknown is not None and not how.in_step:
+    if memory is not None and unknown is not None and not how.lockstep:
         yield from _remembered_batches(model, unknown(memory), how, where, check, memory)
         return
     yield from stepped_batches(model.encode_image, loader, how, where=where, what="image features", check=check)
@@ -131,18 +131,18 @@ def stepped_batches(
         batches = iter(loader)
         while True:
             try:
-                pictures, targets = next(batches)
+                images, targets = next(batches)
                 if check:
                     check(targets)
-                side, done = pictures.shape[-1], done + 1
-                features = unit(encode(pictures.to(how.device, non_blocking=True)), where, what)
+                side, done = images.shape[-1], done + 1
+                features = unit(encode(images.to(how.device, non_blocking=True)), where, what)
             except StopIteration:
                 break
             except Exception as error:
                 failure = error
                 break
             yield features, targets
-        missing = getattr(loader, "most_batches", done) - done if how.in_step else 0
+        missing = getattr(loader, "most_batches", done) - done if how.lockstep else 0
         for _ in range(missing):  # a rank may have one batch less than another, or none where the set is tiny
             encode(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=how.device))
     if failure is not None:
@@ -161,18 +161,18 @@ def _remembered_batches(
         for digests, decoded, targets in batches:
             if check:
                 check(targets)
-            new = {digest: picture for digest, picture in decoded.items() if digest not in memory}
+            new = {digest: image for digest, image in decoded.items() if digest not in memory}
             rows: dict[bytes, Tensor] = {}
             if new:
-                pictures = torch.stack(list(new.values())).to(how.device, non_blocking=True)
-                rows = dict(zip(new, unit(model.encode_image(pictures), where, "image features").cpu(), strict=True))
+                images = torch.stack(list(new.values())).to(how.device, non_blocking=True)
+                rows = dict(zip(new, unit(model.encode_image(images), where, "image features").cpu(), strict=True))
             features = torch.stack([rows[digest] if digest in rows else memory[digest] for digest in digests])
             memory.take(rows)
             yield features.to(how.device), targets
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def fail_on_all_ranks() -> Iterator[None]:
     """Work that may fail on one rank: then it fails on all, instead of leaving the others waiting.
 
     Every rank must enter and leave it. Raises: the rank's own exception, or EvatoolError in another rank's words.

@@ -19,9 +19,9 @@ from evatool.eval.intervals import (
 from evatool.eval.predictions import (
     DIRECTIONS,
     RECALL_AT,
-    Answers,
     ClassificationResult,
     Direction,
+    Predictions,
     RetrievalResult,
     ScoreResult,
 )
@@ -30,7 +30,7 @@ PER_CLASS = "mean_per_class"
 
 
 @dataclass(frozen=True)
-class Measure:
+class Metric:
     """One metric's answers, in an order that is the same for every model on the set.
 
     Attributes:
@@ -57,7 +57,7 @@ class Measure:
             return bootstrap_class_mean(self.values, self.classes, num_resamples=num_resamples, seed=seed)
         return bootstrap_mean(self.values, num_resamples=num_resamples, seed=seed, clusters=self.clusters)
 
-    def difference_to(self, later: Measure, *, num_resamples: int, seed: int) -> Interval:
+    def difference_to(self, later: Metric, *, num_resamples: int, seed: int) -> Interval:
         """`later` less this one over the same samples, with its 95 % interval."""
         if self.classes is not None:
             change = later.values.astype(np.float64) - self.values
@@ -74,13 +74,13 @@ class Measure:
             self.values, num_resamples=num_resamples, seed=seed, clusters=self.clusters, classes=self.classes
         )
 
-    def change(self, later: Measure) -> Measure:
+    def change(self, later: Metric) -> Metric:
         """`later` less this one, sample by sample."""
         change = later.values.astype(np.float64) - self.values
-        return Measure(self.metric, change, 0.0, self.clusters, self.classes)
+        return Metric(self.metric, change, 0.0, self.clusters, self.classes)
 
 
-def measures_of(answers: Answers) -> list[Measure]:
+def metrics_of(answers: Predictions) -> list[Metric]:
     """The metrics of one model's answers on one set.
 
     Classification: top-1, with more than five classes top-5, and mean-per-class recall where a class has several
@@ -89,25 +89,25 @@ def measures_of(answers: Answers) -> list[Measure]:
     match answers:
         case ClassificationResult():
             tops = (1, 5) if answers.num_classes > 5 else (1,)
-            found = [Measure(f"top{k}", answers.correct(k), k / answers.num_classes) for k in tops]
+            found = [Metric(f"top{k}", answers.correct(k), k / answers.num_classes) for k in tops]
             if np.bincount(answers.labels).max() > 1:
-                found.append(Measure(PER_CLASS, answers.correct(1), 1 / answers.num_classes, classes=answers.labels))
+                found.append(Metric(PER_CLASS, answers.correct(1), 1 / answers.num_classes, classes=answers.labels))
             return found
         case RetrievalResult():
             found = [_recall(answers, direction, k) for direction in DIRECTIONS for k in RECALL_AT]
             chance = float(np.mean([m.chance for m in found]))
-            return [*found, Measure("mean_recall", answers.recall_by_picture(), chance)]
+            return [*found, Metric("mean_recall", answers.recall_by_image(), chance)]
         case ScoreResult():
-            return [Measure(metric, scores, answers.chance[metric]) for metric, scores in answers.scores.items()]
+            return [Metric(metric, scores, answers.chance[metric]) for metric, scores in answers.scores.items()]
 
 
-def measure_named(answers: Answers, metric: str) -> Measure | None:
+def metric_named(answers: Predictions, metric: str) -> Metric | None:
     """One of them, if these answers have it; mean-per-class recall is top-1 where every class has one sample."""
     if metric == PER_CLASS and isinstance(answers, ClassificationResult):
-        return Measure(PER_CLASS, answers.correct(1), 1 / answers.num_classes, classes=answers.labels)
-    return next((m for m in measures_of(answers) if m.metric == metric), None)
+        return Metric(PER_CLASS, answers.correct(1), 1 / answers.num_classes, classes=answers.labels)
+    return next((m for m in metrics_of(answers) if m.metric == metric), None)
 
 
-def _recall(answers: RetrievalResult, direction: Direction, k: int) -> Measure:
-    clusters = answers.picture_of_text if direction == "text_to_image" else None
-    return Measure(f"{direction}_recall@{k}", answers.hits(direction, k), answers.chance(direction, k), clusters)
+def _recall(answers: RetrievalResult, direction: Direction, k: int) -> Metric:
+    clusters = answers.image_of_text if direction == "text_to_image" else None
+    return Metric(f"{direction}_recall@{k}", answers.hits(direction, k), answers.chance(direction, k), clusters)

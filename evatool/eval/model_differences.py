@@ -6,32 +6,32 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from evatool.eval.aggregate import AVERAGE, Combined, combined_figures, measures_for, paired
+from evatool.eval.aggregate import AVERAGE, Combined, combined_metrics, metrics_for, paired
 from evatool.eval.intervals import over_seeds
-from evatool.eval.metrics import Measure, measure_named, measures_of
-from evatool.eval.predictions import Answers
+from evatool.eval.metrics import Metric, metric_named, metrics_of
+from evatool.eval.predictions import Predictions
 from evatool.eval.published import published_value
 from evatool.eval.results import DifferenceRow, EvalResults, ModelRecord, ResultRow, SeedRow, SetRecord
 from evatool.eval.suite import Suite
 
-AnswersOf = Mapping[tuple[str, str], Answers]
+PredictionsOf = Mapping[tuple[str, str], Predictions]
 """By model and set."""
 
 
-def add_averages(results: EvalResults, answers: AnswersOf, suite: Suite) -> None:
+def add_averages(results: EvalResults, answers: PredictionsOf, suite: Suite) -> None:
     """Rows and sets for the suite's averages and gaps, for every model that was measured on all of their sets."""
-    for figure in combined_figures(suite):
+    for figure in combined_metrics(suite):
         for model in results.models:
-            measures = _measures(figure, results, answers, model.name)
-            if measures is None:
+            metrics = _metrics(figure, results, answers, model.name)
+            if metrics is None:
                 continue
             if all(s.name != figure.name for s in results.sets):
                 results.sets.append(_record(figure, suite))
-            results.results.append(_row(figure, results, model, measures))
+            results.results.append(_row(figure, results, model, metrics))
 
 
 def add_differences(
-    results: EvalResults, answers: AnswersOf, suite: Suite | None, pairs: Sequence[tuple[str, str]]
+    results: EvalResults, answers: PredictionsOf, suite: Suite | None, pairs: Sequence[tuple[str, str]]
 ) -> None:
     """Paired differences between models on every set, and on the averages that both have."""
     how = {"num_resamples": results.num_bootstrap, "seed": results.seed}
@@ -40,16 +40,16 @@ def add_differences(
             first, second = (answers.get((model, record.name)) for model in (before, after))
             if first is None or second is None:
                 continue
-            later = {m.metric: m for m in measures_of(second)}
-            for a in measures_of(first):
+            later = {m.metric: m for m in metrics_of(second)}
+            for a in metrics_of(first):
                 if a.metric in later:
                     change = a.difference_to(later[a.metric], **how)
                     bounds = (change.value, change.low, change.high)
                     results.differences.append(
                         DifferenceRow(before, after, record.name, a.metric, *bounds, len(a.values))
                     )
-        for figure in combined_figures(suite) if suite else ():
-            both = [_measures(figure, results, answers, model) for model in (before, after)]
+        for figure in combined_metrics(suite) if suite else ():
+            both = [_metrics(figure, results, answers, model) for model in (before, after)]
             if both[0] is None or both[1] is None:
                 continue
             changes = paired(both[0], both[1])
@@ -59,7 +59,7 @@ def add_differences(
             results.differences.append(DifferenceRow(before, after, figure.name, AVERAGE, *bounds, n))
 
 
-def add_seed_rows(results: EvalResults, answers: AnswersOf) -> None:
+def add_seed_rows(results: EvalResults, answers: PredictionsOf) -> None:
     """The mean over training seeds for models of one recipe, with intervals that cover another seed as well."""
     groups: dict[str, list[ModelRecord]] = {}
     for model in results.models:
@@ -73,24 +73,24 @@ def add_seed_rows(results: EvalResults, answers: AnswersOf) -> None:
             found = [answers.get((name, record.name)) for name in names]
             if any(a is None for a in found):
                 continue
-            for metric in [m.metric for m in measures_of(found[0])]:  # type: ignore[arg-type]
-                measures = [m for a in found if a is not None and (m := measure_named(a, metric)) is not None]
-                interval = over_seeds([m.value for m in measures], _sample_deviation(measures, results))
+            for metric in [m.metric for m in metrics_of(found[0])]:  # type: ignore[arg-type]
+                metrics = [m for a in found if a is not None and (m := metric_named(a, metric)) is not None]
+                interval = over_seeds([m.value for m in metrics], _sample_deviation(metrics, results))
                 results.over_seeds.append(
                     SeedRow(names, record.name, metric, interval.value, interval.low, interval.high, len(names))
                 )
 
 
-def _sample_deviation(measures: Sequence[Measure], results: EvalResults) -> float:
+def _sample_deviation(metrics: Sequence[Metric], results: EvalResults) -> float:
     """Standard deviation of the mean over seeds when the samples are drawn again, the same ones for every seed."""
-    mean = np.mean([m.values for m in measures], axis=0)
-    of_mean = Measure("", mean, 0.0, measures[0].clusters, measures[0].classes)
+    mean = np.mean([m.values for m in metrics], axis=0)
+    of_mean = Metric("", mean, 0.0, metrics[0].clusters, metrics[0].classes)
     return float(of_mean.resamples(num_resamples=results.num_bootstrap, seed=(results.seed,)).std())
 
 
-def _measures(figure: Combined, results: EvalResults, answers: AnswersOf, model: str) -> dict[str, Measure] | None:
+def _metrics(figure: Combined, results: EvalResults, answers: PredictionsOf, model: str) -> dict[str, Metric] | None:
     own = {set_name: a for (name, set_name), a in answers.items() if name == model}
-    return measures_for(figure, own, [s.name for s in results.sets if not s.partial])
+    return metrics_for(figure, own, [s.name for s in results.sets if not s.partial])
 
 
 def _record(figure: Combined, suite: Suite) -> SetRecord:
@@ -106,8 +106,8 @@ def _record(figure: Combined, suite: Suite) -> SetRecord:
     )
 
 
-def _row(figure: Combined, results: EvalResults, model: ModelRecord, measures: Mapping[str, Measure]) -> ResultRow:
-    interval = figure.interval(measures, num_resamples=results.num_bootstrap, seed=results.seed)
+def _row(figure: Combined, results: EvalResults, model: ModelRecord, metrics: Mapping[str, Metric]) -> ResultRow:
+    interval = figure.interval(metrics, num_resamples=results.num_bootstrap, seed=results.seed)
     own = [r for r in results.results if r.model == model.name and r.set in figure.weights]
     comparable = not any(s.not_comparable for s in results.sets if s.name in figure.weights)
     published = published_value(model.preset, figure.name, AVERAGE, own[0].resize) if comparable else None
@@ -121,8 +121,8 @@ def _row(figure: Combined, results: EvalResults, model: ModelRecord, measures: M
         value=interval.value,
         low=interval.low,
         high=interval.high,
-        chance=figure.chance(measures),
-        n=sum(len(m.values) for m in measures.values()),
+        chance=figure.chance(metrics),
+        n=sum(len(m.values) for m in metrics.values()),
         num_classes=None,
         seed=results.seed,
         seconds=round(sum({r.set: r.seconds for r in own}.values()), 3),

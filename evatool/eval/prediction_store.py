@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evatool.core.errors import DataError
-from evatool.eval.predictions import Answers, ClassificationResult, RetrievalResult, ScoreResult
+from evatool.core.renamed_keys import PREDICTION_ARRAYS, rename
+from evatool.eval.predictions import ClassificationResult, Predictions, RetrievalResult, ScoreResult
 from evatool.eval.results import ModelRecord, SetRecord, file_name, write_atomically
 
 LAYOUT = 2
@@ -34,7 +35,7 @@ class Kept:
     set: SetRecord
     settings: dict[str, str]
     seconds: float
-    answers: Answers
+    answers: Predictions
     probes: ScoreResult | None = None
 
 
@@ -91,7 +92,7 @@ def read_predictions(path: Path) -> Kept:
         ) from error
 
 
-def _to_arrays(answers: Answers, prefix: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+def _to_arrays(answers: Predictions, prefix: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     match answers:
         case ClassificationResult():
             small = np.min_scalar_type(answers.num_classes)
@@ -111,15 +112,16 @@ def _to_arrays(answers: Answers, prefix: str) -> tuple[dict[str, NDArray[Any]], 
     return {prefix + name: value for name, value in arrays.items()}, about
 
 
-def _from_arrays(about: dict[str, Any], arrays: dict[str, NDArray[Any]], prefix: str) -> Answers:
+def _from_arrays(about: dict[str, Any], arrays: dict[str, NDArray[Any]], prefix: str) -> Predictions:
     match about["kind"]:
         case "classification":
             wide = {name: arrays[prefix + name].astype(np.int32) for name in ("labels", "top", "rank")}
             margin = arrays[prefix + "margin"].astype(np.float32)
             return ClassificationResult(**wide, num_classes=about["num_classes"], margin=margin)
         case "retrieval":
-            names = RetrievalResult.__dataclass_fields__
-            return RetrievalResult(**{name: arrays[prefix + name] for name in names})
+            known = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+            renamed = rename(known, PREDICTION_ARRAYS, "kept predictions")
+            return RetrievalResult(**{name: renamed[name] for name in RetrievalResult.__dataclass_fields__})
         case "scores":
             chance = about["chance"]
             return ScoreResult({name: arrays[prefix + name].astype(np.float32) for name in chance}, chance)

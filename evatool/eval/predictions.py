@@ -50,7 +50,7 @@ class RetrievalResult:
     image_to_text: NDArray[np.int32]  # (I,)
     num_right_images: NDArray[np.int32]  # (T,) right pictures of each caption
     num_right_captions: NDArray[np.int32]  # (I,) right captions of each picture
-    picture_of_text: NDArray[np.int32]  # (T,) first picture of each caption; captions of one picture are one cluster
+    image_of_text: NDArray[np.int32]  # (T,) first picture of each caption; captions of one picture are one cluster
 
     def rank(self, direction: Direction) -> NDArray[np.int32]:
         """(Q,) ranks of one direction."""
@@ -66,13 +66,13 @@ class RetrievalResult:
             return _chance_of_hit(self.num_right_images, len(self.image_to_text), k)
         return _chance_of_hit(self.num_right_captions, len(self.text_to_image), k)
 
-    def recall_by_picture(self) -> NDArray[np.float64]:
+    def recall_by_image(self) -> NDArray[np.float64]:
         """(I,) shares whose mean is the mean of all six recalls: both directions of a picture belong together."""
         num_texts, num_images = len(self.text_to_image), len(self.image_to_text)
         total = np.zeros(num_images)
         for k in RECALL_AT:
             hits = self.hits("text_to_image", k).astype(np.float64)
-            total += np.bincount(self.picture_of_text, weights=hits, minlength=num_images) * num_images / num_texts
+            total += np.bincount(self.image_of_text, weights=hits, minlength=num_images) * num_images / num_texts
             total += self.hits("image_to_text", k)
         mean: NDArray[np.float64] = total / (2 * len(RECALL_AT))
         return mean
@@ -86,7 +86,7 @@ class ScoreResult:
     chance: dict[str, float]
 
 
-Answers = ClassificationResult | RetrievalResult | ScoreResult
+Predictions = ClassificationResult | RetrievalResult | ScoreResult
 
 
 def _chance_of_hit(num_right: NDArray[np.int32], num_candidates: int, k: int) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from evatool.core.errors import RecipeError
-from evatool.formats.mapped_tensors import DerivedMap, Source
+from evatool.formats.mapped_tensors import MappedTensors, Source
 from evatool.formats.safetensors import TensorMap
 from evatool.model.config import TEXT_DEFAULTS, VISION_DEFAULTS, ModelConfig
 from evatool.weights.key_mapping import baai_name
@@ -40,7 +40,7 @@ def baai_state(tensors: Mapping[str, Tensor], config: ModelConfig) -> TensorMap:
     rename = lambda name: baai_name(  # noqa: E731
         name, separate_qkv=vision["subln"], swiglu=vision["naiveswiglu"] or vision["swiglu"]
     )
-    state = DerivedMap(tensors, {rename(name): Source((name,)) for name in tensors})
+    state = MappedTensors(tensors, {rename(name): Source((name,)) for name in tensors})
     tables: dict[str, Tensor] = {}
     if vision["rope"] and "visual.pos_embed" in state:
         dtype = state.dtype("visual.pos_embed")

@@ -89,8 +89,8 @@ def fixed_inputs(image_size: int, context_length: int, vocab_size: int) -> dict[
     for row, length in enumerate(torch.linspace(2, context_length, 4).long().tolist()):
         tokens[row, length - 1] = vocab_size - 1
         tokens[row, length:] = 0
-    picture = torch.randint(0, 256, (image_size + 17, 2 * image_size + 5, 3), generator=generator, dtype=torch.uint8)
-    return {"image": image, "tokens": tokens, "picture": picture}
+    raw_image = torch.randint(0, 256, (image_size + 17, 2 * image_size + 5, 3), generator=generator, dtype=torch.uint8)
+    return {"image": image, "tokens": tokens, "picture": raw_image}
 
 
 def our_outputs(clip: ExportableClip, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -98,7 +98,7 @@ def open_deepspeed(folder: Path) -> Mapping[str, Tensor]:
     assert reader is not None
     shapes = root.get("param_shapes")
     if not optim_files or not shapes:
-        return _whole_weights(root, reader, folder)
+        return _full_weights(root, reader, folder)
     optims = [read_archive(file) for _, file in sorted(optim_files.items())]
     _check_ranks(optims, sorted(optim_files), folder)
     is_stage3 = "fp32_flat_groups" in optims[0][0]["optimizer_state_dict"]
@@ -195,7 +195,7 @@ def _whole(stored: StoredTensor, archive: Archive) -> _Piece:
     return _Piece(archive, flat, 0, count)
 
 
-def _whole_weights(root: Any, reader: Archive, folder: Path) -> Mapping[str, Tensor]:
+def _full_weights(root: Any, reader: Archive, folder: Path) -> Mapping[str, Tensor]:
     """The weights as the run held them (ZeRO 0, or a copy without the optimiser's files)."""
     module = root.get("module")
     tensors = {name: value for name, value in (module or {}).items() if isinstance(value, StoredTensor)}

@@ -31,7 +31,7 @@ class Source:
     lead: int = 0
 
 
-class DerivedMap(TensorMap):
+class MappedTensors(TensorMap):
     """Other tensors under our names, made from the source one at a time, when asked for."""
 
     def __init__(self, base: Mapping[str, Tensor], sources: Mapping[str, Source], tower: TowerKind = "eva") -> None:
@@ -62,6 +62,6 @@ class DerivedMap(TensorMap):
         """Dtype at the source."""
         return dtype_of(self._base, self._sources[name].keys[0])
 
-    def renamed(self, names: Mapping[str, str]) -> DerivedMap:
+    def renamed(self, names: Mapping[str, str]) -> MappedTensors:
         """The same tensors under other names; `names` maps old to new, others stay."""
-        return DerivedMap(self._base, {names.get(n, n): source for n, source in self._sources.items()}, self.tower)
+        return MappedTensors(self._base, {names.get(n, n): source for n, source in self._sources.items()}, self.tower)

@@ -82,9 +82,9 @@ class Lamb(LayerwiseOptimizer):
             for tensor, listed in pieces.items()
         }
         if is_one_by_one and self._is_sliced:
-            self._refuse_divided_slices(pieces)
+            self._refuse_sharded_slices(pieces)
 
-    def _refuse_divided_slices(self, pieces: Pieces) -> None:
+    def _refuse_sharded_slices(self, pieces: Pieces) -> None:
         """ZeRO-3 steps a group above 1e9 numbers in parts, each by itself: a slice across two has no one ratio."""
         tensor_of: dict[tuple[int, int], Tensor] = {}
         for tensor, listed in pieces.items():

@@ -43,12 +43,12 @@ class Setup:
     on_gpu: bool = True
 
     @property
-    def divides_nothing(self) -> bool:
+    def shards_nothing(self) -> bool:
         """Whether every rank holds all of it."""
         return self.kind in ("single", "ddp") or (self.kind == "zero" and self.zero_stage == 0)
 
     @property
-    def divides_weights(self) -> bool:
+    def shards_weights(self) -> bool:
         """Whether weights have to be gathered to be used."""
         return self.kind == "fsdp2" or (self.kind == "zero" and self.zero_stage == 3)
 
@@ -80,7 +80,7 @@ def states(sizes: Sequence[int], setup: Setup, numerics: Numerics, frozen: Seque
         frozen: of each tensor that does not learn: weights alone, divided where weights are.
     """
     if frozen:
-        learned, ranks = states(sizes, setup, numerics), setup.num_ranks if setup.divides_weights else 1
+        learned, ranks = states(sizes, setup, numerics), setup.num_ranks if setup.shards_weights else 1
         weights = numerics.weight * sum(-(-n // ranks) for n in frozen)
         if setup.offload == "optimizer-and-weights":
             return replace(learned, host=learned.host + weights)
@@ -89,7 +89,7 @@ def states(sizes: Sequence[int], setup: Setup, numerics: Numerics, frozen: Seque
     if setup.kind == "fsdp2":
         return fsdp2_states([(params,)], setup, numerics)
     master = FP32 if size != FP32 else 0  # float32 weights are their own master where nothing is divided
-    if setup.divides_nothing:
+    if setup.shards_nothing:
         return States(size * params, size * params, (2 * FP32 + master) * params)
     # Stages 1 and 2 divide groups, padded to an even number of elements a rank; stage 3 divides each parameter.
     stage, ranks = setup.zero_stage, setup.num_ranks
@@ -120,11 +120,11 @@ def average_bytes(sizes: Sequence[int], setup: Setup, frozen: Sequence[int] = ()
     """
     ranks = setup.num_ranks
     whole_frozen = FP32 * sum(frozen)
-    if setup.divides_nothing:
+    if setup.shards_nothing:
         return FP32 * sum(sizes) + whole_frozen, 0
     even = 2 if setup.kind == "zero" and setup.zero_stage < 3 else 1
     own = FP32 * sum(min(n, even * -(-n // (even * ranks))) for n in sizes)
-    if setup.divides_weights:
+    if setup.shards_weights:
         whole_frozen = FP32 * sum(-(-n // ranks) for n in frozen)
     if setup.offload == "none":
         return own + whole_frozen, 0

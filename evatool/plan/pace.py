@@ -37,11 +37,11 @@ def traffic(job: Job, gpu: Hardware, compute_sec: float) -> Traffic:
     weight = mem.NUMERICS[job.numerics].weight
     learned, params = learned_params(job) * weight, towers.count_parameters(job.model).total * weight
     setup, passes = job.setup, job.accumulation
-    reduced = 2 * learned if setup.divides_nothing else learned  # given to everyone, or scattered only
+    reduced = 2 * learned if setup.shards_nothing else learned  # given to everyone, or scattered only
     if setup.kind == "zero" and setup.zero_stage > 1:
         reduced *= passes  # after each backward pass, not once a step
-    gathered = 0 if setup.divides_nothing else params if setup.divides_weights else learned
-    if setup.divides_weights:
+    gathered = 0 if setup.shards_nothing else params if setup.shards_weights else learned
+    if setup.shards_weights:
         # forward and backward; micro-batches of a contrastive loss go forward once more, for their features
         gathered *= passes * (3 if passes > 1 and job.stage != "pretrain-mim" else 2)
     features = 0
@@ -51,10 +51,10 @@ def traffic(job: Job, gpu: Hardware, compute_sec: float) -> Traffic:
         features = 4 * everyone * 2 if job.numerics == "bf16" else 3 * everyone * mem.FP32
     rate = 1e9 * (gpu.node_gb_per_sec if job.num_gpus <= gpu.gpus_per_node else gpu.fabric_gb_per_sec)
     # Stage 1 reduces after the backward pass; stages 1 and 2 gather the new weights after the step.
-    behind_compute = reduced + gathered if setup.divides_weights else reduced
+    behind_compute = reduced + gathered if setup.shards_weights else reduced
     if setup.kind == "zero" and setup.zero_stage < 2:
         behind_compute = reduced if setup.zero_stage == 0 else 0
-    room = compute_sec * (1.0 if setup.divides_weights else 2 / 3)
+    room = compute_sec * (1.0 if setup.shards_weights else 2 / 3)
     total = (reduced + gathered + features) / rate
     return Traffic(reduced + gathered, features, total, total - min(behind_compute / rate, room))
 
@@ -133,7 +133,7 @@ def failures(job: Job, assumed: Assumptions, step_sec: float) -> Failures:
     """Expected interruptions, and Young's checkpoint interval sqrt(2 save MTBF)."""
     mtbf = assumed.gpu_hours_per_failure / job.num_gpus * 3600
     size = checkpoint_bytes(job)
-    writers = 1 if job.setup.divides_nothing else job.num_gpus  # each rank writes what no other holds
+    writers = 1 if job.setup.shards_nothing else job.num_gpus  # each rank writes what no other holds
     save = size / (min(writers * assumed.save_gb_per_sec, assumed.storage_gb_per_sec) * 1e9)
     interval = math.sqrt(2 * save * mtbf)
     lost = save / interval + interval / (2 * mtbf) + assumed.restart_minutes * 60 / mtbf

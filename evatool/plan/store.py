@@ -29,7 +29,7 @@ WARNED_MULTIPLE = 10.0
 _CHECK_BYTES = 8  # mark and checksum of a row (data/feature_store/store.py)
 
 
-def store_figures(recipe: Recipe) -> dict[str, Any]:
+def store_sizes(recipe: Recipe) -> dict[str, Any]:
     """What the stores of a recipe will hold, by name; empty where it has none. Warns where that is many times the
     shards' own bytes."""
     if not isinstance(recipe, _Taught):

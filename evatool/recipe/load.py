@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,9 +15,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from evatool.core.errors import RecipeError, UsageError
+from evatool.core.renamed_keys import rename_recipe_keys, renamed_recipe_key
 from evatool.recipe import schema
 from evatool.recipe.problems import describe
 from evatool.recipe.write import dotted, flatten, format_value, to_table
+
+log = logging.getLogger(__name__)
 
 SET_ORIGIN = "--set"
 DEFAULT_ORIGIN = "default"
@@ -78,7 +82,7 @@ def resolve_table(
 ) -> Resolved:
     """The same for a table built in Python, as the short forms of the command line do; `name` defaults to the stage."""
     own = {"stage": stage, **json.loads(json.dumps(dict(table), default=str))}
-    layer = _Layer(own, dict.fromkeys(flatten(own), origin))
+    layer = _layer_of(own, origin)
     return _resolve(layer, name or stage, None, origin, overrides, stage)
 
 
@@ -183,8 +187,17 @@ def _read_layers(path: Path, chain: tuple[Path, ...]) -> _Layer:
     for name in extends:
         layer.merge(_read_layers(_find_base(name, path), (*chain, path)))
     _unset(layer, unset, shown)
-    layer.merge(_Layer(own, dict.fromkeys(flatten(own), shown)))
+    layer.merge(_layer_of(own, shown))
     return layer
+
+
+def _layer_of(table: dict[str, Any], origin: str) -> _Layer:
+    """A table as a layer, its keys under today's names."""
+    renamed, refused = rename_recipe_keys(table)
+    for old, new in renamed:
+        log.info("%s: %s is called %s now", origin, old, new)
+    problems = [f"{origin}: {keys} are one key under two names; keep the second" for keys in refused]
+    return _Layer(table, dict.fromkeys(flatten(table), origin), problems)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -234,7 +247,7 @@ def _unset(layer: _Layer, keys: Sequence[str], where: str) -> None:
     """Drop values of the bases. A key that no base sets is a problem: it would silently do nothing."""
     for key in keys:
         try:
-            *parents, last = _key_path(key)
+            *parents, last = _key_path(renamed_recipe_key(key))
             table = layer.table
             for part in parents:
                 table = table[part]
@@ -292,7 +305,7 @@ def _read_overrides(overrides: Sequence[str]) -> _Layer:
                 inner[part] = {}
             inner = inner[part]
         inner[last] = _override_value(value)
-    return _Layer(table, dict.fromkeys(flatten(table), SET_ORIGIN))
+    return _layer_of(table, SET_ORIGIN)
 
 
 def _bad_override(text: str) -> UsageError:

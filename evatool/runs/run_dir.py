@@ -37,7 +37,7 @@ RESUMABLE_KEYS = (
     "teacher.store.path",
     *(f"eval.{key}" for key in ("num_threads", "processes", "shard_model", "use_cache", "cache_dir", "fetch")),
 )
-RESUMABLE_TABLES = ("engine.", "checkpoint.", "evaluate.", "pictures.", "validation.", "train.guard.", "train.trackers")
+RESUMABLE_TABLES = ("engine.", "checkpoint.", "evaluate.", "images.", "validation.", "train.guard.", "train.trackers")
 
 # What a run leaves behind before it has made anything.
 _BOOKKEEPING = {"resolved.toml", "environment.json", "status.json", "logs", "parameter_groups.tsv"}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from evatool.core.batch import Result
 from evatool.core.errors import EvatoolError
-from evatool.eval.report.demo import CaptionedPicture, ChainStep, DemoReport, LossCurve, write_demo_report
+from evatool.eval.report.demo import CaptionedImage, ChainStep, DemoReport, LossCurve, write_demo_report
 from evatool.eval.report.gallery import read_gallery
 from evatool.eval.results import EvalResults, read_results, write_atomically
 from evatool.recipe.load import load_recipe
@@ -200,7 +200,7 @@ def _report(options: DemoOptions, results: dict[str, Result], clock: Clock, eval
         contact_sheet=prepared["contact_sheet"],
         data_text="Pictures of the training set with their captions. Each concept was drawn by up to six artists.",
         losses=[curve for step in CHAIN if (curve := _loss_curve(step, results[step.name])) is not None],
-        mim_pictures=[results["pretrain-mim"].outputs["mim_pictures"]],
+        mim_images=[results["pretrain-mim"].outputs["mim_pictures"]],
         mim_text="From top to bottom: the picture, what the student saw of it, and how well its prediction at the "
         "hidden places agrees with the teacher's features.",
         gallery=read_gallery(gallery) if gallery else None,
@@ -248,7 +248,7 @@ def _loss_curve(step: Step, result: Result) -> LossCurve | None:
     return LossCurve(step.title, samples, losses, math.log(batch), "ln(batch)", model=step.model)
 
 
-def _samples(train: Path) -> list[CaptionedPicture]:
+def _samples(train: Path) -> list[CaptionedImage]:
     """Training pictures spread over the shards, as they are stored."""
     from evatool.data.tar.writer import ShardIndex
 
@@ -257,8 +257,8 @@ def _samples(train: Path) -> list[CaptionedPicture]:
     found = []
     for i in range(0, len(index), stride)[:NUM_SAMPLE_PICTURES]:
         members = index.read(i)
-        picture = next(data for name, data in members.items() if name in ("webp", "png", "jpg", "jpeg"))
-        found.append(CaptionedPicture(picture, members["txt"].decode("utf-8")))
+        image = next(data for name, data in members.items() if name in ("webp", "png", "jpg", "jpeg"))
+        found.append(CaptionedImage(image, members["txt"].decode("utf-8")))
     return found
 
 

@@ -19,7 +19,7 @@ def run(recipe: DistillRecipe, run: RunOptions) -> Result:
     with wiring.open_job(recipe, run) as job:
         config = wiring.clip_config(recipe.model)
         data = open_distill_data(job, recipe, config)
-        with wiring.first_weights(job):
+        with wiring.initial_weights(job):
             model = wiring.build_clip_model(config, recipe.model, is_resumed=job.saved is not None, sources=job.sources)
             objective = DistillObjective(
                 model,

@@ -19,7 +19,7 @@ from evatool.core.progress import progress
 from evatool.distributed.collectives import gather_objects
 from evatool.distributed.world import World, close_world, init_world
 from evatool.eval.cache import default_folder
-from evatool.eval.encode import together
+from evatool.eval.encode import fail_on_all_ranks
 from evatool.eval.results import EvalResults, Failure, file_name
 from evatool.eval.suite import Suite, SuiteSet, fetch_command, find_sets, load_suite
 from evatool.recipe.schema import EvalRecipe, EvalSection
@@ -108,7 +108,7 @@ def _evaluate_model(evaluation: Evaluation, name: str, source: str, on_set: Call
     """Load one model, evaluate it on every set, let it go."""
     results = evaluation.results
     try:
-        with together():
+        with fail_on_all_ranks():
             model = load_model(name, source, evaluation.section, evaluation.world, evaluation.cache)
     except (EvatoolError, OSError, RuntimeError) as error:
         if len(evaluation.section.models) == 1:
@@ -126,7 +126,7 @@ def _evaluate_model(evaluation: Evaluation, name: str, source: str, on_set: Call
             kind = "" if isinstance(error, EvatoolError) else f"{type(error).__name__}: "
             results.failures.append(Failure(name, entry.name, f"{kind}{error}"))
         on_set()
-    evaluation.pictures.pop(name, None)
+    evaluation.images.pop(name, None)
 
 
 def _fetch(section: EvalSection, folders: dict[str, Path], sets: list[SuiteSet]) -> dict[str, Path]:

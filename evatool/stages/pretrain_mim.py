@@ -13,14 +13,14 @@ from evatool.runs.run_dir import RunOptions
 from evatool.stages.training import build as wiring
 from evatool.stages.training import loop as training_loop
 from evatool.stages.training.mim_data import STORE, MimData, open_mim_data
-from evatool.stages.training.mim_hooks import Pictures, Validation
+from evatool.stages.training.mim_hooks import ImageSheets, Validation
 
 
 def run(recipe: PretrainMimRecipe, run: RunOptions) -> Result:
     """Pre-train the image tower of `recipe`, or go on with it; every rank calls it."""
     with wiring.open_job(recipe, run) as job:
         data = open_mim_data(job, recipe)
-        with wiring.first_weights(job):
+        with wiring.initial_weights(job):
             model = build_mim(
                 data.shape,
                 predict_dim=data.teacher.facts.width,
@@ -31,19 +31,19 @@ def run(recipe: PretrainMimRecipe, run: RunOptions) -> Result:
         groups = wiring.build_groups(recipe, objective, model.config)
         engine = wiring.build_job_engine(job, objective, groups)
         state = wiring.start_state(job, engine, groups, data.loader)
-        pictures = Pictures(recipe.pictures, job, data, objective)
-        hooks = [pictures, *training_loop.build_hooks(job, model.config)]
+        images = ImageSheets(recipe.images, job, data, objective)
+        hooks = [images, *training_loop.build_hooks(job, model.config)]
         if recipe.validation is not None:  # before what writes its figure
             hooks.insert(0, Validation(recipe.validation, job, recipe, data, objective))
         flops = flops_per_sample(model.config, data)
         trainer = training_loop.build_trainer(job, objective, engine, data.loader, groups, hooks, state, flops)
         trainer.fit()
-        with engine.whole_weights():
-            sheet = pictures.draw(job.run_dir.path / "mim_pictures.png")
+        with engine.summon_full_weights():
+            sheet = images.draw(job.run_dir.path / "mim_pictures.png")
         path = job.run_dir.path
         following = chain.next_in_chain(recipe, run.name, path)
         following = following or chain.use_image_tower(recipe, recipe.model.preset, path)
-        return training_loop.training_result(job, trainer, next_command=following, pictures={"mim_pictures": sheet})
+        return training_loop.training_result(job, trainer, next_command=following, images={"mim_pictures": sheet})
 
 
 def flops_per_sample(student: ModelConfig, data: MimData) -> float:

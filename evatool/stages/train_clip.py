@@ -19,7 +19,7 @@ def run(recipe: TrainClipRecipe, run: RunOptions) -> Result:
         config = wiring.clip_config(recipe.model)
         mim = joint.open_joint_data(job, recipe, config)
         loader = mim.loader if mim else wiring.build_job_loader(job, config, context_length=config.context_length)
-        with wiring.first_weights(job):
+        with wiring.initial_weights(job):
             model = wiring.build_clip_model(config, recipe.model, is_resumed=job.saved is not None, sources=job.sources)
             objective: ClipObjective = (
                 joint.build_joint_objective(model, recipe, mim) if mim else ClipObjective(model, recipe.objective)

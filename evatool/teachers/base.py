@@ -84,9 +84,9 @@ class Teacher:
         """`name` as this teacher has it: `logit_loss`, and `logit_loss/big` among several."""
         return f"{name}/{self.name}" if self.name else name
 
-    def picture(self, batch: Batch) -> Tensor:
+    def image(self, batch: Batch) -> Tensor:
         """(B, 3, S, S) of the batch's views, the one for this teacher."""
-        views = [view for view in (batch.teacher_image, batch.image, *(batch.more_views or [])) if view is not None]
+        views = [view for view in (batch.teacher_image, batch.image, *(batch.teacher_images or [])) if view is not None]
         fitting = [view for view in views if self.image_size in (None, view.shape[-1])]
         assert fitting, f"no view of {self.image_size} pixels among {[view.shape[-1] for view in views]}"
         return fitting[0]
@@ -112,5 +112,5 @@ def teacher_features(teacher: Teacher, batch: Batch) -> FeaturePair:
     tokens = fit_tokens(batch.tokens, clip.context_length)
     lengths = batch.text_lengths.clamp(max=clip.context_length)
     with own_precision(tokens):
-        image, text = clip.encode_image(teacher.picture(batch)), encode_text(clip.model, tokens, lengths)
+        image, text = clip.encode_image(teacher.image(batch)), encode_text(clip.model, tokens, lengths)
         return l2_normalize(image), l2_normalize(text.to(torch.promote_types(text.dtype, torch.float32)))

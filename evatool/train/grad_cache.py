@@ -18,12 +18,12 @@ from evatool.core.batch import Batch, LossDict
 from evatool.distributed.engines.amp import poisoned_if_not_finite
 from evatool.distributed.engines.build import Engine
 
-Gate = Callable[[Tensor], Tensor]
+LossGate = Callable[[Tensor], Tensor]
 """A step's loss -> the factor on its gradient: 1, or NaN where the step is to be skipped on every rank."""
 
 
 def forward_backward(
-    engine: Engine, objective: nn.Module, batch: Batch, *, micro_batch_size: int, seed: int, gate: Gate
+    engine: Engine, objective: nn.Module, batch: Batch, *, micro_batch_size: int, seed: int, gate: LossGate
 ) -> LossDict:
     """Losses of one step, detached, with their gradients in the engine; every rank calls it.
 
@@ -51,7 +51,7 @@ def forward_backward(
 
 
 def _with_features(
-    engine: Engine, objective: Any, batch: Batch, chunks: Sequence[Batch], seeds: Sequence[int], gate: Gate
+    engine: Engine, objective: Any, batch: Batch, chunks: Sequence[Batch], seeds: Sequence[int], gate: LossGate
 ) -> LossDict:
     first_pass: list[dict[str, Tensor]] = []
     for number, (chunk, seed) in enumerate(zip(chunks, seeds, strict=True), start=1):
@@ -96,7 +96,9 @@ def _surrogate(features: dict[str, Tensor], gradients: dict[str, Tensor]) -> Ten
     return torch.stack([part.to(parts[0].dtype) for part in parts]).sum()
 
 
-def _by_shares(engine: Engine, objective: Any, chunks: Sequence[Batch], seeds: Sequence[int], gate: Gate) -> LossDict:
+def _by_shares(
+    engine: Engine, objective: Any, chunks: Sequence[Batch], seeds: Sequence[int], gate: LossGate
+) -> LossDict:
     shares = objective.shares(chunks)
     sums: LossDict = {}
     for number, (chunk, seed, share) in enumerate(zip(chunks, seeds, shares, strict=True), start=1):

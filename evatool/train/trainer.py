@@ -188,11 +188,11 @@ class Trainer:
             figures[key] = max(figures.get(key, 0.0), group.lr * group.lr_scale * factor)
         samples_left = (self.num_steps - self.state.step) * self.global_batch_size
         figures |= self._throughput.read(samples_left)
-        figures |= self.data_figures()
+        figures |= self.data_counts()
         figures["memory/peak_bytes"] = peak_memory_bytes(self.engine.device)
         return figures
 
-    def data_figures(self) -> dict[str, float]:
+    def data_counts(self) -> dict[str, float]:
         """What the loaders of all ranks count (bad samples by cause, spares), summed; every rank must call it."""
         counted = getattr(self.loader, "figures", dict)  # a plain iterator of batches counts nothing
         total: Counter[str] = Counter()
@@ -236,7 +236,7 @@ class Trainer:
 
     def saved_state(self) -> dict[str, object]:
         """`state` as a checkpoint keeps it; every rank must call it."""
-        self.state.data_counts = self.data_figures()
+        self.state.data_counts = self.data_counts()
         self.state.recent_losses = self.gate.state()
         return self.state.to_json()
 

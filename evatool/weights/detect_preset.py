@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 
-from evatool.formats.mapped_tensors import PROJECTION, TOWER, DerivedMap, TowerKind
+from evatool.formats.mapped_tensors import PROJECTION, TOWER, MappedTensors, TowerKind
 from evatool.model.config import ModelConfig
 from evatool.model.presets import PRESETS
 
@@ -49,12 +49,12 @@ def signature_of(config: ModelConfig) -> Signature:
     )
 
 
-def signature_in(state: DerivedMap) -> tuple[Signature, int]:
+def signature_in(state: MappedTensors) -> tuple[Signature, int]:
     """The signature of weights under our names, and the side of their patch grid."""
     return _vit_signature(state) if state.tower == "clip-vit" else _eva_signature(state)
 
 
-def _eva_signature(state: DerivedMap) -> tuple[Signature, int]:
+def _eva_signature(state: MappedTensors) -> tuple[Signature, int]:
     block = f"{TOWER}blocks.0."
     has = state.__contains__
     mlp_shape = lambda name: state.shape(f"{block}mlp.{name}.weight")  # noqa: E731
@@ -81,7 +81,7 @@ def _eva_signature(state: DerivedMap) -> tuple[Signature, int]:
     return signature, math.isqrt(state.shape(f"{TOWER}pos_embed")[1] - 1)
 
 
-def _vit_signature(state: DerivedMap) -> tuple[Signature, int]:
+def _vit_signature(state: MappedTensors) -> tuple[Signature, int]:
     kernel, projection = state.shape("visual.conv1.weight"), state.shape("visual.proj")
     signature = Signature(
         tower="clip-vit",
@@ -100,7 +100,7 @@ def _vit_signature(state: DerivedMap) -> tuple[Signature, int]:
     return signature, math.isqrt(state.shape("visual.positional_embedding")[0] - 1)
 
 
-def fitting_presets(state: DerivedMap) -> list[ModelConfig]:
+def fitting_presets(state: MappedTensors) -> list[ModelConfig]:
     """The presets that these weights belong to, at the weights' own image size.
 
     More than one only where they differ in something that leaves no trace in the weights: QuickGELU or not. None if a
@@ -116,7 +116,7 @@ def fitting_presets(state: DerivedMap) -> list[ModelConfig]:
     return exact
 
 
-def _text_signature(state: DerivedMap) -> tuple[int, int, int, int] | None:
+def _text_signature(state: MappedTensors) -> tuple[int, int, int, int] | None:
     if "text.positional_embedding" not in state:
         return None
     context, width = state.shape("text.positional_embedding")
@@ -124,6 +124,6 @@ def _text_signature(state: DerivedMap) -> tuple[int, int, int, int] | None:
     return width, layers, context, state.shape("text.token_embedding.weight")[0]
 
 
-def _num_blocks(state: DerivedMap, pattern: str) -> int:
+def _num_blocks(state: MappedTensors, pattern: str) -> int:
     found = (re.match(pattern, name) for name in state)
     return 1 + max((int(match.group(1)) for match in found if match), default=-1)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from evatool.core.errors import CheckpointError
-from evatool.formats.mapped_tensors import PROJECTION, TOWER, DerivedMap, Source, TowerKind
+from evatool.formats.mapped_tensors import PROJECTION, TOWER, MappedTensors, Source, TowerKind
 from evatool.weights.key_mapping_hf import is_transformers, transformers_sources
 
 MIM_PARTS = ("mask_token", "lm_head.weight", "lm_head.bias")
@@ -37,19 +37,19 @@ _RECOMPUTED = re.compile(
 )
 
 
-def canonical_state(state: Mapping[str, Tensor], where: str = "state dict") -> DerivedMap:
+def canonical_state(state: Mapping[str, Tensor], where: str = "state dict") -> MappedTensors:
     """`state` under our names; buffers that are recomputed (RoPE tables among them) are left out.
 
     Understands BAAI's CLIP and MIM files, open_clip's names, timm's `Eva`, our own checkpoints, OpenAI's archives and
     transformers' names of CLIP and EVA-CLIP, by the names themselves. Raises CheckpointError where it finds no image
     tower that it knows, or two sources for one name.
     """
-    if isinstance(state, DerivedMap):
+    if isinstance(state, MappedTensors):
         return state
     keys = [key for key in state if not _RECOMPUTED.search(_without_wrapper(key))]
     names = {_without_wrapper(key) for key in keys}
     if is_transformers(names):
-        return DerivedMap(state, *transformers_sources({_without_wrapper(key): key for key in keys}))
+        return MappedTensors(state, *transformers_sources({_without_wrapper(key): key for key in keys}))
     is_vit = names >= _VIT_PARTS
     tower: TowerKind = "clip-vit" if is_vit else "eva"
     rename: Callable[[str], str] = _shared_name if is_vit else _EvaNames(names, where)
@@ -61,10 +61,10 @@ def canonical_state(state: Mapping[str, Tensor], where: str = "state dict") -> D
                 f"{key} and {sources[ours].keys[0]} are both {ours}", where=where, expected="one tensor a parameter"
             )
         sources[ours] = Source((key,))
-    return DerivedMap(state, sources, tower)
+    return MappedTensors(state, sources, tower)
 
 
-def mae_state(state: Mapping[str, Tensor]) -> DerivedMap:
+def mae_state(state: Mapping[str, Tensor]) -> MappedTensors:
     """EVA-L's weights under our names, from BAAI's file (MAE's names) or our checkpoint, without fixed positions."""
     sources = {}
     for key in state:
@@ -74,7 +74,7 @@ def mae_state(state: Mapping[str, Tensor]) -> DerivedMap:
         name = name.replace("decoder_pred.", "lm_head.")
         is_shared = name == "mask_token" or name.startswith(("decoder_", "lm_head.", "visual."))
         sources[name if is_shared else f"visual.{name}"] = Source((key,))
-    return DerivedMap(state, sources)
+    return MappedTensors(state, sources)
 
 
 def _without_wrapper(key: str) -> str:

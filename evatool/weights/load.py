@@ -12,7 +12,7 @@ from open_clip import CustomTextCLIP
 from torch import Tensor, nn
 
 from evatool.core.errors import CheckpointError
-from evatool.formats.mapped_tensors import PROJECTION, TOWER, DerivedMap
+from evatool.formats.mapped_tensors import PROJECTION, TOWER, MappedTensors
 from evatool.formats.safetensors import TensorMap, dtype_of, shape_of
 from evatool.model.mae import MaeModel
 from evatool.model.mim import MimModel
@@ -93,7 +93,7 @@ def init_text_tower(
 
 def _init_tower(
     clip: CustomTextCLIP,
-    source: DerivedMap,
+    source: MappedTensors,
     prefix: str,
     may_be_fresh: Sequence[str],
     where: str,

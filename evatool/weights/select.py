@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from evatool.core.errors import CheckpointError
-from evatool.formats.mapped_tensors import PROJECTION, TOWER, DerivedMap, Source
+from evatool.formats.mapped_tensors import PROJECTION, TOWER, MappedTensors, Source
 from evatool.formats.safetensors import TensorMap, dtype_of, shape_of
 from evatool.model.config import ModelConfig
 from evatool.weights.key_mapping import canonical_state
@@ -136,7 +136,7 @@ def select_weights(
     layers: Rule = "even",
     channels: Rule = "even",
     where: str = "state dict",
-) -> DerivedMap:
+) -> MappedTensors:
     """What `target` starts from, out of a model that is as large or larger in everything.
 
     Image positions and the patch kernel keep the source's grid and patch: loading resizes them. Text positions are the
@@ -169,7 +169,7 @@ def select_weights(
     if "logit_scale" in known and len(towers) > 1:
         taken["logit_scale"] = ("logit_scale", [None] * len(shape_of(known, "logit_scale")))
     selected = SelectedMap(known, taken)
-    return DerivedMap(selected, {name: Source((name,)) for name in selected}, known.tower)
+    return MappedTensors(selected, {name: Source((name,)) for name in selected}, known.tower)
 
 
 def _visual_shapes(state: Mapping[str, Tensor], source: ModelConfig, target: ModelConfig) -> tuple[_Shape, _Shape]:

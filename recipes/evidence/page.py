@@ -24,7 +24,7 @@ from design import (
     loss_name,
 )
 from effects import Estimate, Values, difference, factorial_effects, mean
-from pictures import draw_effects, draw_lines
+from images import draw_effects, draw_lines
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PICTURES = "evidence"

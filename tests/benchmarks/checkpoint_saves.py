@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from evatool.checkpoint.save import save_run
-from evatool.distributed.engines.sharded_state import HeldState
+from evatool.distributed.engines.sharded_state import ShardedState
 from evatool.train.hooks.checkpoint import BackgroundWriter
 
 RUNS, TENSORS = 9, 60
@@ -34,7 +34,7 @@ def main() -> None:
         save = partial(save_run, Path(folder), model_config={}, resolved_toml="", keep=2)
         writer = BackgroundWriter(save)
         for run in range(RUNS):
-            states = {"objective_state": HeldState.whole(weights), "optimizer_state": HeldState.whole(moments)}
+            states = {"objective_state": ShardedState.whole(weights), "optimizer_state": ShardedState.whole(moments)}
             start = time.perf_counter()
             save(2 * run, **states, **rest)
             on_the_spot.append(time.perf_counter() - start)

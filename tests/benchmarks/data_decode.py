@@ -44,9 +44,9 @@ def make_jpegs(width: int, height: int, count: int) -> Iterator[bytes]:
         cut_w, cut_h = int(width * room * share), int(height * room * share)
         left = int(rng.integers(photograph.width - cut_w + 1))
         top = int(rng.integers(photograph.height - cut_h + 1))
-        picture = photograph.crop((left, top, left + cut_w, top + cut_h))
+        image = photograph.crop((left, top, left + cut_w, top + cut_h))
         out = io.BytesIO()
-        picture.resize((width, height), Image.Resampling.LANCZOS).save(
+        image.resize((width, height), Image.Resampling.LANCZOS).save(
             out, "JPEG", quality=int(rng.integers(75, 91)), subsampling="4:2:0"
         )
         yield out.getvalue()
@@ -144,7 +144,7 @@ def psnr(shard: str, decode: str) -> list[float]:
     import torch
     from PIL import Image
 
-    from evatool.data.image.decode import decode_picture
+    from evatool.data.image.decode import decode_image
     from evatool.data.image.train_transforms import TrainTransform, crop_boxes
     from evatool.data.tar.scan import scan_tar
     from evatool.data.train import shuffle as order
@@ -156,16 +156,16 @@ def psnr(shard: str, decode: str) -> list[float]:
     members = [m for m in scan_tar(data).members if m.name.endswith(".jpg")]
     keys = order.sample_keys(1, np.zeros(len(members), dtype=np.int64), np.arange(len(members)))
     files = [data[m.offset : m.offset + m.size] for m in members]
-    decoded = [decode_picture(f, mode=decode, min_side=transform.min_side) for f in files]
-    (pictures,) = transform([torch.from_numpy(d).permute(2, 0, 1) for d in decoded], keys)
+    decoded = [decode_image(f, mode=decode, min_side=transform.min_side) for f in files]
+    (images,) = transform([torch.from_numpy(d).permute(2, 0, 1) for d in decoded], keys)
     boxes = crop_boxes(np.array([d.shape[:2] for d in decoded]), keys, section.crop_scale, section.crop_ratio)
     found = []
-    for file, pixels, box, picture in zip(files, decoded, boxes, pictures, strict=True):
+    for file, pixels, box, image in zip(files, decoded, boxes, images, strict=True):
         whole = Image.open(io.BytesIO(file)).convert("RGB")
         scale = round(whole.width / pixels.shape[1])
         top, left, height, width = (box * scale).tolist()
         crop = whole.crop((left, top, left + width, top + height)).resize((IMAGE_SIZE,) * 2, Image.Resampling.BICUBIC)
-        error = ((np.asarray(crop).astype(float) - picture.permute(1, 2, 0).numpy()) ** 2).mean()
+        error = ((np.asarray(crop).astype(float) - image.permute(1, 2, 0).numpy()) ** 2).mean()
         found.append(99.0 if error == 0 else 10 * math.log10(255**2 / error))
     return found
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 
-from sample_pictures import picture  # tests/data
+from sample_pictures import image  # tests/data
 from tiny_shards import plain_samples, write_tar
 
 from evatool.data.train.loader import build_train_loader
@@ -29,7 +29,7 @@ NUM_SHARDS, PER_SHARD = 200, 200
 
 
 def write_set(folder: Path) -> None:
-    encoded = [picture("JPEG", seed=seed) for seed in range(8)]
+    encoded = [image("JPEG", seed=seed) for seed in range(8)]
     for shard in range(NUM_SHARDS):
         samples = plain_samples(range(shard * PER_SHARD, (shard + 1) * PER_SHARD))
         for i, members in enumerate(samples.values()):

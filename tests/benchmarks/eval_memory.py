@@ -15,7 +15,7 @@ import time
 import numpy as np
 import torch
 
-from evatool.eval.tasks.retrieval_ranks import ranks_both_ways
+from evatool.eval.tasks.retrieval_ranks import retrieval_ranks
 from evatool.eval.tasks.zero_shot import classify
 
 CHECKED = 64
@@ -89,7 +89,7 @@ def retrieval(images: int, texts: int, width: int, limit: float) -> None:
     pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
     before = peak()
     started = time.perf_counter()
-    of_text, of_image = ranks_both_ways(text, image, pairs)
+    of_text, of_image = retrieval_ranks(text, image, pairs)
     taken = time.perf_counter() - started
     beyond = peak() - before
     rng = np.random.default_rng(0)

@@ -50,7 +50,7 @@ from evatool.stages.evaluating import models as eval_models
 SETS = ["new-artist", "new-shading", "black-and-white", "never-seen", "coarse-group", "coarse-subgroup"]
 BATCH = 64  # clip-benchmark's own default
 
-Answers = TypeVar("Answers")
+Predictions = TypeVar("Answers")
 
 
 class Times(NamedTuple):
@@ -74,7 +74,7 @@ class Loads:
         return clip
 
 
-def timed(work: Callable[[Loads], Answers]) -> tuple[Answers, Times]:
+def timed(work: Callable[[Loads], Predictions]) -> tuple[Predictions, Times]:
     """What `work` gives, and its times."""
     loads = eval_models.load_clip = Loads()  # type: ignore[assignment]
     wall, cpu = time.perf_counter(), time.process_time()
@@ -130,7 +130,7 @@ def count_flips(ours: dict[str, ClassificationResult], theirs: dict[str, np.ndar
 def distinct(data: Path, sets: list[str]) -> int:
     """Pictures with different bytes over all sets."""
     opened = [open_eval_set(data / name, transform=EvalTransform(8), batch_size=BATCH).samples for name in sets]
-    return len({samples.picture(i) for samples in opened for i in range(len(samples))})
+    return len({samples.image(i) for samples in opened for i in range(len(samples))})
 
 
 def compare(asked: argparse.Namespace, data: Path, device: str, threads: int) -> dict[str, ClassificationResult]:

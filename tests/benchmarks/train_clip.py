@@ -82,20 +82,20 @@ def make_pictures(folder: Path, count: int, side: int, suffix: str) -> Path:
     if (made / "manifest.json").exists():
         return made
     rng = np.random.default_rng(0)
-    pictures = folder / f"pictures-{count}-{side}-{suffix}"
-    pictures.mkdir(parents=True, exist_ok=True)
+    images = folder / f"pictures-{count}-{side}-{suffix}"
+    images.mkdir(parents=True, exist_ok=True)
     words = ["a", "cat", "dog", "red", "blue", "car", "tree", "house", "on", "the", "in", "with", "old", "man", "sky"]
     rows = ["image\tcaption"]
     for number in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((side, side), Image.BICUBIC)
         pixels = np.asarray(coarse, dtype=np.int16) + rng.integers(-12, 13, (side, side, 3))
         name = f"{number:06d}.{suffix}"
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(pictures / name, quality=85)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(images / name, quality=85)
         # Lengths as of web captions: most short, a tail to the full context (performance.md: mean 15.4 of 77).
         length = int(np.clip(rng.lognormal(np.log(7.8), 0.7), 2, 70))
         rows.append(f"{name}\t{' '.join(rng.choice(words, length))} {number}")
     (folder / "captions.tsv").write_text("\n".join(rows))
-    source = {"kind": "folder", "images": str(pictures), "captions": str(folder / "captions.tsv")}
+    source = {"kind": "folder", "images": str(images), "captions": str(folder / "captions.tsv")}
     table = {"data": source, "shards": {"samples_per_shard": max(64, count // 16)}}
     run_stage(resolve_table(table, "data-prepare"), RunOptions(name="bench", run_dir=made))
     tokens = build_tokenizer(77)([row.partition("\t")[2] for row in rows[1:2001]])
@@ -104,7 +104,7 @@ def make_pictures(folder: Path, count: int, side: int, suffix: str) -> Path:
     return made
 
 
-def first_weights(bench: Bench) -> tuple[Path, Path]:
+def initial_weights(bench: Bench) -> tuple[Path, Path]:
     """The weights both start from (as a whole-model file), and what open_clip needs to know of the model."""
     import torch
     from safetensors.torch import save_file
@@ -152,7 +152,7 @@ def baseline(
     bench: Bench, data: Path, *, precision: str, workers: int, compiled: bool, gate_steps: int | None = None
 ) -> Run:
     """One run of open_clip's trainer."""
-    weights, spec = first_weights(bench)
+    weights, spec = initial_weights(bench)
     steps = gate_steps or bench.steps
     name = f"{precision}-{workers}-{compiled}-{time.time_ns()}"
     arguments = f"""
@@ -198,7 +198,7 @@ def baseline(
 
 def ours(bench: Bench, data: Path, *, precision: str, workers: int, gate_steps: int | None = None) -> Run:
     """One run of evatool's trainer, in a process of its own."""
-    weights, _ = first_weights(bench)
+    weights, _ = initial_weights(bench)
     steps = gate_steps or bench.steps
     group = {"lr": OPTIM["lr"], "weight_decay": 0.0}
     table: dict[str, Any] = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from evatool.checkpoint.save import save_run
-from evatool.distributed.engines.sharded_state import HeldState
+from evatool.distributed.engines.sharded_state import ShardedState
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +29,8 @@ def save(tmp_path) -> Callable[..., Path]:
         return save_run(
             folder or tmp_path / "checkpoints",
             step,
-            objective_state=HeldState.whole(state),
-            optimizer_state=HeldState.whole({f"exp_avg.{name}": tensor / 2 for name, tensor in state.items()}),
+            objective_state=ShardedState.whole(state),
+            optimizer_state=ShardedState.whole({f"exp_avg.{name}": tensor / 2 for name, tensor in state.items()}),
             groups=[{"name": "visual/decay", "lr": 1e-3, "parameters": list(state)}],
             train_state={"step": step, "samples_seen": 8 * step},
             model_config={"task": "clip", "name": "tiny"},

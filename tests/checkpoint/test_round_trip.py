@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from evatool.checkpoint import layout
 from evatool.checkpoint.load import latest_checkpoint, load_checkpoint, read_model, verify
 from evatool.core.errors import CheckpointError
-from evatool.distributed.engines.sharded_state import HeldState
+from evatool.distributed.engines.sharded_state import ShardedState
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
 
@@ -22,7 +22,7 @@ def test_safetensors_reads_every_dtype_and_shape(tmp_path):
     tensors = {f"t{i}": (torch.randn(3, i) * 9).to(dtype) for i, dtype in enumerate(DTYPES)}
     tensors["scalar"] = torch.tensor(3.5)
     tensors["transposed"] = torch.randn(4, 5).T
-    path, held = tmp_path / "t.safetensors", HeldState.whole(tensors)
+    path, held = tmp_path / "t.safetensors", ShardedState.whole(tensors)
     layout.create_tensor_file(path, held)
     entry = layout.write_ranges(path, held, is_first=True)
     assert entry == {"ranges": [[0, path.stat().st_size]], "sha256": layout.sha256_of(path)}

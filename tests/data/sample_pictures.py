@@ -21,7 +21,7 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
     return out.getvalue()
 
 
-def picture(kind: str = "PNG", mode: str = "RGB", seed: int = 0, **options: object) -> bytes:
+def image(kind: str = "PNG", mode: str = "RGB", seed: int = 0, **options: object) -> bytes:
     return encode(Image.fromarray(pixels(seed=seed)).convert(mode), kind, **options)
 
 
@@ -43,19 +43,19 @@ def png_header(width: int, height: int, bit_depth: int = 8) -> bytes:
 BAD_PICTURES = {
     "zero-byte": b"",
     "not-a-picture": b"GIF? no, this is text",
-    "cut-jpeg": picture("JPEG")[:-200],
-    "cut-png": picture("PNG")[:-600],
-    "cut-webp": picture("WEBP", lossless=True)[:-300],
-    "cut-header": picture("PNG")[:20],
-    "cmyk": picture("JPEG", "CMYK"),
+    "cut-jpeg": image("JPEG")[:-200],
+    "cut-png": image("PNG")[:-600],
+    "cut-webp": image("WEBP", lossless=True)[:-300],
+    "cut-header": image("PNG")[:20],
+    "cmyk": image("JPEG", "CMYK"),
     "16-bit-grey": encode(Image.fromarray(pixels()[..., 0].astype(np.uint16) * 257), "PNG"),
     "16-bit-rgb": png_header(8, 8, bit_depth=16),
     "animated-gif": animated("GIF"),
     "animated-webp": animated("WEBP"),
     "animated-png": animated("PNG"),
     "20000x20000": png_header(20_000, 20_000),
-    "gif": picture("GIF", "P"),
-    "tiff": picture("TIFF"),
+    "gif": image("GIF", "P"),
+    "tiff": image("TIFF"),
     "lab": encode(Image.fromarray(pixels()).convert("YCbCr"), "TIFF"),
 }
 

@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sample_pictures import BAD_PICTURES, animated, encode, picture, pixels, png_header
+from sample_pictures import BAD_PICTURES, animated, encode, image, pixels, png_header
 from tiny_shards import add_member, keys, loader, plain_samples, take, write_tar
 
 from evatool.core.errors import BadDataLimitError
 from evatool.data.image.header import MAX_PIXELS
-from evatool.data.image.nonstandard import odd_cause
+from evatool.data.image.nonstandard import nonstandard_cause
 
 # --------------------------------------------------------------------------------------------------- R19: members
 
 
 def jpeg(**options: Any) -> bytes:
-    return picture("JPEG", **options)
+    return image("JPEG", **options)
 
 
 def with_exif(data: bytes) -> bytes:
@@ -50,18 +50,18 @@ GOOD = {
     "jpeg": {"jpg": jpeg()},
     "jpeg-name": {"jpeg": jpeg()},
     "upper-case": {"JPG": jpeg()},
-    "webp": {"webp": picture("WEBP")},
-    "png-named-jpg": {"jpg": picture("PNG")},
-    "webp-named-png": {"png": picture("WEBP")},
+    "webp": {"webp": image("WEBP")},
+    "png-named-jpg": {"jpg": image("PNG")},
+    "webp-named-png": {"png": image("WEBP")},
     "progressive": {"jpg": jpeg(progressive=True)},
-    "grey-jpeg": {"jpg": picture("JPEG", "L")},
-    "palette": {"png": picture("PNG", "P")},
-    "1-bit": {"png": picture("PNG", "1")},
-    "grey-alpha": {"png": picture("PNG", "LA")},
-    "rgba": {"png": picture("PNG", "RGBA")},
-    "static-gif": {"png": picture("GIF", "P")},
-    "bmp": {"png": picture("BMP")},
-    "tiff": {"png": picture("TIFF")},
+    "grey-jpeg": {"jpg": image("JPEG", "L")},
+    "palette": {"png": image("PNG", "P")},
+    "1-bit": {"png": image("PNG", "1")},
+    "grey-alpha": {"png": image("PNG", "LA")},
+    "rgba": {"png": image("PNG", "RGBA")},
+    "static-gif": {"png": image("GIF", "P")},
+    "bmp": {"png": image("BMP")},
+    "tiff": {"png": image("TIFF")},
     "two-in-one": {"jpg": animated("MPO")},
     "exif-loop": {"jpg": with_exif(jpeg())},
     "trailing-bytes": {"jpg": jpeg() + b"\0" * 5000},
@@ -78,14 +78,14 @@ GOOD = {
 ODD = {
     "cmyk": ({"jpg": jpeg(mode="CMYK")}, "cmyk"),
     "cmyk-progressive": ({"jpg": jpeg(mode="CMYK", progressive=True)}, "cmyk"),
-    "cmyk-tiff": ({"png": picture("TIFF", "CMYK")}, "cmyk"),
+    "cmyk-tiff": ({"png": image("TIFF", "CMYK")}, "cmyk"),
     "16-bit-grey": ({"png": BAD_PICTURES["16-bit-grey"]}, "16-bit"),
     "16-bit-rgb": ({"png": wide_png()}, "16-bit"),
-    "float-tiff": ({"png": picture("TIFF", "F")}, "16-bit"),
+    "float-tiff": ({"png": image("TIFF", "F")}, "16-bit"),
     "animated-gif-named-png": ({"png": animated("GIF")}, "animated"),
     "animated-webp": ({"webp": animated("WEBP")}, "animated"),
     "animated-png": ({"png": animated("PNG")}, "animated"),
-    "lab-tiff": ({"png": picture("TIFF", "LAB")}, "color-mode"),
+    "lab-tiff": ({"png": image("TIFF", "LAB")}, "color-mode"),
 }
 BAD = {
     "no-picture": ({"png": None}, "no-picture"),
@@ -120,7 +120,7 @@ BAD = {
 
 def corpus_tar(tmp_path: Path, name: str, change: dict[str, bytes | None]) -> Path:
     samples = plain_samples(range(15))
-    odd: dict[str, bytes | None] = {"png": picture(seed=99), "txt": b"odd words", **change}
+    odd: dict[str, bytes | None] = {"png": image(seed=99), "txt": b"odd words", **change}
     if any(e.lower() in ("jpg", "jpeg", "webp") for e in change):
         odd["png"] = change.get("png")
     samples["odd"] = {extension: data for extension, data in odd.items() if data is not None}
@@ -177,7 +177,7 @@ def test_r19_converted_pictures_are_used_counted_and_named(
         samples[name] = {extension: data for extension, data in change.items() if data is not None}
     tar = write_tar(tmp_path / "set.tar", samples)
     # The limit does not hold for them.
-    section = {"train": tar, "odd_pictures": "convert", "max_bad_fraction": 0.0, "num_workers": num_workers}
+    section = {"train": tar, "nonstandard": "convert", "max_bad_fraction": 0.0, "num_workers": num_workers}
     found = loader(section, global_batch_size=32, with_text=False)
     batches = iter(found)
     read = [next(batches) for _ in range(2)]
@@ -195,8 +195,8 @@ def test_r19_converted_pictures_are_used_counted_and_named(
 @pytest.mark.parametrize("name", list(ODD))
 def test_r19_converted_pictures_are_pillows(tmp_path: Path, name: str) -> None:
     (data,) = ODD[name][0].values()
-    assert odd_cause(data, MAX_PIXELS)[0] == ODD[name][1]
-    section = {"odd_pictures": "convert", "decode": "exact", "augment": {"crop_scale": [1, 1], "crop_ratio": [1, 1]}}
+    assert nonstandard_cause(data, MAX_PIXELS)[0] == ODD[name][1]
+    section = {"nonstandard": "convert", "decode": "exact", "augment": {"crop_scale": [1, 1], "crop_ratio": [1, 1]}}
     square = Image.open(io.BytesIO(data)).convert("RGB")
     read = {}
     for key, file in (("odd", data), ("plain", encode(square, "PNG"))):
@@ -221,11 +221,11 @@ def test_r19_duplicates(tmp_path: Path) -> None:
     path = tmp_path / "set.tar"
     with tarfile.open(path, "w") as tar:
         for i in range(14):
-            add_member(tar, f"k{i:02d}.png", picture(seed=i))
+            add_member(tar, f"k{i:02d}.png", image(seed=i))
             add_member(tar, f"k{i:02d}.txt", b"words")
         for name in ("twice.png", "twice.txt", "twice.png"):  # two pictures in one sample
-            add_member(tar, name, picture() if name.endswith("png") else b"words")
-        add_member(tar, "k03.png", picture(seed=77))  # a key that comes again later is another sample
+            add_member(tar, name, image() if name.endswith("png") else b"words")
+        add_member(tar, "k03.png", image(seed=77))  # a key that comes again later is another sample
         add_member(tar, "k03.txt", b"others")
     for _ in range(2):  # scanned, then from the index
         found = loader({"train": path, "max_bad_fraction": 0.1})
@@ -254,7 +254,7 @@ def bombs() -> dict[str, bytes]:
     jpg = jpg[: start + 5] + struct.pack(">HH", 60_000, 60_000) + jpg[start + 9 :]
     gif = animated("GIF")
     gif = gif[:6] + struct.pack("<HH", 65_000, 65_000) + gif[10:]
-    webp = picture("WEBP")
+    webp = image("WEBP")
     at = webp.index(b"\x9d\x01\x2a")
     webp = webp[: at + 3] + struct.pack("<HH", 16_383, 16_383) + webp[at + 7 :]
     return {"png": png, "jpg": jpg, "gif": gif, "webp": webp}

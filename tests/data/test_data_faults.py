@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from faulty_server import Server, always, at_most, first, serve
-from sample_pictures import picture
+from sample_pictures import image
 from tiny_shards import keys, loader, plain_samples, take, write_prepared, write_tar
 
 from evatool.core.errors import BadDataLimitError, EvatoolError, TransientError
@@ -50,7 +50,7 @@ def test_r17_a_tar_cut_anywhere_loses_what_is_counted(tmp_path: Path, is_indexed
         read = keys(take(found, 3))
         # Each place has its own sample, or a spare that was counted.
         replaced = [i for i, (a, b) in enumerate(zip(read, undamaged, strict=True)) if a != b]
-        assert found.bad.num_spares == len(replaced)
+        assert found.bad.num_replacements == len(replaced)
         assert len(found.bad) >= len(replaced)  # a spare can be bad, too
         assert {bad.shard for bad in found.bad.first} <= {str(tar)}
         assert {bad.key for bad in found.bad.first if not bad.key.startswith("#")} <= set(undamaged)
@@ -93,7 +93,7 @@ def test_r17_flipped_bytes_anywhere_never_crash(tmp_path: Path, seed: int) -> No
             assert len(found.bad) > 8  # hardly anything was left
         else:
             assert len(batch.keys) == 16
-            assert found.bad.num_spares <= len(found.bad) * 16
+            assert found.bad.num_replacements <= len(found.bad) * 16
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -117,7 +117,7 @@ def test_r17_spares_are_the_same_at_every_world_size(tmp_path: Path, world_size:
 
 def test_r17_beyond_a_tenth_of_a_percent_the_run_ends(tmp_path: Path) -> None:
     samples = plain_samples(range(2000))
-    small = picture(seed=0)
+    small = image(seed=0)
     for members in samples.values():
         members["png"] = small
     samples["k00700"]["png"] = b""
@@ -304,7 +304,7 @@ def test_bad_samples_do_not_scatter_fetches(tmp_path: Path) -> None:
         section = far(server, tmp_path, shards=f"{server.url}/{{00..39}}.tar", window_shards=4, remote=limit)
         found = loader(section)
         take(found, 20)
-        assert found.bad.num_spares == 40
+        assert found.bad.num_replacements == 40
         assert server.num_fetches() <= 1.1 * 40 + 2 * 4
 
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sample_pictures import BAD_PICTURES, encode, picture, png_header
+from sample_pictures import BAD_PICTURES, encode, image, png_header
 
-from evatool.data.image.decode import decode_picture, eval_picture, fast_jpeg_decoder, scale_for
-from evatool.data.image.header import BadPicture
+from evatool.data.image.decode import decode_eval_image, decode_image, fast_jpeg_decoder, scale_for
+from evatool.data.image.header import BadImage
 from evatool.data.image.train_transforms import TrainTransform, crop_boxes
 from evatool.data.prepare.drawings import Drawings
 from evatool.data.train import shuffle as order
@@ -60,12 +60,12 @@ PICTURES = {
     "jpeg-cut-late": jpeg()[:-40],
     "jpeg-tail": jpeg() + b"a tail that some cameras write",
     "jpeg-two-frames": mpo(),
-    "png-named-jpg": picture("PNG"),
-    "webp-named-jpg": picture("WEBP"),
-    "bmp": picture("BMP"),
+    "png-named-jpg": image("PNG"),
+    "webp-named-jpg": image("WEBP"),
+    "bmp": image("BMP"),
     "palette-transparent": encode(natural(30, 40).convert("P"), "PNG", transparency=3),
-    "grey-alpha": picture("PNG", "LA"),
-    "rgba": picture("PNG", "RGBA"),
+    "grey-alpha": image("PNG", "LA"),
+    "rgba": image("PNG", "RGBA"),
     "jpeg-start-only": b"\xff\xd8\xff\xe0" + bytes(40),
 }
 FUZZED = [name for name in PICTURES if name.startswith("jpeg")]
@@ -87,8 +87,8 @@ def decoded(data: bytes, **options: object) -> np.ndarray | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return decode_picture(data, **options)
-        except BadPicture:
+            return decode_image(data, **options)
+        except BadImage:
             return None
 
 
@@ -109,8 +109,8 @@ def test_decisions_and_pixels_are_the_references(name: str, decoder: str) -> Non
     data = PICTURES[name]
     if name == "20000x20000":  # the reference would fill the memory
         for options in ({"mode": "fast"}, {"mode": "exact"}, {"mode": "scaled", "min_side": 20}):
-            with pytest.raises(BadPicture, match="too-large"):
-                decode_picture(data, **options)
+            with pytest.raises(BadImage, match="too-large"):
+                decode_image(data, **options)
         return
     expected = reference(data)
     for mode in ("exact", "fast"):
@@ -154,15 +154,15 @@ def test_damaged_jpegs_are_judged_as_the_reference_does(name: str, decoder: str)
 )
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 def test_causes(name: str, cause: str, mode: str) -> None:
-    with pytest.raises(BadPicture) as caught:
-        decode_picture(PICTURES[name], mode=mode)
+    with pytest.raises(BadImage) as caught:
+        decode_image(PICTURES[name], mode=mode)
     assert caught.value.cause == cause
 
 
 def test_formats_that_call_other_programs_are_refused() -> None:
     postscript = encode(natural(8, 8), "EPS")
-    with pytest.raises(BadPicture, match="unsupported-format: EPS"):
-        decode_picture(postscript)
+    with pytest.raises(BadImage, match="unsupported-format: EPS"):
+        decode_image(postscript)
 
 
 def test_the_limit_is_judged_by_the_header(decoder: str) -> None:
@@ -171,12 +171,12 @@ def test_the_limit_is_judged_by_the_header(decoder: str) -> None:
     bomb[frame + 5 : frame + 9] = (60_000).to_bytes(2, "big") * 2
     tracemalloc.start()
     for data in (bytes(bomb), png_header(30_000, 30_000)):
-        with pytest.raises(BadPicture, match="too-large"):
-            decode_picture(data)
+        with pytest.raises(BadImage, match="too-large"):
+            decode_image(data)
     assert tracemalloc.get_traced_memory()[1] < 5_000_000
     tracemalloc.stop()
-    with pytest.raises(BadPicture, match="limit 19319"):
-        decode_picture(jpeg(), max_pixels=120 * 161 - 1)
+    with pytest.raises(BadImage, match="limit 19319"):
+        decode_image(jpeg(), max_pixels=120 * 161 - 1)
 
 
 def test_missing_decoder_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -184,7 +184,7 @@ def test_missing_decoder_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: p
     fast_jpeg_decoder.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            decode_picture(jpeg())
+            decode_image(jpeg())
     fast_jpeg_decoder.cache_clear()
     assert [r.message for r in caplog.records if "simplejpeg" in r.message] == [
         "simplejpeg is not installed: JPEGs are decoded by Pillow, slower; `pip install simplejpeg`"
@@ -201,12 +201,12 @@ def test_scale_keeps_the_pixels_needed() -> None:
 def test_scaled_decode(min_side: int, scale: int, mode: str, decoder: str) -> None:
     """Sides are rounded up; both decoders give the same pixels, near the mean of each block."""
     data = jpeg(121, 162, mode)
-    found = decode_picture(data, mode="scaled", min_side=min_side)
+    found = decode_image(data, mode="scaled", min_side=min_side)
     assert found.shape == (-(-121 // scale), -(-162 // scale), 3)
     image = Image.open(io.BytesIO(data))
     image.draft(image.mode, (162 // scale, 121 // scale))
     assert np.array_equal(found, np.asarray(image.convert("RGB")))
-    whole = decode_picture(data)[: 121 // scale * scale, : 162 // scale * scale].astype(float)
+    whole = decode_image(data)[: 121 // scale * scale, : 162 // scale * scale].astype(float)
     blocks = whole.reshape(121 // scale, scale, 162 // scale, scale, 3).mean((1, 3))
     assert abs(blocks - found[: blocks.shape[0], : blocks.shape[1]]).mean() < 2.5
 
@@ -226,7 +226,7 @@ def test_eval_pictures_are_open_clips(name: str, resize_mode: str, size: int) ->
     expected = Image.fromarray(reference(PICTURES[name]))
     for step in steps:
         expected = step(expected)
-    exact = eval_picture(PICTURES[name], size, resize_mode, "exact")
+    exact = decode_eval_image(PICTURES[name], size, resize_mode, "exact")
     assert exact.dtype == torch.uint8
     assert exact.shape == (3, size, size)
     assert exact.is_contiguous()
@@ -234,7 +234,7 @@ def test_eval_pictures_are_open_clips(name: str, resize_mode: str, size: int) ->
     whole = transform(Image.fromarray(reference(PICTURES[name])))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (transform.transforms[-1].mean, transform.transforms[-1].std))
     torch.testing.assert_close((exact / 255 - mean) / std, whole)
-    fast = eval_picture(PICTURES[name], size, resize_mode, "fast")
+    fast = decode_eval_image(PICTURES[name], size, resize_mode, "fast")
     assert (fast.int() - exact.int()).abs().max() <= 2
 
 
@@ -247,7 +247,7 @@ def test_eval_at_the_pictures_own_size(sides: tuple[int, int]) -> None:
     steps = image_transform(56, is_train=False).transforms[:2]
     expected = steps[1](steps[0](Image.fromarray(reference(data))))
     for decode in ("exact", "fast"):
-        found = eval_picture(data, 56, "shortest", decode).permute(1, 2, 0).numpy().astype(int)
+        found = decode_eval_image(data, 56, "shortest", decode).permute(1, 2, 0).numpy().astype(int)
         assert abs(found - np.asarray(expected)).max() <= (0 if decode == "exact" else 2)
 
 
@@ -260,11 +260,11 @@ def test_exact_training_crops_are_those_of_the_release() -> None:
     section = AugmentSection()
     files = [jpeg(90 + 7 * i, 200 - 11 * i) for i in range(8)]
     keys = order.sample_keys(0, np.zeros(8, dtype=np.int64), np.arange(8))
-    pictures = [torch.from_numpy(decode_picture(f, mode="exact")).permute(2, 0, 1) for f in files]
-    shapes = np.array([p.shape[1:] for p in pictures])
+    images = [torch.from_numpy(decode_image(f, mode="exact")).permute(2, 0, 1) for f in files]
+    shapes = np.array([p.shape[1:] for p in images])
     boxes = crop_boxes(shapes, keys, section.crop_scale, section.crop_ratio).tolist()
-    exact, small = TrainTransform(section, [64, 32], "exact")(pictures, keys)
-    (fast,) = TrainTransform(section, [64], "fast")(pictures, keys)
+    exact, small = TrainTransform(section, [64, 32], "exact")(images, keys)
+    (fast,) = TrainTransform(section, [64], "fast")(images, keys)
     for i, (file, (top, left, height, width)) in enumerate(zip(files, boxes, strict=True)):
         image = Image.open(io.BytesIO(file)).convert("RGB")
         for found, size in ((exact, 64), (small, 32)):
@@ -279,7 +279,7 @@ def test_a_scaled_decode_leaves_enough_pixels_for_the_crop() -> None:
     assert transform.min_side == 68  # 64 / sqrt(0.9)
     assert TrainTransform(section, [64], "fast").min_side is None
     data = encode(natural(300, 400), "JPEG", quality=85)
-    scaled = decode_picture(data, mode="scaled", min_side=transform.min_side)
+    scaled = decode_image(data, mode="scaled", min_side=transform.min_side)
     assert scaled.shape == (75, 100, 3)
     keys = order.sample_keys(0, np.zeros(1, dtype=np.int64), np.arange(1))
     found, _ = transform([torch.from_numpy(scaled).permute(2, 0, 1)], keys)
@@ -297,16 +297,16 @@ def drawn(artist: str) -> dict[str, bytes]:
     """PNG by concept of an icon set."""
     drawings = Drawings(DrawingsSource())
     pixels = {tile.concept.code: drawings.pixels(tile) for tile in drawings.tiles(drawings.seen, [artist])}
-    return {code: encode(Image.fromarray(picture), "PNG") for code, picture in pixels.items()}
+    return {code: encode(Image.fromarray(image), "PNG") for code, image in pixels.items()}
 
 
 def enlarged(data: bytes, side: int) -> bytes:
     return encode(Image.open(io.BytesIO(data)).resize((side, side), Image.Resampling.BICUBIC), "JPEG", quality=80)
 
 
-def unit_features(pictures: list[bytes], decode: str) -> torch.Tensor:
+def unit_features(images: list[bytes], decode: str) -> torch.Tensor:
     """Pixels and horizontal and vertical edges of the pictures at 48 x 48, of unit length."""
-    small = torch.stack([eval_picture(data, 48, decode=decode) for data in pictures]).double() - 128
+    small = torch.stack([decode_eval_image(data, 48, decode=decode) for data in images]).double() - 128
     edges = [small.flatten(1), 2 * small.diff(dim=2).flatten(1), 2 * small.diff(dim=3).flatten(1)]
     return torch.nn.functional.normalize(torch.cat(edges, 1), dim=1)
 
@@ -318,8 +318,8 @@ def test_fast_decoding_changes_hardly_a_prediction(side: int | None) -> None:
     classes = sorted(known.keys() & asked.keys())
     assert len(classes) > 500
     weights = unit_features([known[code] for code in classes], "exact")
-    pictures = [asked[code] if side is None else enlarged(asked[code], side) for code in classes]
-    exact, fast = (unit_features(pictures, decode) for decode in ("exact", "fast"))
+    images = [asked[code] if side is None else enlarged(asked[code], side) for code in classes]
+    exact, fast = (unit_features(images, decode) for decode in ("exact", "fast"))
     assert not torch.equal(exact, fast)
     predicted = (exact @ weights.T).argmax(1)
     assert (predicted == torch.arange(len(classes))).float().mean() > 0.1

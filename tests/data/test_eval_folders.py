@@ -183,4 +183,4 @@ def test_odd_pictures_are_converted_as_clip_benchmark_does_and_can_be_shown(tmp_
         expected = image.convert("RGB")
         theirs = (reference(expected) * 255).round().to(torch.uint8)
     assert torch.equal(next(iter(found.loader))[0][0], theirs)
-    assert np.array_equal(found.picture(0), np.asarray(expected))
+    assert np.array_equal(found.image(0), np.asarray(expected))

@@ -21,12 +21,12 @@ from evatool.data.tar.writer import Sample
 NAMES = ["black-and-white", "coarse-group", "coarse-subgroup", "never-seen", "new-artist", "new-shading", "retrieval"]
 
 
-def of_picture(image: Image.Image) -> Tensor:
+def of_image(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def to_tensor(data: bytes) -> Tensor:
-    return of_picture(Image.open(io.BytesIO(data)))
+    return of_image(Image.open(io.BytesIO(data)))
 
 
 def test_all_sets_are_made(small: Path) -> None:
@@ -38,8 +38,8 @@ def test_loader_and_pictures_agree(small: Path, name: str) -> None:
     opened = open_eval_set(small / "eval" / name, transform=to_tensor, batch_size=8)
     assert (opened.name, opened.kind) == (name, "retrieval" if name == "retrieval" else "classification")
     for _ in range(2):  # a loader can be iterated again
-        pictures, labels = zip(*opened.loader, strict=True)
-        images = torch.cat(list(pictures))
+        batches, labels = zip(*opened.loader, strict=True)
+        images = torch.cat(list(batches))
         assert len(images) == opened.num_samples > 0
     if opened.kind == "retrieval":
         captions = [c for batch in labels for c in batch]
@@ -50,7 +50,7 @@ def test_loader_and_pictures_agree(small: Path, name: str) -> None:
         assert [opened.classnames[t] for t in targets] == [opened.caption(i) for i in range(opened.num_samples)]
         assert all("{c}" in template for template in opened.templates)
     for i in (0, opened.num_samples - 1):
-        assert torch.equal(images[i], of_picture(Image.fromarray(opened.picture(i))))
+        assert torch.equal(images[i], of_image(Image.fromarray(opened.image(i))))
 
 
 @pytest.mark.parity
@@ -58,7 +58,7 @@ def test_clip_benchmark_opens_a_set_by_itself(small: Path) -> None:
     from clip_benchmark.datasets.builder import build_dataset
 
     root = small / "eval" / "new-artist"
-    dataset = build_dataset("wds/new-artist", root=str(root), transform=of_picture, split="test", download=False)
+    dataset = build_dataset("wds/new-artist", root=str(root), transform=of_image, split="test", download=False)
     opened = open_eval_set(root, transform=to_tensor, batch_size=1000)
     ((images, targets),) = opened.loader
     theirs = list(dataset)

@@ -139,7 +139,7 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
 
 
 def test_numbers_beyond_float16_are_refused(tmp_path: Path) -> None:
-    batch = Batch(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), ["a"], places=torch.tensor([[0, 0, 0, 0]]))
+    batch = Batch(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), ["a"], store_rows=torch.tensor([[0, 0, 0, 0]]))
     with pytest.raises(DataError, match="7e\\+04"):
         store(tmp_path).keep(batch, torch.full((1, 4, 3), 7e4))
 
@@ -195,8 +195,8 @@ def test_views_come_round_and_do_not_depend_on_the_runs_seed(shards: Path) -> No
 
 def features_of(batch: Batch) -> torch.Tensor:
     """A teacher whose features say which picture they are of."""
-    picture = batch.image if batch.teacher_image is None else batch.teacher_image
-    return picture.float().flatten(2)[:, :, :4].transpose(1, 2) / 7
+    image = batch.image if batch.teacher_image is None else batch.teacher_image
+    return image.float().flatten(2)[:, :, :4].transpose(1, 2) / 7
 
 
 def test_draws_are_the_same_with_and_without_rows(shards: Path, tmp_path: Path) -> None:

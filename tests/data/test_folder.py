@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from preparing import prepare
-from sample_pictures import BAD_CAUSES, BAD_PICTURES, picture
+from sample_pictures import BAD_CAUSES, BAD_PICTURES, image
 
 from evatool.core.errors import BadDataLimitError, DataError, EvatoolError, ExitCode, RecipeError
 from evatool.data.tar.writer import ShardIndex
@@ -33,8 +33,8 @@ def images(tmp_path: Path) -> Path:
     folder = tmp_path / "images"
     (folder / "b").mkdir(parents=True)
     for i in range(50):
-        (folder / f"{i}.png").write_bytes(picture(seed=i))
-        (folder / "b" / f"{i}.jpg").write_bytes(picture("JPEG", seed=i))
+        (folder / f"{i}.png").write_bytes(image(seed=i))
+        (folder / "b" / f"{i}.jpg").write_bytes(image("JPEG", seed=i))
     return folder
 
 
@@ -128,7 +128,7 @@ BAD_ROWS: dict[str, tuple[bytes, dict[str, list[str]]]] = {
 
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_a_bad_row_is_skipped_counted_and_named(tmp_path: Path, images: Path, name: str) -> None:
-    (tmp_path / "secret.png").write_bytes(picture())
+    (tmp_path / "secret.png").write_bytes(image())
     captions = write_captions(tmp_path / "captions.csv", good_rows())
     line, expected = BAD_ROWS[name]
     with captions.open("ab") as file:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sample_pictures import picture
+from sample_pictures import image
 from tiny_shards import add_member, count_letters, keys, loader, plain_samples, take, write_tar
 
 from evatool.data.train.sample_decoder import MAX_CAPTION_CHARS
@@ -29,7 +29,7 @@ def named(*names: str) -> Change:
 
     def add(tar: tarfile.TarFile, outside: Path) -> None:
         for name in names:
-            add_member(tar, name.replace("OUTSIDE", str(outside)), picture())
+            add_member(tar, name.replace("OUTSIDE", str(outside)), image())
 
     return add
 
@@ -47,7 +47,7 @@ def special(kind: bytes, name: str, link: str = "", size: int = 0) -> Change:
 
 def link_and_file_behind_it(tar: tarfile.TarFile, outside: Path) -> None:
     special(tarfile.SYMTYPE, "door", "OUTSIDE")(tar, outside)
-    add_member(tar, "door/through.png", picture())
+    add_member(tar, "door/through.png", image())
 
 
 def pax_name(tar: tarfile.TarFile, outside: Path) -> None:
@@ -153,8 +153,8 @@ def test_r22_members_outside_the_allow_list_are_never_read(
     samples = plain_samples(range(16))
     code = pickle.dumps(Trap(tmp_path / "sprung"))
     for number, (key, members) in enumerate(samples.items()):
-        picture, words = members["png"], members["txt"]
-        between = {"png": picture, extension: code, "txt": words}
+        image, words = members["png"], members["txt"]
+        between = {"png": image, extension: code, "txt": words}
         samples[key] = between if number % 2 else {**members, extension: code}
     tar = write_tar(tmp_path / "set.tar", samples)
     read, real = [], os.pread
@@ -222,7 +222,7 @@ TEXTS: dict[str, tuple[bytes, str | None]] = {
 def test_r23_texts_are_bounded_and_replaced_by_rule(tmp_path: Path, name: str, place: str) -> None:
     """A caption that is text is tokenised, cut to its first 4,096 characters; what is not text is a bad sample."""
     data, expected = TEXTS[name]
-    samples: dict[str, dict[str, bytes]] = {f"k{i}": {"png": picture(seed=i)} for i in range(16)}
+    samples: dict[str, dict[str, bytes]] = {f"k{i}": {"png": image(seed=i)} for i in range(16)}
     for key, members in samples.items():
         text = data if key == "k7" else b"plain"
         quoted = text.replace(b"\\", b"\\\\")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sample_pictures import BAD_PICTURES, picture
+from sample_pictures import BAD_PICTURES, image
 
 from evatool.core.batch import Batch
 from evatool.core.errors import BadDataLimitError, DataError, RecipeError
@@ -168,7 +168,7 @@ def test_without_a_concept_equal_words_are_equal_captions(a: str, b: str) -> Non
 def write_set(folder: Path, num_good: int, bad: dict[str, Sample]) -> Path:
     with ShardWriter(folder, samples_per_shard=16) as writer:
         for i in range(num_good):
-            writer.write(Sample(f"good{i:03d}", "png", picture(seed=i), {"txt": b"words", "json": b"{}"}, 2304))
+            writer.write(Sample(f"good{i:03d}", "png", image(seed=i), {"txt": b"words", "json": b"{}"}, 2304))
         for sample in bad.values():
             writer.write(sample)
         writer.finish(max_pixels=10_000)
@@ -181,11 +181,11 @@ def bad_sample(name: str) -> Sample:
         case "no-picture":
             return Sample("bad", "cls", b"3", members)
         case "no-caption":
-            return Sample("bad", "png", picture(), {"json": b"{}"})
+            return Sample("bad", "png", image(), {"json": b"{}"})
         case "bad-utf8":
-            return Sample("bad", "png", picture(), {**members, "txt": b"caf\xe9"})
+            return Sample("bad", "png", image(), {**members, "txt": b"caf\xe9"})
         case "bad-json":
-            return Sample("bad", "png", picture(), {**members, "json": b"[1]"})
+            return Sample("bad", "png", image(), {**members, "json": b"[1]"})
         case "too-large":
             return Sample("bad", "png", BAD_PICTURES["20000x20000"], members)
         case _:

@@ -6,14 +6,14 @@ import tracemalloc
 import numpy as np
 import pytest
 from PIL import Image
-from sample_pictures import BAD_CAUSES, BAD_PICTURES, picture, pixels, png_header
+from sample_pictures import BAD_CAUSES, BAD_PICTURES, image, pixels, png_header
 
-from evatool.data.image.header import CAUSES, BadPicture, decode_rgb, encode_png, read_header
+from evatool.data.image.header import CAUSES, BadImage, decode_rgb, encode_png, read_header
 
 
 @pytest.mark.parametrize("name", BAD_PICTURES)
 def test_bad_pictures_are_named(name: str) -> None:
-    with pytest.raises(BadPicture) as caught:
+    with pytest.raises(BadImage) as caught:
         decode_rgb(BAD_PICTURES[name])
     assert caught.value.cause == BAD_CAUSES[name]
     assert caught.value.cause in CAUSES
@@ -30,7 +30,7 @@ def test_bad_pictures_are_named(name: str) -> None:
     ids=lambda value: value,
 )
 def test_plain_pictures_decode_as_pillow_does(kind: str, mode: str) -> None:
-    data = picture(kind, mode)
+    data = image(kind, mode)
     header = read_header(data)
     decoded = decode_rgb(data)
     assert (decoded == np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))).all()
@@ -40,13 +40,13 @@ def test_plain_pictures_decode_as_pillow_does(kind: str, mode: str) -> None:
 
 
 def test_a_progressive_jpeg_is_fine() -> None:
-    assert decode_rgb(picture("JPEG", progressive=True)).shape == (24, 32, 3)
+    assert decode_rgb(image("JPEG", progressive=True)).shape == (24, 32, 3)
 
 
 def test_size_is_judged_before_decoding() -> None:
     data = png_header(20_000, 20_000)
     tracemalloc.start()
-    with pytest.raises(BadPicture, match=r"20000 x 20000 pixels, limit 89478485"):
+    with pytest.raises(BadImage, match=r"20000 x 20000 pixels, limit 89478485"):
         decode_rgb(data)
     assert tracemalloc.get_traced_memory()[1] < 5_000_000
     tracemalloc.stop()
@@ -54,8 +54,8 @@ def test_size_is_judged_before_decoding() -> None:
 
 def test_the_limit_is_ours_and_pillows_stays_as_it_was() -> None:
     before = Image.MAX_IMAGE_PIXELS
-    with pytest.raises(BadPicture, match="limit 700"):
-        read_header(picture(), max_pixels=700)
+    with pytest.raises(BadImage, match="limit 700"):
+        read_header(image(), max_pixels=700)
     assert read_header(png_header(20_000, 20_000), max_pixels=400_000_000).width == 20_000
     assert before == Image.MAX_IMAGE_PIXELS
 

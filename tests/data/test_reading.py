@@ -19,7 +19,7 @@ import torch
 from faulty_server import serve
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sample_pictures import picture
+from sample_pictures import image
 from tiny_shards import keys, loader, plain_samples, take, write_prepared, write_tar
 
 from evatool.core.errors import CheckpointError, RecipeError
@@ -306,7 +306,7 @@ def test_any_bytes_are_an_array_or_a_known_error(data: bytes, array: bool) -> No
 
 
 def test_masked_modelling_needs_no_captions(tmp_path: Path) -> None:
-    tar = write_tar(tmp_path / "set.tar", {f"k{i:03d}": {"jpg": picture("JPEG", seed=i)} for i in range(32)})
+    tar = write_tar(tmp_path / "set.tar", {f"k{i:03d}": {"jpg": image("JPEG", seed=i)} for i in range(32)})
     found = loader({"train": tar}, with_text=False)
     assert len(keys(take(found, 4))) == 64
     assert not found.bad

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from sample_pictures import picture
+from sample_pictures import image
 
 from evatool.core.errors import DataError
 from evatool.data.tar.index import read_index
@@ -29,7 +29,7 @@ ONE_SAMPLE = {
 
 def samples(n: int) -> list[Sample]:
     return [
-        Sample(f"k{i:03d}", "png", picture(seed=i), {"txt": f"caption {i} é".encode(), "json": b'{"n": 1}'}, 2304)
+        Sample(f"k{i:03d}", "png", image(seed=i), {"txt": f"caption {i} é".encode(), "json": b'{"n": 1}'}, 2304)
         for i in range(n)
     ]
 
@@ -51,7 +51,7 @@ def test_webdataset_reads_the_same_samples(written: Path) -> None:
     index = ShardIndex(written)
     assert [sample["__key__"] for sample in read] == index.keys == [s.key for s in samples(10)]
     for i, (theirs, ours) in enumerate(zip(read, samples(10), strict=True)):
-        expected = {ours.extension: ours.picture, **ours.members}
+        expected = {ours.extension: ours.image, **ours.members}
         assert {k: v for k, v in theirs.items() if not k.startswith("__")} == expected
         assert index.read(i) == expected
         assert index.read(i, ["txt", "cls"]) == {"txt": ours.members["txt"]}

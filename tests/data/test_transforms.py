@@ -41,15 +41,15 @@ def test_plain_crop_equals_torchvision(size: int) -> None:
     keys = keys_of(len(PICTURES))
     (out,) = TrainTransform(PLAIN, [size])(PICTURES, keys)
     boxes = crop_boxes(SHAPES, keys, PLAIN.crop_scale, PLAIN.crop_ratio)
-    for image, picture, (top, left, height, width) in zip(out, PICTURES, boxes.tolist(), strict=True):
+    for cropped, image, (top, left, height, width) in zip(out, PICTURES, boxes.tolist(), strict=True):
         expected = TF.resized_crop(
-            picture, top, left, height, width, [size, size], InterpolationMode.BICUBIC, antialias=True
+            image, top, left, height, width, [size, size], InterpolationMode.BICUBIC, antialias=True
         )
-        assert torch.equal(image, expected)
+        assert torch.equal(cropped, expected)
         # EVA's release works on Pillow pictures; the two differ by rounding (worst measured: 2).
-        pillow = Image.fromarray(picture.permute(1, 2, 0).numpy()).crop((left, top, left + width, top + height))
+        pillow = Image.fromarray(image.permute(1, 2, 0).numpy()).crop((left, top, left + width, top + height))
         resized = np.asarray(pillow.resize((size, size), Image.Resampling.BICUBIC)).astype(int)
-        difference = abs(resized - image.permute(1, 2, 0).numpy())
+        difference = abs(resized - cropped.permute(1, 2, 0).numpy())
         assert difference.max() <= 2
         assert difference.mean() < 0.2
 
@@ -86,8 +86,8 @@ def test_boxes_follow_torchvisions_loop(scale: tuple[float, float]) -> None:
 
 def test_views_share_one_crop() -> None:
     section = AugmentSection(horizontal_flip=0.5, rotate_degrees=15, color_jitter=0.4, grayscale=0.3)
-    pictures = [smooth_picture(64, 64, seed) for seed in range(12)]
-    small, large, same = TrainTransform(section, [24, 48, 24])(pictures, keys_of(12))
+    images = [smooth_picture(64, 64, seed) for seed in range(12)]
+    small, large, same = TrainTransform(section, [24, 48, 24])(images, keys_of(12))
     assert small.shape == (12, 3, 24, 24)
     assert large.shape == (12, 3, 48, 48)
     assert same is small
@@ -99,16 +99,16 @@ def test_views_share_one_crop() -> None:
 def test_transform_of_a_picture_does_not_depend_on_its_company() -> None:
     section = AugmentSection(horizontal_flip=0.5, rotate_degrees=15, color_jitter=0.4, grayscale=0.3)
     transform = TrainTransform(section, [32])
-    pictures, keys = [smooth_picture(64, 64, seed) for seed in range(16)], keys_of(16)
-    whole = transform(pictures, keys)[0]
-    parts = [transform(pictures[i : i + 4], keys[i : i + 4])[0] for i in range(0, 16, 4)]
+    images, keys = [smooth_picture(64, 64, seed) for seed in range(16)], keys_of(16)
+    whole = transform(images, keys)[0]
+    parts = [transform(images[i : i + 4], keys[i : i + 4])[0] for i in range(0, 16, 4)]
     assert torch.equal(whole, torch.cat(parts))
 
 
 def test_flip_is_a_mirror_with_the_asked_share() -> None:
-    pictures, keys = [PICTURES[0]] * 400, keys_of(400)
-    plain = TrainTransform(PLAIN, [16])(pictures, keys)[0]
-    flipped = TrainTransform(AugmentSection(horizontal_flip=0.25), [16])(pictures, keys)[0]
+    images, keys = [PICTURES[0]] * 400, keys_of(400)
+    plain = TrainTransform(PLAIN, [16])(images, keys)[0]
+    flipped = TrainTransform(AugmentSection(horizontal_flip=0.25), [16])(images, keys)[0]
     mirrored = [bool(torch.equal(a, b.flip(-1))) for a, b in zip(flipped, plain, strict=True)]
     assert all(m or torch.equal(a, b) for m, a, b in zip(mirrored, flipped, plain, strict=True))
     assert 0.18 < np.mean(mirrored) < 0.32  # standard error 0.022
@@ -130,17 +130,17 @@ def test_rotation_is_bounded_and_fills_with_white() -> None:
 
 def test_rotation_by_nothing_changes_nothing() -> None:
     keys = keys_of(4)
-    pictures = [smooth_picture(64, 64, seed) for seed in range(4)]
-    plain = TrainTransform(PLAIN, [40])(pictures, keys)[0]
-    turned = TrainTransform(AugmentSection(rotate_degrees=1e-4), [40])(pictures, keys)[0]
+    images = [smooth_picture(64, 64, seed) for seed in range(4)]
+    plain = TrainTransform(PLAIN, [40])(images, keys)[0]
+    turned = TrainTransform(AugmentSection(rotate_degrees=1e-4), [40])(images, keys)[0]
     assert (plain.int() - turned.int()).abs().max() <= 1
 
 
 def test_grayscale_is_pillows_luma() -> None:
     keys = keys_of(8)
-    pictures = [smooth_picture(64, 64, seed) for seed in range(8)]
-    plain = TrainTransform(PLAIN, [40])(pictures, keys)[0]
-    gray = TrainTransform(AugmentSection(grayscale=1.0), [40])(pictures, keys)[0]
+    images = [smooth_picture(64, 64, seed) for seed in range(8)]
+    plain = TrainTransform(PLAIN, [40])(images, keys)[0]
+    gray = TrainTransform(AugmentSection(grayscale=1.0), [40])(images, keys)[0]
     for image, source in zip(gray, plain, strict=True):
         expected = np.asarray(Image.fromarray(source.permute(1, 2, 0).numpy()).convert("L")).astype(int)
         assert (image[0] == image[1]).all()
@@ -149,9 +149,9 @@ def test_grayscale_is_pillows_luma() -> None:
 
 
 def test_grayscale_leaves_the_others_alone() -> None:
-    pictures, keys = [PICTURES[0]] * 200, keys_of(200)
-    plain = TrainTransform(PLAIN, [16])(pictures, keys)[0]
-    some = TrainTransform(AugmentSection(grayscale=0.3), [16])(pictures, keys)[0]
+    images, keys = [PICTURES[0]] * 200, keys_of(200)
+    plain = TrainTransform(PLAIN, [16])(images, keys)[0]
+    some = TrainTransform(AugmentSection(grayscale=0.3), [16])(images, keys)[0]
     unchanged = (plain == some).flatten(1).all(1)
     assert 0.6 < unchanged.float().mean() < 0.8
 
@@ -167,13 +167,13 @@ def test_grayscale_leaves_the_others_alone() -> None:
 )
 def test_colour_changes_are_torchvisions(draw, operation, monkeypatch: pytest.MonkeyPatch) -> None:
     # One change at a time on a picture far from black and white, where nothing is clipped between the steps.
-    picture = (smooth_picture(40, 40, 3).float() * 0.4 + 70).to(torch.uint8)
+    image = (smooth_picture(40, 40, 3).float() * 0.4 + 70).to(torch.uint8)
     fixed = np.array([[*((d + 1) / 2 for d in draw), 0.5]])
     uniforms = order.uniforms
     monkeypatch.setattr(order, "uniforms", lambda k, s, n: fixed if s == order.STREAM_COLOR else uniforms(k, s, n))
     section = AugmentSection(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), color_jitter=0.4)
-    (out,) = TrainTransform(section, [40])([picture], keys_of(1))
-    assert (out[0].int() - operation(picture).int()).abs().max() <= 1
+    (out,) = TrainTransform(section, [40])([image], keys_of(1))
+    assert (out[0].int() - operation(image).int()).abs().max() <= 1
 
 
 def test_hue_turns_and_keeps_grey(monkeypatch: pytest.MonkeyPatch) -> None:

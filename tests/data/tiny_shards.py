@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sample_pictures import picture
+from sample_pictures import image
 
 from evatool.core.batch import Batch
 from evatool.data.tar.writer import Sample, ShardWriter
@@ -23,7 +23,7 @@ def write_prepared(folder: Path, num_samples: int, per_shard: int, prefix: str =
     with ShardWriter(folder, samples_per_shard=per_shard) as writer:
         for i in range(num_samples):
             extra = {"txt": f"words {prefix}{i}".encode(), "json": b"{}", **members}
-            writer.write(Sample(f"{prefix}{i:05d}", "png", picture(seed=i % 50), extra, 2304))
+            writer.write(Sample(f"{prefix}{i:05d}", "png", image(seed=i % 50), extra, 2304))
         writer.finish(max_pixels=10_000)
     return folder
 
@@ -45,7 +45,7 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def plain_samples(numbers: Sequence[int], prefix: str = "k") -> dict[str, dict[str, bytes]]:
-    return {f"{prefix}{i:05d}": {"png": picture(seed=i % 50), "txt": f"words {i}".encode()} for i in numbers}
+    return {f"{prefix}{i:05d}": {"png": image(seed=i % 50), "txt": f"words {i}".encode()} for i in numbers}
 
 
 def loader(section: Mapping[str, Any], **options: Any) -> TrainLoader:

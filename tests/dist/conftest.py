@@ -60,7 +60,7 @@ def run_on_ranks(start_ranks: Callable[..., Ranks]) -> Callable[..., list[Any]]:
         ranks = start_ranks(fn, world_size, *args)
         deadline = time.monotonic() + timeout_sec
         try:
-            answers = [_answer(pipe, rank, deadline) for rank, pipe in enumerate(ranks.pipes)]
+            answers = [_predict(pipe, rank, deadline) for rank, pipe in enumerate(ranks.pipes)]
         finally:
             ranks.close()
         failures = [f"rank {rank}:\n{value}" for rank, (is_fine, value) in enumerate(answers) if not is_fine]
@@ -70,7 +70,7 @@ def run_on_ranks(start_ranks: Callable[..., Ranks]) -> Callable[..., list[Any]]:
     return run
 
 
-def _answer(pipe: Connection, rank: int, deadline: float) -> tuple[bool, Any]:
+def _predict(pipe: Connection, rank: int, deadline: float) -> tuple[bool, Any]:
     if not pipe.poll(max(0.0, deadline - time.monotonic())):
         return False, "no answer in time"
     try:

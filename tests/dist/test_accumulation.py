@@ -34,7 +34,7 @@ def train(kind: str, zero_stage: int, precision: str) -> Found:
         engine.backward(0.3 * engine.forward(next(batches))["loss"])
         norms.append(engine.step().item())
         if step < 2:  # no forward pass of the objective stands between a step and this
-            with torch.no_grad(), engine.whole_weights():
+            with torch.no_grad(), engine.summon_full_weights():
                 features = objective.model.visual(held_out.image) * objective.model.logit_scale
     return norms, {name: tensor.clone() for name, tensor in engine.model_state().items()}, features
 

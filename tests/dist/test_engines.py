@@ -107,7 +107,7 @@ def save_after(folder: Path, kind: str, zero_stage: int, num_steps: int, optim_k
     groups = toy_groups(objective)
     engine = toy_engine(objective, groups, kind, zero_stage, optim=toy_optim(kind=optim_kind))
     train(engine, groups, 0, num_steps)
-    states = {"objective_state": engine.held_model(), "optimizer_state": engine.held_optimizer()}
+    states = {"objective_state": engine.sharded_model_state(), "optimizer_state": engine.sharded_optimizer_state()}
     rest = {"groups": describe_groups(groups), "train_state": {"step": num_steps}, "model_config": {}}
     save_run(folder, num_steps, **states, **rest, resolved_toml="", keep=1)
 

@@ -133,8 +133,8 @@ def test_a_picture_that_one_rank_cannot_read_fails_the_set_on_all(
     from evatool.data.tar.writer import PICTURE_MEMBERS, TarReader
 
     reader = TarReader([tar])
-    (picture,) = reader.read(1, PICTURE_MEMBERS).values()  # rank 1's first picture
-    tar.write_bytes(tar.read_bytes().replace(picture, bytes(len(picture))))
+    (image,) = reader.read(1, PICTURE_MEMBERS).values()  # rank 1's first picture
+    tar.write_bytes(tar.read_bytes().replace(image, bytes(len(image))))
     said = run_on_ranks(evaluate, 2, data, prepared[1], tmp_path / "run", shard)
     assert all("evaluations failed (new-artist)" in text for text in said)
     assert all(reader.keys[1] in text for text in said)

@@ -16,7 +16,7 @@ from toy_run import NUM_STEPS, ToyLoader, ToyObjective, make_trainer, toy_engine
 from evatool.checkpoint.load import Checkpoint, latest_checkpoint, load_checkpoint
 from evatool.distributed.collectives import rank, world_size
 from evatool.core.errors import ExitCode, UnhealthyNodeError
-from evatool.train.hooks.health import DividedCheck, HangWatch, ReplicaCheck
+from evatool.train.hooks.health import ShardCheck, HangWatch, ReplicaCheck
 from evatool.train.hooks.base import Hook
 from evatool.train.state import TrainState
 
@@ -38,7 +38,7 @@ def overflow(kind: str) -> tuple[list[bool], list[float], bool, float]:
         engine.set_lrs([group.lr for group in groups])
         engine.backward(engine.forward(next(batches))["loss"])
         finite.append(bool(torch.isfinite(engine.step())))
-        scales.append(float(engine.held_optimizer().pieces[-2].values) if rank() == 0 else 0.0)
+        scales.append(float(engine.sharded_optimizer_state().pieces[-2].values) if rank() == 0 else 0.0)
         if not any(finite):
             stayed &= all(torch.equal(before[name], tensor) for name, tensor in engine.model_state().items())
     return finite, scales, stayed, float(engine.optimizer_state()["loss_scale"])
@@ -97,7 +97,7 @@ class FlipABit(Hook):
             self.flip(trainer)
 
     def flip(self, trainer):
-        tensors = trainer.engine.divided()
+        tensors = trainer.engine.sharded_tensors()
         # Of a number that counts: the lowest bit of a float that is not 0.
         tensor = next(t for t in [*tensors[self.which :], *tensors] if t.numel() and t.abs().max() > 0)
         flat = tensor.view(-1)
@@ -112,14 +112,14 @@ def watch_divided(folder: Path) -> dict[tuple[str, int, str], str]:
     answers = {}
     for kind, stage in CELLS:
         for fault in ("none", "weight", "moment"):
-            hooks: list[Hook] = [DividedCheck(every_steps=4)]
+            hooks: list[Hook] = [ShardCheck(every_steps=4)]
             if rank() == 1 and fault == "weight":  # within a step, before the check looks
                 hooks.insert(0, FlipABit(0, 5, is_within_step=True))
             if rank() == 1 and fault == "moment":  # after a step, when the check has looked
                 hooks.append(FlipABit(-1, 5, is_within_step=False))
             path = folder / f"{kind}{stage}{fault}"
             trainer = make_trainer(path, hooks=hooks, every_steps=None, kind=kind, zero_stage=stage)
-            if fault != "none" and not trainer.engine.divided():
+            if fault != "none" and not trainer.engine.sharded_tensors():
                 continue
             try:
                 answers[kind, stage, fault] = f"trained to step {trainer.fit().step}"

@@ -101,7 +101,7 @@ def build_as_a_stage(folder: Path, engine: dict[str, Any]) -> tuple[float, float
     job = wiring.Job(recipe, RunOptions(name="build"), world, RunDir(folder), saved=None)
     with LiveBytes() as live:
         torch.manual_seed(recipe.train.seed)
-        with wiring.first_weights(job):
+        with wiring.initial_weights(job):
             objective = ClipObjective(build_clip(DEEP), recipe.objective)
         total = sum(4 * param.numel() for param in objective.parameters())
         before = live.now

@@ -14,7 +14,7 @@ from evatool.checkpoint.load import load_checkpoint
 from evatool.checkpoint.save import save_run
 from evatool.distributed.collectives import rank, world_size
 from evatool.distributed.engines.build import Engine, build_engine
-from evatool.distributed.engines.sharded_state import HeldState
+from evatool.distributed.engines.sharded_state import ShardedState
 from evatool.distributed.world import World
 from evatool.optim.build import build_optimizer
 from evatool.recipe.schema import EngineSection
@@ -82,7 +82,7 @@ def test_no_rank_holds_all_weights(run_on_ranks, tmp_path):
     torch.manual_seed(0)
     whole = Deep()
     loss = float(whole(Batch(torch.ones(2, WIDTH), ["", ""]))["loss"].detach())
-    saved = save_run(tmp_path, 1, objective_state=HeldState.whole(whole.state_dict()), optimizer_state=HeldState(), groups=[], train_state={}, model_config={}, resolved_toml="", keep=1)  # fmt: skip  # noqa: E501
+    saved = save_run(tmp_path, 1, objective_state=ShardedState.whole(whole.state_dict()), optimizer_state=ShardedState(), groups=[], train_state={}, model_config={}, resolved_toml="", keep=1)  # fmt: skip  # noqa: E501
     for answer in run_on_ranks(build_cells, 4, saved):
         for cell, (peak, total, found_loss, found) in zip(CELLS, answer, strict=True):
             assert found_loss == pytest.approx(loss, rel=1e-6), cell

@@ -35,8 +35,8 @@ def save_checkpoint(folder: Path) -> Path:
     return save_run(
         folder,
         NUM_STEPS,
-        objective_state=engine.held_model(),
-        optimizer_state=engine.held_optimizer(),
+        objective_state=engine.sharded_model_state(),
+        optimizer_state=engine.sharded_optimizer_state(),
         groups=describe_groups(groups),
         train_state={"step": NUM_STEPS, "samples_seen": 8 * NUM_STEPS},
         model_config={},

@@ -9,7 +9,7 @@ import torch
 from tiny_clip import TinyTeacher, tiny_clip
 from torch import nn
 
-from evatool.distributed.engines.meta_init import DeferredBuild, FirstWeights
+from evatool.distributed.engines.meta_init import InitialWeights, MetaBuild
 from evatool.model.clip import build_clip
 from evatool.model.mim import build_mim
 from evatool.model.presets import PRESETS, resolve_preset
@@ -23,17 +23,17 @@ from evatool.teachers.base import Teacher
 SMALL = [name for name, config in PRESETS.items() if "debug" in name or "toy" in name]
 
 
-def both(build: Callable[[], nn.Module]) -> tuple[nn.Module, FirstWeights]:
+def both(build: Callable[[], nn.Module]) -> tuple[nn.Module, InitialWeights]:
     torch.manual_seed(3)
     at_once = build()
     torch.manual_seed(3)
-    with torch.device("meta"), DeferredBuild() as deferred:
+    with torch.device("meta"), MetaBuild() as deferred:
         module = build()
     restore_buffers(module)
-    return at_once, FirstWeights(module, deferred, {})
+    return at_once, InitialWeights(module, deferred, {})
 
 
-def assert_equal(at_once: nn.Module, first: FirstWeights) -> None:
+def assert_equal(at_once: nn.Module, first: InitialWeights) -> None:
     state = at_once.state_dict()
     assert list(first) == list(state)
     # The last one first: the order in which they are asked for makes no difference.
@@ -64,10 +64,10 @@ def test_objectives_with_weights_of_their_own():
 
 def test_the_stream_of_random_numbers_is_left_alone():
     torch.manual_seed(5)
-    with torch.device("meta"), DeferredBuild() as deferred:
+    with torch.device("meta"), MetaBuild() as deferred:
         module = nn.Linear(4, 4)
     expected = torch.get_rng_state()
-    first = FirstWeights(module, deferred, {"bias": lambda: torch.ones(4)})
+    first = InitialWeights(module, deferred, {"bias": lambda: torch.ones(4)})
     assert first["weight"].shape == (4, 4)
     assert torch.equal(first["bias"], torch.ones(4))
     assert torch.equal(torch.get_rng_state(), expected)

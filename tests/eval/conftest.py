@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evatool.eval.report.gallery import Found, Gallery, Item, Retrieval, data_uri, encode_picture
+from evatool.eval.report.gallery import Found, Gallery, Item, Retrieval, data_uri, encode_image_file
 from evatool.eval.results import EvalResults, Failure
 from tests.eval.toys import made_up_results
 
@@ -25,15 +25,15 @@ def failed_results() -> EvalResults:
 
 
 @pytest.fixture
-def picture() -> bytes:
+def image() -> bytes:
     """A PNG of 8 x 8 pixels."""
-    return encode_picture(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    return encode_image_file(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
 
 
 @pytest.fixture
-def gallery(picture: bytes) -> Gallery:
+def gallery(image: bytes) -> Gallery:
     """One hit and one miss in both directions."""
-    tile, words = Item(picture=data_uri(picture)), Item(caption="a <fine> cat")
+    tile, words = Item(image=data_uri(image)), Item(caption="a <fine> cat")
     hit = Retrieval("text_to_image", words, [Found(tile, True, 0.5)] + [Found(tile, False, 0.1)] * 4, 1, 9, None)
     miss = Retrieval("text_to_image", words, [Found(tile, False, 0.1)] * 5, 8, 9, tile)
     named = Retrieval("image_to_text", tile, [Found(words, True, 0.5)], 1, 9, None)

@@ -12,8 +12,8 @@ import pytest
 from evatool.core.errors import DataError
 from evatool.eval.predictions import ClassificationResult
 from evatool.eval.report.class_accuracy import class_panel
-from evatool.eval.report.demo import CaptionedPicture, ChainStep, DemoReport, LossCurve, write_demo_report
-from evatool.eval.report.gallery import Gallery, encode_picture
+from evatool.eval.report.demo import CaptionedImage, ChainStep, DemoReport, LossCurve, write_demo_report
+from evatool.eval.report.gallery import Gallery, encode_image_file
 from evatool.eval.report.page import text_table, write_eval_report
 from evatool.eval.results import EvalResults
 from tests.eval.toys import made_up_results
@@ -65,7 +65,7 @@ def assert_self_contained(html: str, page: Page) -> None:
     assert not re.search(r"url\((?!['\"]?data:)|@import", html)
 
 
-def demo_of(results: EvalResults, picture: bytes, gallery: Gallery | None = None) -> DemoReport:
+def demo_of(results: EvalResults, image: bytes, gallery: Gallery | None = None) -> DemoReport:
     return DemoReport(
         title="A demo",
         lead="What ran.",
@@ -74,10 +74,10 @@ def demo_of(results: EvalResults, picture: bytes, gallery: Gallery | None = None
             ChainStep("Prepare", "It prepares.", 12.0, {"pictures": "40"}, "evatool data-prepare demo/data-prepare")
         ],
         model_titles={"first": "From scratch", "second": "Distilled"},
-        samples=[CaptionedPicture(picture, "a squid")],
+        samples=[CaptionedImage(image, "a squid")],
         data_text="Real drawings.",
         losses=[LossCurve("Teacher", [0, 100, 200], [4.8, 4.0, 3.5], 4.85, "a guess", "first")],
-        mim_pictures=[picture],
+        mim_pictures=[image],
         mim_text="Grey was hidden.",
         gallery=gallery,
         machine="2 CPU cores",
@@ -110,11 +110,11 @@ def test_one_model_needs_no_comparison(tmp_path: Path) -> None:
     assert page.ids == ["accuracy", "numbers", "method"]
 
 
-def test_names_from_outside_are_escaped(tmp_path: Path, picture: bytes) -> None:
+def test_names_from_outside_are_escaped(tmp_path: Path, image: bytes) -> None:
     results = made_up_results({"<script>alert(1)</script>": (0.05, 0.03, 0.07), "b\"'&": (0.05, 0.03, 0.07)})
     write_eval_report(tmp_path / "eval.html", results)
-    demo = demo_of(results, picture)
-    demo.samples = [CaptionedPicture(picture, "<img src=x onerror=alert(1)>")]
+    demo = demo_of(results, image)
+    demo.samples = [CaptionedImage(image, "<img src=x onerror=alert(1)>")]
     write_demo_report(tmp_path / "demo.html", demo)
     for name in ("eval.html", "demo.html"):
         html, page = read(tmp_path / name)
@@ -123,9 +123,9 @@ def test_names_from_outside_are_escaped(tmp_path: Path, picture: bytes) -> None:
 
 
 def test_the_demo_report_has_all_its_parts(
-    tmp_path: Path, results: EvalResults, picture: bytes, gallery: Gallery
+    tmp_path: Path, results: EvalResults, image: bytes, gallery: Gallery
 ) -> None:
-    write_demo_report(tmp_path / "report.html", demo_of(results, picture, gallery))
+    write_demo_report(tmp_path / "report.html", demo_of(results, image, gallery))
     html, page = read(tmp_path / "report.html")
     assert_self_contained(html, page)
     parts = ["words", "accuracy", "differences", "chain", "data", "losses", "mim", "retrieval", "numbers", "machine"]
@@ -136,9 +136,9 @@ def test_the_demo_report_has_all_its_parts(
         assert expected in text
 
 
-def test_the_demo_report_claims_no_gain_that_is_none(tmp_path: Path, picture: bytes) -> None:
+def test_the_demo_report_claims_no_gain_that_is_none(tmp_path: Path, image: bytes) -> None:
     results = made_up_results(differences=[(0.03, -0.001, 0.06)])
-    write_demo_report(tmp_path / "report.html", demo_of(results, picture))
+    write_demo_report(tmp_path / "report.html", demo_of(results, image))
     html, page = read(tmp_path / "report.html")
     assert "Gained" not in page.text
     assert 'class="mark gain"' not in html
@@ -151,8 +151,8 @@ def test_parts_without_data_are_left_out(tmp_path: Path, results: EvalResults) -
     assert page.ids == ["words", "accuracy", "differences", "numbers", "machine"]
 
 
-def test_the_contact_sheet_stands_in_for_single_pictures(tmp_path: Path, results: EvalResults, picture: bytes) -> None:
-    sheet = encode_picture(np.zeros((4, 4, 3), np.uint8))
+def test_the_contact_sheet_stands_in_for_single_pictures(tmp_path: Path, results: EvalResults, image: bytes) -> None:
+    sheet = encode_image_file(np.zeros((4, 4, 3), np.uint8))
     write_demo_report(tmp_path / "report.html", DemoReport("A demo", "", results, contact_sheet=sheet))
     html, page = read(tmp_path / "report.html")
     assert "data" in page.ids

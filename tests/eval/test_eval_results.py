@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from evatool.core.errors import DataError
-from evatool.eval.metrics import Measure, measures_of
+from evatool.eval.metrics import Metric, metrics_of
 from evatool.eval.prediction_store import Kept, read_predictions, write_predictions
 from evatool.eval.predictions import ClassificationResult, RetrievalResult, ScoreResult
-from evatool.eval.report.gallery import Gallery, data_uri, encode_picture, read_gallery, write_gallery
+from evatool.eval.report.gallery import Gallery, data_uri, encode_image_file, read_gallery, write_gallery
 from evatool.eval.results import (
     EvalResults,
     compared_pairs,
@@ -97,8 +97,8 @@ def test_predictions_are_compact_and_read_back(tmp_path: Path) -> None:
 def test_other_answers_read_back_with_the_same_metrics(tmp_path: Path, answers: RetrievalResult | ScoreResult) -> None:
     write_predictions(tmp_path / "p.npz", kept(answers))
     back = read_predictions(tmp_path / "p.npz").answers
-    assert [(m.metric, m.value, m.chance) for m in measures_of(back)] == [
-        (m.metric, m.value, m.chance) for m in measures_of(answers)
+    assert [(m.metric, m.value, m.chance) for m in metrics_of(back)] == [
+        (m.metric, m.value, m.chance) for m in metrics_of(answers)
     ]
 
 
@@ -149,11 +149,11 @@ def test_top5_is_left_out_where_it_says_nothing() -> None:
     answers = ClassificationResult(
         labels, np.zeros((4, 5), np.int32), np.zeros(4, np.int32), 5, np.zeros(4, np.float32)
     )
-    assert [m.metric for m in measures_of(answers)] == ["top1"]
+    assert [m.metric for m in metrics_of(answers)] == ["top1"]
 
 
 def test_a_measure_compares_the_same_samples() -> None:
-    before, after = (Measure("top1", np.array([0, 1, 0, 0] * 50) == 1, 0.1), Measure("top1", np.ones(200) == 1, 0.1))
+    before, after = (Metric("top1", np.array([0, 1, 0, 0] * 50) == 1, 0.1), Metric("top1", np.ones(200) == 1, 0.1))
     change = before.difference_to(after, num_resamples=500, seed=0)
     assert change.value == 0.75
     assert change.excludes_zero
@@ -171,9 +171,9 @@ def test_a_damaged_gallery_is_refused(tmp_path: Path, content: str) -> None:
         read_gallery(tmp_path / "gallery.json")
 
 
-def test_pictures_become_data_uris(tmp_path: Path, picture: bytes) -> None:
-    (tmp_path / "p.png").write_bytes(picture)
-    uri = data_uri(picture)
+def test_pictures_become_data_uris(tmp_path: Path, image: bytes) -> None:
+    (tmp_path / "p.png").write_bytes(image)
+    uri = data_uri(image)
     assert uri.startswith("data:image/png;base64,")
     assert data_uri(tmp_path / "p.png") == data_uri(str(tmp_path / "p.png")) == data_uri(uri) == uri
 
@@ -183,7 +183,7 @@ def test_large_pictures_shrink_and_keep_their_shape() -> None:
 
     from PIL import Image
 
-    small = Image.open(io.BytesIO(encode_picture(np.zeros((300, 600, 3), np.uint8), max_side=160)))
+    small = Image.open(io.BytesIO(encode_image_file(np.zeros((300, 600, 3), np.uint8), max_side=160)))
     assert small.size == (160, 80)
 
 

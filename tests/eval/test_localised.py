@@ -14,7 +14,7 @@ from evatool.core.errors import DataError
 from evatool.data.eval.scenes import SceneSamples
 from evatool.data.image.eval_transforms import EvalTransform
 from evatool.data.image.header import encode_png
-from evatool.eval.tasks.localization import localise, patch_labels
+from evatool.eval.tasks.localization import localize, patch_labels
 from tests.eval.toys import ToyClip, ToySet
 
 # 2 x 2 quadrants of a 8 x 8 mask; classes are ids less one
@@ -31,10 +31,10 @@ class Patches(ToyClip):
 
 def score(tokens: Tensor) -> Any:
     """`tokens` (4, E): of the quadrants, row by row; texts of class k are the k-th unit vector."""
-    pictures = tokens.T.reshape(1, -1, 2, 2)
-    toy = ToySet(kind="localisation", classnames=["a", "b", "c", "d"], loader=[(pictures, MASK[None])])
+    images = tokens.T.reshape(1, -1, 2, 2)
+    toy = ToySet(kind="localisation", classnames=["a", "b", "c", "d"], loader=[(images, MASK[None])])
     model = Patches(torch.eye(4))
-    return localise(model, model.patch_tokens, model.tokenizer, toy)
+    return localize(model, model.patch_tokens, model.tokenizer, toy)
 
 
 def test_a_model_that_knows_where_things_are_scores_one() -> None:
@@ -72,7 +72,7 @@ def test_masks_that_show_nothing_are_refused() -> None:
     toy = ToySet(kind="localisation", classnames=["a"], loader=[(torch.ones(1, 1, 2, 2), torch.zeros(1, 8, 8).int())])
     model = Patches(torch.ones(1, 1))
     with pytest.raises(DataError, match="shows no class"):
-        localise(model, model.patch_tokens, model.tokenizer, toy)
+        localize(model, model.patch_tokens, model.tokenizer, toy)
 
 
 # ---------------------------------------------------------------------------------------------------------- scenes
@@ -90,7 +90,7 @@ class Drawings:
     def __len__(self) -> int:
         return self.n
 
-    def picture(self, i: int) -> bytes:
+    def image(self, i: int) -> bytes:
         pixels = np.full((64, 64, 3), 255, np.uint8)
         pixels[8 : 40 + i, 8 : 40 + i] = 0
         pixels[20:30, 20:30] = 255
@@ -120,7 +120,7 @@ def test_scenes_show_each_picture_once_with_its_outline() -> None:
 
 def test_scenes_are_the_same_every_time_and_others_with_another_seed() -> None:
     one, two, other = (SceneSamples(Drawings(), side=2, seed=s) for s in (0, 0, 1))
-    assert one.picture(1) == two.picture(1)
+    assert one.image(1) == two.image(1)
     assert np.array_equal(one.mask(1), two.mask(1))
     assert one.fingerprint == two.fingerprint != other.fingerprint
 
@@ -135,6 +135,6 @@ def test_too_few_pictures_for_a_scene_are_refused() -> None:
 def test_a_mask_is_cut_as_its_picture_is(shape: tuple[int, int], resize: Any) -> None:
     mask = np.zeros(shape, np.int32)
     mask[shape[0] // 4 : shape[0] // 2, shape[1] // 4 : shape[1] // 2] = 1
-    picture = encode_png(np.repeat((mask * 255).astype(np.uint8)[:, :, None], 3, axis=2))
+    image = encode_png(np.repeat((mask * 255).astype(np.uint8)[:, :, None], 3, axis=2))
     transform = EvalTransform(32, resize)
-    assert ((transform(picture)[0] > 127).int() - transform.mask(mask)).abs().float().mean() < 0.02
+    assert ((transform(image)[0] > 127).int() - transform.mask(mask)).abs().float().mean() < 0.02

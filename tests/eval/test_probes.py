@@ -70,8 +70,8 @@ def test_too_few_samples_of_a_class_are_named() -> None:
 
 
 def test_features_are_kept_by_weights_and_by_the_sets_files(tmp_path: Path) -> None:
-    pictures = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    toy = ToySet(loader=[(as_pictures(pictures), torch.arange(6))])
+    images = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    toy = ToySet(loader=[(as_pictures(images), torch.arange(6))])
     counted: list[int] = []
 
     def features(weights: str, stamp: str) -> torch.Tensor:

@@ -81,7 +81,7 @@ def test_ranks_of_a_large_set_equal_float64(distinct: int, width: int, monkeypat
     unit = lambda n: torch.nn.functional.normalize(torch.randn(n, width, generator=g), dim=1)  # noqa: E731
     text, image = unit(distinct)[torch.arange(400) % distinct], unit(distinct)[torch.arange(700) % distinct]
     pairs = np.stack([np.arange(700), np.arange(700) % 400], axis=1)
-    of_text, of_image = ranks.ranks_both_ways(text, image, pairs)
+    of_text, of_image = ranks.retrieval_ranks(text, image, pairs)
     scores = torch.stack([(row * image.double()).sum(dim=1) for row in text.double()])
     right = torch.zeros(400, 700, dtype=torch.bool)
     right[pairs[:, 1], pairs[:, 0]] = True
@@ -135,11 +135,11 @@ def test_chance_equals_counting_every_draw(k: int) -> None:
 def test_equal_captions_are_one_query_with_several_right_pictures() -> None:
     g = torch.Generator().manual_seed(0)
     model = ToyClip(torch.randn(8, 4, generator=g))
-    pictures = torch.randn(4, 4, generator=g)
+    images = torch.randn(4, 4, generator=g)
     captions = [["a cat", "a pet"], ["a dog"], ["a cat"], ["a dog", "a dog"]]
     toy = ToySet(
         kind="retrieval",
-        loader=[(as_pictures(pictures[:3]), captions[:3]), (as_pictures(pictures[3:]), captions[3:])],
+        loader=[(as_pictures(images[:3]), captions[:3]), (as_pictures(images[3:]), captions[3:])],
     )
     counted: list[int] = []
     features = encode_pairs(model, model.tokenizer, toy, on_batch=counted.append)
@@ -147,11 +147,11 @@ def test_equal_captions_are_one_query_with_several_right_pictures() -> None:
     assert features.pairs.tolist() == [[0, 0], [0, 1], [1, 2], [2, 0], [3, 2]]
     assert counted == [3, 1]
     assert model.texts_encoded == 3
-    assert torch.allclose(features.image, torch.nn.functional.normalize(pictures, dim=-1))
+    assert torch.allclose(features.image, torch.nn.functional.normalize(images, dim=-1))
     result = retrieve(features)
     assert result.num_right_images.tolist() == [2, 1, 2]
     assert result.num_right_captions.tolist() == [2, 1, 1, 1]
-    assert result.picture_of_text.tolist() == [0, 0, 1]
+    assert result.image_of_text.tolist() == [0, 0, 1]
 
 
 def test_examples_are_the_clearest_hits_and_the_last_found() -> None:

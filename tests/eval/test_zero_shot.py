@@ -18,24 +18,24 @@ def random_set(num_samples: int = 90, num_classes: int = 12, dim: int = 16, num_
     g = torch.Generator().manual_seed(seed)
     text = torch.randn(num_classes * num_templates, dim, generator=g)
     labels = torch.randint(num_classes, (num_samples,), generator=g)
-    pictures = text[labels * num_templates] + 1.5 * torch.randn(num_samples, dim, generator=g)
-    batches = [(as_pictures(pictures[i : i + 32]), labels[i : i + 32]) for i in range(0, num_samples, 32)]
+    images = text[labels * num_templates] + 1.5 * torch.randn(num_samples, dim, generator=g)
+    batches = [(as_pictures(images[i : i + 32]), labels[i : i + 32]) for i in range(0, num_samples, 32)]
     templates = [f"{{c}} {i}" for i in range(num_templates)]
     toy = ToySet(classnames=[f"class {i}" for i in range(num_classes)], templates=templates, loader=batches)
-    return ToyClip(text), toy, pictures, labels
+    return ToyClip(text), toy, images, labels
 
 
-def reference_logits(model: ToyClip, pictures: torch.Tensor, num_templates: int) -> np.ndarray:
+def reference_logits(model: ToyClip, images: torch.Tensor, num_templates: int) -> np.ndarray:
     """Cosine to the normalised mean of each class's normalised prompts, in float64."""
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
-    prompts = unit(model.text_features.double().numpy()).reshape(-1, num_templates, pictures.shape[1])
-    return unit(pictures.double().numpy()) @ unit(prompts.mean(axis=1)).T
+    prompts = unit(model.text_features.double().numpy()).reshape(-1, num_templates, images.shape[1])
+    return unit(images.double().numpy()) @ unit(prompts.mean(axis=1)).T
 
 
 def test_answers_equal_a_float64_reference() -> None:
-    model, toy, pictures, labels = random_set()
+    model, toy, images, labels = random_set()
     answers = classify(model, model.tokenizer, toy)
-    logits = reference_logits(model, pictures, 3)
+    logits = reference_logits(model, images, 3)
     order = np.argsort(-logits, axis=1)
     own = np.take_along_axis(logits, labels.numpy()[:, None], axis=1)
     assert answers.labels.tolist() == labels.tolist()

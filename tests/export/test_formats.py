@@ -134,8 +134,8 @@ def test_graphs_of_both_towers(weights, form, tmp_path):
 def test_a_graph_takes_any_batch(weights, tmp_path):
     clip, _ = export(weights, tmp_path / "out", format="torch-export", tower="image")
     encode = torch.export.load(tmp_path / "out" / "image.pt2").module()
-    pictures = torch.randn(7, 3, 32, 32)
-    assert relative(encode(pictures), clip.encode_image(pictures)) < 1e-5
+    images = torch.randn(7, 3, 32, 32)
+    assert relative(encode(images), clip.encode_image(images)) < 1e-5
 
 
 @pytest.mark.e2e

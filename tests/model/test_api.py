@@ -15,7 +15,7 @@ import evatool
 from evatool.checkpoint.save import save_run
 from evatool.core.errors import CheckpointError, UsageError
 from evatool.core.image_norm import normalize_images
-from evatool.distributed.engines.sharded_state import HeldState
+from evatool.distributed.engines.sharded_state import ShardedState
 from evatool.model.clip import build_clip
 from evatool.model.mim import build_mim
 from evatool.model.presets import PRESETS, resolve_preset
@@ -36,7 +36,7 @@ def file(clip, tmp_path):
     return path
 
 
-def pictures(side=32):
+def images(side=32):
     return torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
@@ -44,8 +44,8 @@ def write_run(folder, model, config, step=3):
     save_run(
         folder / "checkpoints",
         step,
-        objective_state=HeldState.whole({f"model.{name}": t for name, t in model.state_dict().items()}),
-        optimizer_state=HeldState(),
+        objective_state=ShardedState.whole({f"model.{name}": t for name, t in model.state_dict().items()}),
+        optimizer_state=ShardedState(),
         groups=[],
         train_state={},
         model_config=config.to_json(),
@@ -64,7 +64,7 @@ def test_a_weight_file_finds_its_preset(clip, file):
     assert loaded.config == DEBUG
     assert (loaded.image_size, loaded.context_length, loaded.embed_dim) == (32, 16, 32)
     assert loaded.logit_scale == pytest.approx(1 / 0.07)
-    image = pictures()
+    image = images()
     with torch.no_grad():
         assert relative(loaded.encode_image(image), clip.encode_image(normalize_images(image))) < 1e-6
         tokens = loaded.tokenizer(["a cat", "two dogs"])
@@ -77,7 +77,7 @@ def test_features_can_be_normalised_and_text_may_be_short(file):
     loaded = evatool.load_clip(file)
     tokens = loaded.tokenizer(["a cat"])
     assert relative(loaded.encode_text(tokens[:, :5]), loaded.encode_text(tokens)) < 1e-6
-    unit = loaded.encode_image(pictures(), normalize=True)
+    unit = loaded.encode_image(images(), normalize=True)
     assert torch.allclose(unit.norm(dim=-1), torch.ones(2))
 
 
@@ -90,7 +90,7 @@ def test_preprocess_gives_the_model_its_input(file):
 
 def test_visual_tokens_pool_to_nothing_but_project_alike(file):
     loaded = evatool.load_clip(file)
-    assert loaded.visual_tokens(pictures()).shape == (2, 16, 32)
+    assert loaded.visual_tokens(images()).shape == (2, 16, 32)
 
 
 def test_run_folder_checkpoint_and_fingerprint(clip, file, tmp_path):
@@ -116,7 +116,7 @@ def test_released_file_with_its_json(tmp_path):
 
 def test_larger_images_than_the_file_was_made_for(clip, file):
     loaded = evatool.load_clip(file, model_config=DEBUG.with_image_size(64))
-    assert loaded.visual_tokens(pictures(64)).shape == (2, 64, 32)
+    assert loaded.visual_tokens(images(64)).shape == (2, 64, 32)
 
 
 def test_a_preset_name_gives_random_weights_and_says_so(caplog):
@@ -132,7 +132,7 @@ def test_half_precision_keeps_temperature_and_rope_tables(file, precision, worst
     assert half.model.logit_scale.dtype == torch.float32
     assert half.model.visual.trunk.rope.pos_embed.dtype == torch.float32
     assert half.model.visual.trunk.pos_embed.dtype != torch.float32
-    assert 0 < relative(half.encode_image(pictures()), whole.encode_image(pictures())) < worst
+    assert 0 < relative(half.encode_image(images()), whole.encode_image(images())) < worst
 
 
 # ------------------------------------------------------------------------------------------------ refusals

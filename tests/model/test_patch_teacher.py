@@ -14,7 +14,7 @@ from evatool.core.errors import CheckpointError, RecipeError
 from evatool.teachers.timm import load_timm_teacher, resize_grid
 
 
-def pictures(size: int, count: int = 2) -> torch.Tensor:
+def images(size: int, count: int = 2) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     return torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
 
@@ -44,7 +44,7 @@ def by_hand(model: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
 def test_a_transformers_patches_after_its_norm(tmp_path: Path) -> None:
     model, path = saved(tmp_path, "test_vit")
     teacher = load_timm_teacher("test_vit", weights=path)
-    image = pictures(teacher.image_size)
+    image = images(teacher.image_size)
     with torch.no_grad():
         tokens = model.forward_features(by_hand(model, image))[:, model.num_prefix_tokens :]
     assert teacher.visual_tokens(image).dtype == torch.float32
@@ -56,7 +56,7 @@ def test_a_transformers_patches_after_its_norm(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rename", ["", "their_"], ids=["by name", "in order"])
 def test_a_convolutional_networks_stage(tmp_path: Path, rename: str) -> None:
     model, path = saved(tmp_path, "test_efficientnet", rename)
-    image = pictures(96)
+    image = images(96)
     with torch.no_grad():
         every = model.forward_intermediates(by_hand(model, image), intermediates_only=True)
     for layer in (1, -1):
@@ -85,7 +85,7 @@ def test_a_transformer_of_another_input_size(tmp_path: Path) -> None:
     _, path = saved(tmp_path, "test_vit")
     teacher = load_timm_teacher("test_vit", weights=path, image_size=64)
     assert teacher.grid == (4, 4)
-    assert teacher.visual_tokens(pictures(64)).shape == (2, 16, 64)
+    assert teacher.visual_tokens(images(64)).shape == (2, 16, 64)
 
 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from evatool.distributed.world import World
 from evatool.model.mim import MimModel, masked_tokens
 from evatool.objective.clip import encode_pair
 from evatool.objective.mim import MimObjective
-from evatool.objective.terms.joint import masked_places
+from evatool.objective.terms.joint import masked_positions
 from evatool.recipe import schema
 from evatool.train.grad_cache import forward_backward
 from evatool.train.loss_spike import SpikeGate
@@ -63,7 +63,7 @@ def test_only_the_mask_token_and_the_head_are_not_the_model_s() -> None:
 
 def test_masked_places_are_in_the_order_of_the_mask() -> None:
     mask = torch.tensor([[0, 1, 0, 1, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]).bool()
-    places, is_place = masked_places(mask, 3)
+    places, is_place = masked_positions(mask, 3)
     assert places[0].tolist() == [1, 3, 4]
     assert places[1][0] == 0
     assert is_place.tolist() == [[True] * 3, [True, False, False], [False] * 3]

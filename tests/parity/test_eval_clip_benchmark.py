@@ -89,8 +89,8 @@ def test_half_weights_change_logits_by_less_than_their_own_rounding(
     torch.manual_seed(0)
     half = load_clip("EVA02-CLIP-toy-small", precision=precision)
     opened = open_eval_set(sets / "new-artist", transform=EvalTransform(clip.image_size), batch_size=64)
-    pictures = next(iter(opened.loader))[0]
-    cosine = torch.cosine_similarity(half.encode_image(pictures), clip.encode_image(pictures))
+    images = next(iter(opened.loader))[0]
+    cosine = torch.cosine_similarity(half.encode_image(images), clip.encode_image(images))
     assert float(cosine.min()) > least
 
 
@@ -103,11 +103,11 @@ def fitted(sets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     optimizer = torch.optim.AdamW(parameters, lr=6e-4, weight_decay=0.0)
     opened = [open_eval_set(sets / name, transform=EvalTransform(clip.image_size), batch_size=1000) for name in FITTED]
     batches = [next(iter(one.loader)) for one in opened]
-    pictures, sizes = torch.cat([images for images, _ in batches]), [len(images) for images, _ in batches]
+    pixels, sizes = torch.cat([images for images, _ in batches]), [len(images) for images, _ in batches]
     prompts = [[one.templates[0].replace("{c}", name) for name in one.classnames] for one in opened]
     tokens = clip.tokenizer([prompt for own in prompts for prompt in own])[:, :16]
     for _ in range(FITTING_STEPS):
-        images = clip.model.encode_image(normalize_images(pictures), normalize=True).split(sizes)
+        images = clip.model.encode_image(normalize_images(pixels), normalize=True).split(sizes)
         texts = torch.nn.functional.normalize(encode_text(clip.model, tokens), dim=-1).split([len(p) for p in prompts])
         logits = [30 * image @ text.T for image, text in zip(images, texts, strict=True)]
         losses = [torch.nn.functional.cross_entropy(own, y) for own, (_, y) in zip(logits, batches, strict=True)]

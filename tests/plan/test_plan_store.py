@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from evatool.data.feature_store.store import StoreSpec
-from evatool.plan.store import store_figures
+from evatool.plan.store import store_sizes
 from evatool.recipe.load import resolve_table
 
 
@@ -21,7 +21,7 @@ def figures(folder: Path, store: dict[str, Any], **teacher: Any) -> dict[str, An
         "optim": {"visual": {"lr": 1e-3}, "grad_clip_norm": 1.0},
         "train": {"samples_seen": 4096, "global_batch_size": 2048},
     }
-    return store_figures(resolve_table(table, "pretrain-mim").recipe)
+    return store_sizes(resolve_table(table, "pretrain-mim").recipe)
 
 
 @pytest.fixture
@@ -60,4 +60,4 @@ def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:
 
 
 def test_a_recipe_without_a_store_has_none() -> None:
-    assert store_figures(resolve_table({"data": {"kind": "drawings"}}, "data-prepare").recipe) == {}
+    assert store_sizes(resolve_table({"data": {"kind": "drawings"}}, "data-prepare").recipe) == {}

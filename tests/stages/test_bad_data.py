@@ -22,9 +22,9 @@ def damaged(drawings: Path, tmp_path: Path) -> Path:
     """The drawings with one byte of one picture changed."""
     folder = shutil.copytree(drawings / "train", tmp_path / "train")
     index = json.loads((folder / "00000.index.json").read_text())
-    pictures = [index["extensions"].index(name) for name in ("png", "webp") if name in index["extensions"]]
+    images = [index["extensions"].index(name) for name in ("png", "webp") if name in index["extensions"]]
     members = range(index["starts"][3], index["starts"][4])
-    offset = next(index["offsets"][i] for i in members if index["extension_ids"][i] in pictures)
+    offset = next(index["offsets"][i] for i in members if index["extension_ids"][i] in images)
     tar = folder / "00000.tar"
     data = bytearray(tar.read_bytes())
     data[offset + 40] ^= 1

@@ -38,7 +38,7 @@ def watched(run_training, drawings, clip_run, tmp_path_factory):
     """A run with both, and one without; with drop path, whose random numbers watching must leave alone."""
     folder = tmp_path_factory.mktemp("watched")
     held_out = drawings / "train"  # what is held out does not matter here
-    watching = [f"validation.data={held_out}", "validation.every_steps=2", "pictures.every_steps=3"]
+    watching = [f"validation.data={held_out}", "validation.every_steps=2", "images.every_steps=3"]
     plain = run_training("pretrain-mim", folder / "plain", "model.drop_path_rate=0.2", teacher=clip_run.run_dir)
     settings = [*watching, "model.drop_path_rate=0.2"]
     return plain, run_training("pretrain-mim", folder / "run", *settings, teacher=clip_run.run_dir)

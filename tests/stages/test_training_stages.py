@@ -163,7 +163,7 @@ def test_a_resume_does_not_need_what_the_weights_came_from(run_training, mim_run
 # ------------------------------------------------------------------------------------------------------ first weights
 
 
-def first_weights(preset_section) -> dict[str, torch.Tensor]:
+def initial_weights(preset_section) -> dict[str, torch.Tensor]:
     config = wiring.clip_config(preset_section)
     torch.manual_seed(0)
     return wiring.build_clip_model(config, preset_section, is_resumed=False).state_dict()
@@ -181,8 +181,8 @@ def clip_section(**init: str):
 def test_image_tower_comes_from_mim_or_clip(fixture: str, request: pytest.FixtureRequest) -> None:
     source: Result = request.getfixturevalue(fixture)
     fresh, given = (
-        first_weights(clip_section()),
-        first_weights(clip_section(kind="image-tower", path=str(source.run_dir))),
+        initial_weights(clip_section()),
+        initial_weights(clip_section(kind="image-tower", path=str(source.run_dir))),
     )
     saved = weights_of(source)
     prefix = "visual." if fixture == "mim_run" else "visual.trunk."
@@ -193,13 +193,13 @@ def test_image_tower_comes_from_mim_or_clip(fixture: str, request: pytest.Fixtur
 
 
 def test_whole_model_comes_from_clip(clip_run: Result) -> None:
-    given, saved = first_weights(clip_section(kind="clip", path=str(clip_run.run_dir))), weights_of(clip_run)
+    given, saved = initial_weights(clip_section(kind="clip", path=str(clip_run.run_dir))), weights_of(clip_run)
     assert all(torch.equal(given[name], saved[name]) for name in saved)
 
 
 def test_a_mim_model_is_no_whole_clip(mim_run: Result) -> None:
     with pytest.raises(CheckpointError):
-        first_weights(clip_section(kind="clip", path=str(mim_run.run_dir)))
+        initial_weights(clip_section(kind="clip", path=str(mim_run.run_dir)))
 
 
 # ---------------------------------------------------------------------------------------------- students and teachers

@@ -129,15 +129,15 @@ def test_an_error_of_our_own_ends_the_run_as_it_is(tmp_path):
 
 
 def test_memory_of_a_copy_serves_again():
-    from evatool.distributed.engines.sharded_state import HeldState
+    from evatool.distributed.engines.sharded_state import ShardedState
 
     live = torch.arange(6.0).reshape(2, 3)
     copy = HostCopy()
-    first = copy.take(HeldState.whole({"a": live}))
+    first = copy.take(ShardedState.whole({"a": live}))
     where = first.pieces[0].values.data_ptr()
     live.add_(1)
     assert torch.equal(first.pieces[0].values, torch.arange(6.0))
-    second = copy.take(HeldState.whole({"a": live}))
+    second = copy.take(ShardedState.whole({"a": live}))
     assert second.pieces[0].values.data_ptr() == where
     assert torch.equal(second.pieces[0].values, live.flatten())
 

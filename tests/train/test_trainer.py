@@ -254,10 +254,10 @@ def test_damaged_metrics_line_is_left_out(tmp_path):
 def test_loss_curve_is_a_picture(tmp_path):
     curve = LossCurve(tmp_path / "metrics.jsonl", tmp_path / "c.png", "toy", (math.log(B), "ln(batch)"))
     make_trainer(tmp_path, hooks=[curve]).fit()
-    with Image.open(tmp_path / "c.png") as picture:
-        assert picture.size == (960, 600)
-        assert picture.convert("RGB").getpixel((2, 2)) == (255, 255, 255), "light"
-        assert sum(count > 0 for count in picture.convert("L").histogram()) > 50, "something is drawn"
+    with Image.open(tmp_path / "c.png") as image:
+        assert image.size == (960, 600)
+        assert image.convert("RGB").getpixel((2, 2)) == (255, 255, 255), "light"
+        assert sum(count > 0 for count in image.convert("L").histogram()) > 50, "something is drawn"
 
 
 def test_loss_curve_is_there_while_the_run_goes_and_shows_evaluations(tmp_path):
@@ -275,8 +275,8 @@ def test_loss_curve_is_there_while_the_run_goes_and_shows_evaluations(tmp_path):
     assert seen == [True] * 3
     records = [{"samples_seen": i, "train/loss": 2.0 - i, "eval/new/top1": 0.1 * i} for i in range(4)]
     draw_loss_curve(records, tmp_path / "eval.png", "toy")
-    with Image.open(tmp_path / "eval.png") as picture:
-        assert picture.size == (960, 840), "taller by the panel of evaluations"
+    with Image.open(tmp_path / "eval.png") as image:
+        assert image.size == (960, 840), "taller by the panel of evaluations"
 
 
 def test_loss_curve_bears_missing_values(tmp_path):

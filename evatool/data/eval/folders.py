@@ -20,7 +20,7 @@ Opened = tuple[str, list[str], list[str], FileSamples]
 
 def is_image_folder(folder: Path, split: str) -> bool:
     """True if the folder, or its folder `split`, holds folders with pictures."""
-    return any(any(map(_is_picture, inner.iterdir())) for inner in _class_folders(_root(folder, split)))
+    return any(any(map(_is_image, inner.iterdir())) for inner in _class_folders(_root(folder, split)))
 
 
 def open_image_folder(folder: Path, split: str, prompts: str) -> Opened:
@@ -35,7 +35,7 @@ def open_image_folder(folder: Path, split: str, prompts: str) -> Opened:
     classnames = _classnames(folder, prompts, [inner.name for inner in folders])
     paths, labels = [], []
     for label, inner in enumerate(folders):
-        own = sorted(path for path in inner.rglob("*") if _is_picture(path))
+        own = sorted(path for path in inner.rglob("*") if _is_image(path))
         paths += own
         labels += [label] * len(own)
     return "classification", classnames, _templates(folder, prompts), FileSamples(paths, labels, root)
@@ -106,7 +106,7 @@ def _class_folders(root: Path) -> list[Path]:
     return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _is_picture(path: Path) -> bool:
+def _is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and path.is_file()
 
 

@@ -25,7 +25,7 @@ class Samples(Protocol):
     """Name of each picture, for messages."""
 
     def __len__(self) -> int: ...
-    def picture(self, i: int) -> bytes:
+    def image(self, i: int) -> bytes:
         """The encoded picture. Raises: DataError if it cannot be read."""
         ...
 
@@ -75,8 +75,8 @@ class TarSamples:
         """Members of sample i."""
         return self._reader.extensions(i)
 
-    def picture(self, i: int) -> bytes:
-        return self._member(i, self._picture_members[i])
+    def image(self, i: int) -> bytes:
+        return self._member(i, self._image_members[i])
 
     def label(self, i: int) -> int:
         text = self._labels[i] if i in self._labels else self._member(i, "cls")
@@ -107,7 +107,7 @@ class TarSamples:
         digest = hashlib.sha256(self._kind.encode())
         for i, key in enumerate(self.keys):
             members = self._reader.read(i, ("cls", "txt"))
-            size = self._reader.size(i, self._picture_members[i])
+            size = self._reader.size(i, self._image_members[i])
             if "cls" in members:
                 self._labels[i] = members["cls"]
             digest.update(f"{key} {size} ".encode() + b" ".join(members.values()) + b"\n")
@@ -121,7 +121,7 @@ class TarSamples:
         self._reader.close()
 
     @cached_property
-    def _picture_members(self) -> list[str]:
+    def _image_members(self) -> list[str]:
         """Extension of each sample's picture."""
         every = (self._reader.extensions(i) for i in range(len(self)))
         return [next(extension for extension in PICTURE_MEMBERS if extension in own) for own in every]
@@ -148,7 +148,7 @@ class FileSamples:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def picture(self, i: int) -> bytes:
+    def image(self, i: int) -> bytes:
         try:
             return self.paths[i].read_bytes()
         except OSError as err:

@@ -9,7 +9,7 @@ import numpy as np
 
 from evatool.core.errors import DataError
 from evatool.data.eval.samples import Samples
-from evatool.data.image.decode import decode_picture
+from evatool.data.image.decode import decode_image
 from evatool.data.image.header import encode_png
 
 _WHITE = 248  # grey levels; what is lighter in all channels and connected to the border is background
@@ -19,7 +19,7 @@ _WHITE = 248  # grey levels; what is lighter in all channels and connected to th
 class SceneSamples:
     """Scenes of `side` x `side` pictures of a classification set, every picture in at most one.
 
-    Pictures share a scene by a seeded permutation; where two of one class would meet, both count as that class. Each
+    ImageSheets share a scene by a seeded permutation; where two of one class would meet, both count as that class. Each
     picture fills a square cell of its scene.
     """
 
@@ -44,7 +44,7 @@ class SceneSamples:
     def __len__(self) -> int:
         return len(self._members)
 
-    def picture(self, i: int) -> bytes:
+    def image(self, i: int) -> bytes:
         return encode_png(self._compose([self._drawing(int(j)) for j in self._members[i]]))
 
     def mask(self, i: int) -> np.ndarray:
@@ -75,7 +75,7 @@ class SceneSamples:
     def _drawing(self, j: int) -> np.ndarray:
         from PIL import Image
 
-        pixels = decode_picture(self.source.picture(j))
+        pixels = decode_image(self.source.image(j))
         if pixels.shape[:2] == (self.cell, self.cell):
             return pixels
         return np.asarray(Image.fromarray(pixels).resize((self.cell, self.cell), Image.Resampling.BICUBIC))

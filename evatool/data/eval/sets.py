@@ -24,9 +24,9 @@ from evatool.data.eval.folders import is_birdsnap, is_image_folder, open_birdsna
 from evatool.data.eval.samples import Samples
 from evatool.data.eval.scenes import SceneSamples
 from evatool.data.eval.tars import open_tars
-from evatool.data.image.decode import decode_picture
+from evatool.data.image.decode import decode_image
 from evatool.data.image.eval_transforms import EvalTransform
-from evatool.data.image.header import BadPicture
+from evatool.data.image.header import BadImage
 
 # B pictures of a batch, S input side in pixels, N pictures of the set, W ranks
 
@@ -65,11 +65,11 @@ class EvalSet:
         """SHA-256 of keys, picture sizes and labels: the same pictures in the same order with the same answers."""
         return self.samples.fingerprint
 
-    def picture(self, i: int) -> np.ndarray:
+    def image(self, i: int) -> np.ndarray:
         """Picture i as uint8 (H, W, 3). Raises: DataError if it cannot be decoded."""
         try:
-            return decode_picture(self.samples.picture(i), mode="exact")  # whatever the model was shown
-        except BadPicture as err:
+            return decode_image(self.samples.image(i), mode="exact")  # whatever the model was shown
+        except BadImage as err:
             raise _unreadable(self.name, self.samples, i, err) from err
 
     def caption(self, i: int) -> str:
@@ -84,7 +84,7 @@ class EvalLoader:
     """Batches of one rank; can be iterated again and keeps its order.
 
     Rank r of W holds pictures r, r + W, r + 2 W, ...: every picture exactly once over the ranks, none repeated.
-    Pictures are decoded in threads, a batch ahead.
+    ImageSheets are decoded in threads, a batch ahead.
 
     Yields: (pictures (B, 3, S, S), class numbers (B,) int64); for retrieval (pictures, B lists of captions); for
     localisation (pictures, masks (B, S, S) int32: 0 background, k + 1 class k).
@@ -111,12 +111,12 @@ class EvalLoader:
     @property
     def most_batches(self) -> int:
         """Batches of the rank that has the most: what ranks that work in step go through."""
-        most_pictures = math.ceil(len(self.samples) / self.world_size)
-        return math.ceil(most_pictures / self.batch_size)
+        most_images = math.ceil(len(self.samples) / self.world_size)
+        return math.ceil(most_images / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
         for decoded, targets in self._decoded(None):
-            yield torch.stack([picture for _, picture in decoded if picture is not None]), targets
+            yield torch.stack([image for _, image in decoded if image is not None]), targets
 
     def unknown(self, known: Container[bytes]) -> Iterator[tuple[list[bytes], dict[bytes, Tensor], Any]]:
         """As iterating, but pictures in `known` are not decoded.
@@ -147,13 +147,13 @@ class EvalLoader:
 
     def _decode(self, i: int, known: Container[bytes] | None) -> tuple[bytes, Tensor | None]:
         """Digest of the encoded picture (empty where none is asked for), and the picture unless it is known."""
-        data = self.samples.picture(i)
+        data = self.samples.image(i)
         digest = b"" if known is None else hashlib.blake2b(data, digest_size=20).digest()
         if known is not None and digest in known:
             return digest, None
         try:
             return digest, self.transform(data)
-        except BadPicture as err:
+        except BadImage as err:
             raise _unreadable(self.name, self.samples, i, err) from err
 
     def _targets(self, batch: np.ndarray) -> Any:
@@ -223,7 +223,7 @@ def scenes_of(opened: EvalSet, name: str, *, side: int, seed: int) -> EvalSet:
     return EvalSet(name, "localisation", opened.classnames, opened.templates, loader, samples)
 
 
-def _unreadable(name: str, samples: Samples, i: int, err: BadPicture) -> DataError:
+def _unreadable(name: str, samples: Samples, i: int, err: BadImage) -> DataError:
     return DataError(
         f"picture {samples.keys[i]} of evaluation set {name} cannot be used: {err}",
         where=samples.where(i),

@@ -95,14 +95,14 @@ class FeatureStore:
         self._files: OrderedDict[tuple[Path, bool], int] = OrderedDict()
         self.damaged: list[str] = []
 
-    def read(self, places: np.ndarray) -> Tensor | None:
+    def read(self, store_rows: np.ndarray) -> Tensor | None:
         """Rows (B, *row_shape) float16 at places int (B, 4); None where any is missing.
 
         A row that was written and does not fit its checksum counts as missing, and is named in `damaged`.
         """
-        rows = np.empty((len(places), self.spec.row_bytes - _TRAILER_BYTES), dtype=np.uint8)
+        rows = np.empty((len(store_rows), self.spec.row_bytes - _TRAILER_BYTES), dtype=np.uint8)
         trailer = bytearray(_TRAILER_BYTES)
-        for row, place in zip(rows, map(tuple, places.tolist()), strict=True):
+        for row, place in zip(rows, map(tuple, store_rows.tolist()), strict=True):
             file, size = self._file(place, writing=False), self.spec.row_bytes
             if file is None or os.preadv(file, [row.data, trailer], place[2] * size) != size:
                 return None
@@ -111,12 +111,12 @@ class FeatureStore:
             if trailer != self._trailer(place, row):
                 self.damaged.append(f"{self._path(place)}, row {place[2]}")
                 return None
-        return torch.from_numpy(rows).view(torch.float16).view(len(places), *self.spec.row_shape)
+        return torch.from_numpy(rows).view(torch.float16).view(len(store_rows), *self.spec.row_shape)
 
-    def write(self, places: np.ndarray, rows: Tensor) -> None:
+    def write(self, store_rows: np.ndarray, rows: Tensor) -> None:
         """Write rows (B, *row_shape) float16 on the CPU at their places. Raises: OSError, for instance disk full."""
-        payload = rows.contiguous().view(len(places), -1).view(torch.uint8).numpy()
-        for row, place in zip(payload, map(tuple, places.tolist()), strict=True):
+        payload = rows.contiguous().view(len(store_rows), -1).view(torch.uint8).numpy()
+        for row, place in zip(payload, map(tuple, store_rows.tolist()), strict=True):
             file = self._file(place, writing=True)
             assert file is not None
             pieces, offset = [row.data, self._trailer(place, row)], place[2] * self.spec.row_bytes
@@ -136,7 +136,7 @@ class FeatureStore:
             whether it computes features or finds them.
         Raises: DataError where a feature is not finite in float16.
         """
-        assert batch.places is not None, "the batch does not come from a loader with stores"
+        assert batch.store_rows is not None, "the batch does not come from a loader with stores"
         rows = features.detach().to(torch.float16)
         if not bool(torch.isfinite(rows).all()):
             raise DataError(
@@ -148,7 +148,7 @@ class FeatureStore:
         if self.spec.masked_only:
             assert batch.mask is not None
             rows = masked_rows(rows, batch.mask, self.spec.row_shape[0])
-        self.write(batch.places.numpy(), rows.cpu())
+        self.write(batch.store_rows.numpy(), rows.cpu())
         return rows
 
     def at_masked(self, rows: Tensor, mask: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from evatool.data.image.header import MAX_PIXELS, BadPicture, check_size, converted_pixels, opened_picture
+from evatool.data.image.header import MAX_PIXELS, BadImage, check_size, converted_pixels, open_image
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ _RGB_JPEGS = frozenset({"YCbCr", "RGB", "Gray"})  # simplejpeg's names; the othe
 # H and W sides of a picture as stored, S output side in pixels
 
 
-def decode_picture(
+def decode_image(
     data: bytes, max_pixels: int = MAX_PIXELS, mode: Mode = "fast", *, min_side: int | None = None
 ) -> np.ndarray:
     """An encoded picture as uint8 (H, W, 3).
@@ -50,7 +50,7 @@ def decode_picture(
         mode: "fast" and "exact" give equal pixels; "scaled" gives ceil(H / 2), ceil(W / 2), or a quarter, of a JPEG
             whose shorter side has room for it.
         min_side: for "scaled": pixels that the shorter side needs.
-    Raises: BadPicture with the cause: zero-byte, not-a-picture, unsupported-format, too-large or truncated.
+    Raises: BadImage with the cause: zero-byte, not-a-picture, unsupported-format, too-large or truncated.
     """
     assert (mode == "scaled") == (min_side is not None), "a scaled decode, and no other, needs min_side"
     simplejpeg = None if mode == "exact" else fast_jpeg_decoder()
@@ -58,9 +58,9 @@ def decode_picture(
         pixels = _decode_jpeg(simplejpeg, data, max_pixels, min_side)
         if pixels is not None:
             return pixels
-    with opened_picture(data) as image:
+    with open_image(data) as image:
         if image.format not in FORMATS:
-            raise BadPicture("unsupported-format", f"{image.format}")
+            raise BadImage("unsupported-format", f"{image.format}")
         width, height = image.size
         check_size(width, height, max_pixels)
         scale = scale_for(width, height, min_side)
@@ -106,7 +106,7 @@ def _decode_jpeg(simplejpeg: Any, data: bytes, max_pixels: int, min_side: int | 
         return None
 
 
-def eval_picture(
+def decode_eval_image(
     data: bytes,
     size: int,
     resize_mode: Literal["shortest", "squash"] = "shortest",
@@ -118,10 +118,10 @@ def eval_picture(
         size: S.
         resize_mode: `shortest`: shorter side to S, then the central square; `squash`: both sides to S.
         decode: `exact`: the bytes of open_clip's transform before `ToTensor`; `fast`: near them.
-    Raises: BadPicture with the cause.
+    Raises: BadImage with the cause.
     Source: torchvision's Resize and CenterCrop on a Pillow picture, as open_clip's `image_transform` composes them.
     """
-    pixels = decode_picture(data, mode=decode)
+    pixels = decode_image(data, mode=decode)
     height, width = pixels.shape[:2]
     if resize_mode == "squash":
         target_h = target_w = size
@@ -144,9 +144,9 @@ def resize_exact(pixels: np.ndarray, height: int, width: int) -> Tensor:
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
-def resize_fast(picture: Tensor, height: int, width: int) -> Tensor:
+def resize_fast(image: Tensor, height: int, width: int) -> Tensor:
     """uint8 (3, H, W), fastest with channels last in memory, to uint8 (3, height, width): antialiased bicubic.
 
     The operator behind torchvision's uint8 resize: within two grey levels of Pillow's bicubic.
     """
-    return F.interpolate(picture[None], size=(height, width), mode="bicubic", antialias=True)[0]
+    return F.interpolate(image[None], size=(height, width), mode="bicubic", antialias=True)[0]

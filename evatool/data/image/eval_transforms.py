@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evatool.data.image.decode import eval_picture
+from evatool.data.image.decode import decode_eval_image
 
 Resize = Literal["shortest", "squash"]
 Decode = Literal["exact", "fast"]
@@ -30,8 +30,8 @@ class EvalTransform:
     decode: Decode = "exact"
 
     def __call__(self, data: bytes) -> Tensor:
-        """The picture. Raises: BadPicture with the cause."""
-        return eval_picture(data, self.size, self.resize, self.decode)
+        """The picture. Raises: BadImage with the cause."""
+        return decode_eval_image(data, self.size, self.resize, self.decode)
 
     def mask(self, mask: np.ndarray) -> Tensor:
         """A mask (H, W) cut as its picture is: int32 (S, S), each pixel from the nearest one."""

@@ -50,7 +50,7 @@ HEADER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexErr
 _limit_lock = threading.Lock()
 
 
-class BadPicture(Exception):
+class BadImage(Exception):
     """A picture that cannot be used.
 
     Args:
@@ -64,7 +64,7 @@ class BadPicture(Exception):
 
 
 @dataclass(frozen=True)
-class PictureHeader:
+class ImageHeader:
     """What a header says. `extension` is the member name in a shard, from the content and not from the file name."""
 
     extension: str
@@ -77,12 +77,12 @@ class PictureHeader:
         return 3 * self.width * self.height
 
 
-def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> PictureHeader:
+def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     """Judge an encoded picture by its header; no pixel is decoded.
 
-    Raises: BadPicture with the cause.
+    Raises: BadImage with the cause.
     """
-    with opened_picture(data) as image:
+    with open_image(data) as image:
         check_size(*image.size, max_pixels)
         return _judge(image, data)
 
@@ -91,9 +91,9 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """An encoded picture as uint8 (H, W, 3), after the same judgement as `read_header`.
 
     Alpha is dropped as `Image.convert("RGB")` does, which is what open_clip and clip-benchmark see.
-    Raises: BadPicture with the cause.
+    Raises: BadImage with the cause.
     """
-    with opened_picture(data) as image:
+    with open_image(data) as image:
         check_size(*image.size, max_pixels)
         _judge(image, data)
         return converted_pixels(image)
@@ -107,35 +107,35 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 @contextmanager
-def opened_picture(data: bytes) -> Iterator[Image.Image]:
+def open_image(data: bytes) -> Iterator[Image.Image]:
     """The picture with its header read and no pixel decoded, of whatever size and format.
 
-    Raises: BadPicture where there is no header of a picture.
+    Raises: BadImage where there is no header of a picture.
     """
     if not data:
-        raise BadPicture("zero-byte")
+        raise BadImage("zero-byte")
     try:
         image = _open_without_limit(data)
     except UnidentifiedImageError as err:
-        raise BadPicture("not-a-picture") from err
+        raise BadImage("not-a-picture") from err
     except HEADER_ERRORS as err:
-        raise BadPicture("truncated", _one_line(err)) from err
+        raise BadImage("truncated", _one_line(err)) from err
     with image:
         yield image
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
-    """Raises: BadPicture for more pixels than the limit."""
+    """Raises: BadImage for more pixels than the limit."""
     if width * height > max_pixels:
-        raise BadPicture("too-large", f"{width} x {height} pixels, limit {max_pixels}")
+        raise BadImage("too-large", f"{width} x {height} pixels, limit {max_pixels}")
 
 
 def converted_pixels(image: Image.Image) -> np.ndarray:
-    """The first frame as uint8 (H, W, 3), as `Image.convert("RGB")` makes it. Raises: BadPicture."""
+    """The first frame as uint8 (H, W, 3), as `Image.convert("RGB")` makes it. Raises: BadImage."""
     try:
         return np.array(image.convert("RGB"))
     except Exception as err:  # damaged pixel data make Pillow's decoders raise nearly anything
-        raise BadPicture("truncated", _one_line(err)) from err
+        raise BadImage("truncated", _one_line(err)) from err
 
 
 def _open_without_limit(data: bytes) -> Image.Image:
@@ -150,22 +150,22 @@ def _open_without_limit(data: bytes) -> Image.Image:
             Image.MAX_IMAGE_PIXELS = saved
 
 
-def _judge(image: Image.Image, data: bytes) -> PictureHeader:
+def _judge(image: Image.Image, data: bytes) -> ImageHeader:
     try:
         frames = getattr(image, "n_frames", 1)
     except HEADER_ERRORS as err:
-        raise BadPicture("truncated", _one_line(err)) from err
+        raise BadImage("truncated", _one_line(err)) from err
     if frames > 1:
-        raise BadPicture("animated", f"{image.format} with {frames} frames")
+        raise BadImage("animated", f"{image.format} with {frames} frames")
     if image.mode == "CMYK":
-        raise BadPicture("cmyk", f"{image.format} in CMYK")
+        raise BadImage("cmyk", f"{image.format} in CMYK")
     if image.mode.startswith(WIDE_MODES) or png_bit_depth(data) > 8:
-        raise BadPicture("16-bit", f"{image.format} in mode {image.mode}, more than 8 bits a channel")
+        raise BadImage("16-bit", f"{image.format} in mode {image.mode}, more than 8 bits a channel")
     if image.format not in EXTENSIONS:
-        raise BadPicture("unsupported-format", f"{image.format}")
+        raise BadImage("unsupported-format", f"{image.format}")
     if image.mode not in PLAIN_MODES:
-        raise BadPicture("color-mode", f"{image.format} in mode {image.mode}")
-    return PictureHeader(EXTENSIONS[image.format], *image.size)
+        raise BadImage("color-mode", f"{image.format} in mode {image.mode}")
+    return ImageHeader(EXTENSIONS[image.format], *image.size)
 
 
 def png_bit_depth(data: bytes) -> int:

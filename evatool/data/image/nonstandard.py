@@ -1,7 +1,7 @@
 """Pictures that Pillow can turn into RGB, but whose colours or frames that leaves in doubt: found by their header.
 
 open_clip's reader, and so EVA's training, converts them without a word. `data-prepare` refuses them. Training does what
-`data.odd_pictures` says, and counts them either way.
+`data.nonstandard` says, and counts them either way.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Literal
 
 import numpy as np
 
-from evatool.data.image.decode import FORMATS, Mode, decode_picture
+from evatool.data.image.decode import FORMATS, Mode, decode_image
 from evatool.data.image.header import (
     HEADER_ERRORS,
     PLAIN_MODES,
     WIDE_MODES,
-    BadPicture,
+    BadImage,
     check_size,
-    opened_picture,
+    open_image,
     png_bit_depth,
 )
 
@@ -31,12 +31,12 @@ _BITS_PER_SAMPLE = 258  # TIFF's tag
 
 
 @dataclass(frozen=True)
-class TrainingPictures:
+class TrainingImages:
     """Decodes pictures for training.
 
     Args:
-        policy: the recipe's `data.odd_pictures`.
-        mode, min_side: as `decode_picture` has them.
+        policy: the recipe's `data.nonstandard`.
+        mode, min_side: as `decode_image` has them.
     """
 
     policy: OddPolicy
@@ -46,26 +46,26 @@ class TrainingPictures:
     def __call__(self, data: bytes, max_pixels: int) -> tuple[np.ndarray, str | None]:
         """uint8 (H, W, 3), and why the picture was an odd one, None for the ordinary ones.
 
-        Raises: BadPicture with the cause; that of an odd picture where the policy is to skip it.
+        Raises: BadImage with the cause; that of an odd picture where the policy is to skip it.
         """
-        odd = odd_cause(data, max_pixels)
+        odd = nonstandard_cause(data, max_pixels)
         if odd is not None and self.policy == "skip":
-            raise BadPicture(*odd)
-        pixels = decode_picture(data, max_pixels, self.mode, min_side=self.min_side)
+            raise BadImage(*odd)
+        pixels = decode_image(data, max_pixels, self.mode, min_side=self.min_side)
         return pixels, None if odd is None else odd[0]
 
 
-def odd_cause(data: bytes, max_pixels: int) -> tuple[str, str] | None:
+def nonstandard_cause(data: bytes, max_pixels: int) -> tuple[str, str] | None:
     """(cause, what was seen) by the header: animated, cmyk, 16-bit or color-mode; None for an ordinary picture.
 
     Ordinary are 8-bit grey, palette and RGB with or without alpha, however they are stored: progressive JPEGs, too, and
     phone pictures with a second one behind the first (MPO). What has no header is left to the decoder to name.
-    Raises: BadPicture for more pixels than the limit.
+    Raises: BadImage for more pixels than the limit.
     """
     if data[:3] == _JPEG_START:
         return ("cmyk", "JPEG in CMYK") if _jpeg_components(data) == 4 else None
     try:
-        with opened_picture(data) as image:
+        with open_image(data) as image:
             if image.format not in FORMATS:
                 return None
             check_size(*image.size, max_pixels)
@@ -80,7 +80,7 @@ def odd_cause(data: bytes, max_pixels: int) -> tuple[str, str] | None:
             if image.mode not in PLAIN_MODES:
                 return "color-mode", f"{image.format} in mode {image.mode}"
             return None
-    except BadPicture as err:
+    except BadImage as err:
         if err.cause == "too-large":
             raise
         return None

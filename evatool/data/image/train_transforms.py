@@ -48,7 +48,7 @@ class TrainTransform:
             return None
         return math.ceil(max(self.sizes) / math.sqrt(self.section.crop_scale[0]))
 
-    def __call__(self, pictures: Sequence[Tensor], keys: np.ndarray, num_views: int | None = None) -> list[Tensor]:
+    def __call__(self, images: Sequence[Tensor], keys: np.ndarray, num_views: int | None = None) -> list[Tensor]:
         """Views of a batch.
 
         Args:
@@ -57,10 +57,10 @@ class TrainTransform:
             num_views: make only the first this many views.
         Returns: for each output size a tensor (B, 3, S, S) uint8; equal sizes share one tensor.
         """
-        shapes = np.array([p.shape[-2:] for p in pictures])
+        shapes = np.array([p.shape[-2:] for p in images])
         boxes = crop_boxes(shapes, keys, self.section.crop_scale, self.section.crop_ratio)
         sizes = self.sizes[:num_views]
-        views = {size: self._finish(_crop_all(pictures, boxes, size, self.decode), keys) for size in set(sizes)}
+        views = {size: self._finish(_crop_all(images, boxes, size, self.decode), keys) for size in set(sizes)}
         return [views[size] for size in sizes]
 
     def _finish(self, image: Tensor, keys: np.ndarray) -> Tensor:
@@ -134,10 +134,10 @@ def _central_box(height: np.ndarray, width: np.ndarray, ratio: tuple[float, floa
     return np.maximum(box_h, 1), np.maximum(box_w, 1)
 
 
-def _crop_all(pictures: Sequence[Tensor], boxes: np.ndarray, size: int, decode: Mode) -> Tensor:
-    out = torch.empty((len(pictures), 3, size, size), dtype=torch.uint8)
-    for i, (picture, (top, left, height, width)) in enumerate(zip(pictures, boxes.tolist(), strict=True)):
-        crop = picture[:, top : top + height, left : left + width]
+def _crop_all(images: Sequence[Tensor], boxes: np.ndarray, size: int, decode: Mode) -> Tensor:
+    out = torch.empty((len(images), 3, size, size), dtype=torch.uint8)
+    for i, (image, (top, left, height, width)) in enumerate(zip(images, boxes.tolist(), strict=True)):
+        crop = image[:, top : top + height, left : left + width]
         if decode == "exact":
             out[i] = resize_exact(crop.permute(1, 2, 0).contiguous().numpy(), size, size)
         else:

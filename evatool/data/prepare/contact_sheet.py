@@ -45,8 +45,8 @@ def draw_contact_sheet(entries: Sequence[Entry], path: Path) -> None:
         left, top = MARGIN + column * (CELL_WIDTH + GAP), MARGIN + row * (cell_height + GAP)
         box = (left, top, left + CELL_WIDTH - 1, top + cell_height - 1)
         draw.rounded_rectangle(box, radius=6, fill=CARD, outline=EDGE)
-        picture = _fit(entry.pixels)
-        sheet.paste(picture, (left + (CELL_WIDTH - picture.width) // 2, top + 8 + (PICTURE_SIDE - picture.height) // 2))
+        image = _fit(entry.pixels)
+        sheet.paste(image, (left + (CELL_WIDTH - image.width) // 2, top + 8 + (PICTURE_SIDE - image.height) // 2))
         text_top = top + 8 + PICTURE_SIDE + 8
         lines = _wrap(entry.caption, _font(CAPTION_SIZE), CELL_WIDTH - 12, CAPTION_LINES)
         for number, text in enumerate(lines):
@@ -66,10 +66,10 @@ def thumbnail(pixels: np.ndarray) -> np.ndarray:
 
 
 def _fit(pixels: np.ndarray) -> Image.Image:
-    picture = Image.fromarray(pixels)
-    scale = PICTURE_SIDE / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    return picture.resize(size, Image.Resampling.LANCZOS)
+    image = Image.fromarray(pixels)
+    scale = PICTURE_SIDE / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from evatool.core.errors import DataError
-from evatool.data.image.header import BadPicture, decode_rgb, read_header
+from evatool.data.image.header import BadImage, decode_rgb, read_header
 from evatool.data.prepare.bad_samples import BadSamples
 from evatool.data.prepare.captions import CaptionRow, read_captions
 from evatool.data.tar.writer import Sample, json_member
@@ -24,7 +24,7 @@ _PICTURE_SUFFIXES = frozenset(
 
 
 @dataclass
-class CaptionedPicture:
+class CaptionedImage:
     """A picture file and its captions, in the order of the caption file."""
 
     number: int
@@ -37,7 +37,7 @@ class CaptionedPicture:
         return f"{self.number:08d}"
 
 
-class PictureFolder:
+class ImageFolder:
     """The pictures of a folder matched with the rows of a caption file.
 
     Rows that name the same picture give it several captions. Everything that does not match is in `bad`.
@@ -56,36 +56,36 @@ class PictureFolder:
         unnamed = [f for f in files if Path(f).suffix.lower() in _PICTURE_SUFFIXES and f not in named]
         self.num_rows = len(rows)
         self.bad = BadSamples(len(rows) + len(unnamed), shards.max_bad_fraction, str(section.images))
-        by_file: dict[str, CaptionedPicture] = {}
+        by_file: dict[str, CaptionedImage] = {}
         for row in rows:
             self._match(row, files, by_file)
         for file in unnamed:
             self.bad.add("no-caption", file)
         self.bad.check()
-        self.pictures = list(by_file.values())
+        self.images = list(by_file.values())
 
-    def read(self, picture: CaptionedPicture) -> tuple[Sample, np.ndarray] | None:
+    def read(self, image: CaptionedImage) -> tuple[Sample, np.ndarray] | None:
         """The picture as a sample, its file byte for byte, with its pixels; None if it is bad, which is then counted.
 
         Raises: BadDataLimitError beyond the limit.
         """
         try:
-            data = (self.section.images / picture.file).read_bytes()
+            data = (self.section.images / image.file).read_bytes()
             header = read_header(data, self.max_pixels)
             pixels = decode_rgb(data, self.max_pixels)
         except OSError as err:
-            self.bad.add("unreadable", picture.file, err.strerror or str(err))
+            self.bad.add("unreadable", image.file, err.strerror or str(err))
             return None
-        except BadPicture as err:
-            self.bad.add(err.cause, picture.file, err.detail)
+        except BadImage as err:
+            self.bad.add(err.cause, image.file, err.detail)
             return None
         members = {
-            "txt": picture.captions[0].encode(),
-            "json": json_member({"file": picture.file, "captions": picture.captions}),
+            "txt": image.captions[0].encode(),
+            "json": json_member({"file": image.file, "captions": image.captions}),
         }
-        return Sample(picture.key, header.extension, data, members, header.decoded_bytes), pixels
+        return Sample(image.key, header.extension, data, members, header.decoded_bytes), pixels
 
-    def _match(self, row: CaptionRow, files: dict[str, None], by_file: dict[str, CaptionedPicture]) -> None:
+    def _match(self, row: CaptionRow, files: dict[str, None], by_file: dict[str, CaptionedImage]) -> None:
         name = f"{self.section.captions.name} line {row.line}"
         if row.cause is not None:
             self.bad.add(row.cause, name, row.detail)
@@ -96,9 +96,9 @@ class PictureFolder:
         elif file not in files:
             self.bad.add("missing-picture", name, row.image)
         else:
-            picture = by_file.setdefault(file, CaptionedPicture(len(by_file), file))
-            if row.caption not in picture.captions:
-                picture.captions.append(row.caption)
+            image = by_file.setdefault(file, CaptionedImage(len(by_file), file))
+            if row.caption not in image.captions:
+                image.captions.append(row.caption)
 
 
 def _inside(image: str) -> str | None:

@@ -15,7 +15,7 @@ from evatool.core.errors import DataError
 from evatool.data.prepare.contact_sheet import Entry, thumbnail
 from evatool.data.prepare.drawings import SETS, TEMPLATES, TRAIN_SETS, Drawings, Tile
 from evatool.data.prepare.eval_layout import write_eval_set
-from evatool.data.prepare.folder import PictureFolder
+from evatool.data.prepare.folder import ImageFolder
 from evatool.data.tar.writer import ShardWriter
 from evatool.data.train.shuffle import shuffled
 from evatool.recipe.schema import DrawingsSource, FolderSource, ShardSection
@@ -99,23 +99,23 @@ def pack_folder(section: FolderSource, shards: ShardSection, folder: Path, progr
 
     Raises: DataError, BadDataLimitError.
     """
-    source = PictureFolder(section, shards)
-    order = shuffled(len(source.pictures), shards.shuffle_seed)
+    source = ImageFolder(section, shards)
+    order = shuffled(len(source.images), shards.shuffle_seed)
     contact: list[Entry] = []
     with (
         progress(section.images.name, len(order)) as bar,
         ShardWriter(folder / "train", samples_per_shard=shards.samples_per_shard) as writer,
     ):
         for i in order.tolist():
-            picture = source.pictures[i]
-            read = source.read(picture)
+            image = source.images[i]
+            read = source.read(image)
             bar.advance(1)
             if read is None or source.bad.is_beyond_limit:
                 continue  # beyond the limit nothing is kept; the rest is only searched, to name it all at once
             sample, pixels = read
             writer.write(sample)
             if len(contact) < shards.contact_sheet_images:
-                contact.append(Entry(thumbnail(pixels), picture.captions[0], Path(picture.file).name))
+                contact.append(Entry(thumbnail(pixels), image.captions[0], Path(image.file).name))
         source.bad.check()
         if writer.num_samples == 0:
             raise DataError("no picture is left to train on", where=str(section.images), expected="at least one")

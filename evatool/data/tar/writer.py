@@ -42,7 +42,7 @@ class Sample:
 
     key: str
     extension: str
-    picture: bytes
+    image: bytes
     members: Mapping[str, bytes] = field(default_factory=dict)
     decoded_bytes: int = 0
 
@@ -131,7 +131,7 @@ class _OpenTar:
         assert sample.key != self.last_key, f"two samples in a row have key {sample.key}: readers would merge them"
         assert "." not in sample.key, f"sample key {sample.key} holds a dot: readers would cut it there"
         self.last_key = sample.key
-        members = {sample.extension: sample.picture, **sample.members}
+        members = {sample.extension: sample.image, **sample.members}
         self.tar.write({"__key__": sample.key, **members})
         # webdataset writes members in the order of their names.
         self.checksums += [zlib.crc32(members[name]) for name in sorted(members)]

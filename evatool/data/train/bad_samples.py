@@ -59,7 +59,7 @@ class BadSamples:
 
     Attributes:
         causes: distinct bad samples by cause.
-        num_spares: slots of batches that were filled by a spare, each time.
+        num_replacements: slots of batches that were filled by a spare, each time.
         first: the first bad samples met, with details.
         converted: pictures that were converted, by cause, each time one stood in a batch; they count against no limit.
         before: `figures` of the run before it was resumed, where this rank is to tell them; the limit begins anew.
@@ -68,7 +68,7 @@ class BadSamples:
     def __init__(self, num_samples: int, floor: int, max_fraction: float) -> None:
         self.num_samples, self.floor, self.max_fraction = num_samples, floor, max_fraction
         self.causes: Counter[str] = Counter()
-        self.num_spares = 0
+        self.num_replacements = 0
         self.first: list[BadSample] = []
         self.converted: Counter[str] = Counter()
         self.before: Mapping[str, float] = {}
@@ -81,11 +81,11 @@ class BadSamples:
         return len(self._seen)
 
     def add(
-        self, found: Iterable[BadSample], num_tried: int, num_spares: int, converted: Iterable[Converted] = ()
+        self, found: Iterable[BadSample], num_tried: int, num_replacements: int, converted: Iterable[Converted] = ()
     ) -> None:
         """Count what a batch met. New bad samples, and the first converted ones, go to the log with shard and key."""
         self._num_tried += num_tried
-        self.num_spares += num_spares
+        self.num_replacements += num_replacements
         for bad in found:
             if (bad.source, bad.sample) in self._seen:
                 continue
@@ -101,11 +101,11 @@ class BadSamples:
                 self._named_converted.add(odd)
                 log.warning("picture converted: %s %s: %s", odd.shard, odd.key, odd.cause)
 
-    def check(self, *, no_spare: bool = False) -> None:
+    def check(self, *, no_replacement: bool = False) -> None:
         """Raises: BadDataLimitError beyond the limit, or where no spare was found; TransientError where most of it
         comes of a store that did not answer."""
         base = min(self.num_samples, max(self._num_tried, self.floor))
-        if no_spare or len(self._seen) > int(self.max_fraction * base + 1e-9):
+        if no_replacement or len(self._seen) > int(self.max_fraction * base + 1e-9):
             raise self._beyond(base)
 
     def figures(self) -> dict[str, float]:
@@ -113,7 +113,7 @@ class BadSamples:
         found: Counter[str] = Counter()
         found.update(self.before)
         if self._seen:
-            found.update({"data/bad_samples": len(self._seen), "data/spares": self.num_spares})
+            found.update({"data/bad_samples": len(self._seen), "data/spares": self.num_replacements})
             found.update({f"data/bad/{cause}": count for cause, count in self.causes.items()})
         if self.converted:
             found["data/converted"] += self.converted.total()
@@ -125,7 +125,8 @@ class BadSamples:
         lines = []
         if self._seen:
             lines.append(
-                f"{len(self._seen)} bad samples ({_counted(self.causes)}), {self.num_spares} places filled by spares"
+                f"{len(self._seen)} bad samples ({_counted(self.causes)}), "
+                f"{self.num_replacements} places filled by spares"
             )
         if self.converted:
             lines.append(f"{self.converted.total()} converted pictures read ({_counted(self.converted)})")

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from evatool.core.batch import Batch
 from evatool.data.feature_store.store import FeatureStore
-from evatool.data.image.header import BadPicture
+from evatool.data.image.header import BadImage
 from evatool.data.image.train_transforms import TrainTransform
 from evatool.data.tar.reader import ShardReader, UnreadableSample
 from evatool.data.tokenizer import CaptionMemory, Tokenizer
@@ -22,7 +22,7 @@ from evatool.data.train import shuffle as order
 from evatool.data.train.bad_samples import BadSample, Converted
 from evatool.data.train.masking import MaskGenerator
 from evatool.data.train.mixing import Mix
-from evatool.data.train.sample_decoder import Record, RecordReader, choose_caption
+from evatool.data.train.sample_decoder import Record, SampleDecoder, choose_caption
 from evatool.data.train.shuffle import SourceOrder
 
 _MAX_SPARES = 64  # tries for one place of a batch
@@ -36,7 +36,7 @@ class Made:
 
     batch: Batch | None
     bad: list[BadSample] = field(default_factory=list)
-    num_spares: int = 0
+    num_replacements: int = 0
     converted: list[Converted] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)  # stored features whose checksum does not fit
 
@@ -82,7 +82,7 @@ class StepDataset(Dataset[Made]):
         self,
         sources: Sequence[Source],
         mix: Mix,
-        records: RecordReader,
+        records: SampleDecoder,
         transform: TrainTransform,
         *,
         global_batch_size: int,
@@ -116,15 +116,15 @@ class StepDataset(Dataset[Made]):
             draws[mine] = self.sources[number].order.draws(own[mine])
             self._fetch_ahead(number, int(own[mine][-1]))
         made = Made(None)
-        if self.skip_stored and len(self._stored(self._places(numbers, samples, draws), made)) == len(self.stores):
+        if self.skip_stored and len(self._stored(self._store_rows(numbers, samples, draws), made)) == len(self.stores):
             made.batch = Batch(image=torch.empty(0, 3, 0, 0), keys=[], position=position + self.global_batch_size)
             return made
-        records, names, is_spare = [], [], np.zeros(len(slots), dtype=bool)
+        records, names, is_replacement = [], [], np.zeros(len(slots), dtype=bool)
         for i, (number, place) in enumerate(zip(numbers.tolist(), own.tolist(), strict=True)):
             found = self._readable(number, place, int(draws[i]), int(samples[i]), made)
             if found is None:
                 return made
-            is_spare[i] = (found[0], found[1]) != (draws[i], samples[i])
+            is_replacement[i] = (found[0], found[1]) != (draws[i], samples[i])
             draws[i], samples[i], record = found
             records.append(record)
             names.append(self._name(number, int(samples[i])))
@@ -132,22 +132,22 @@ class StepDataset(Dataset[Made]):
                 reader, order_of = self.sources[number].reader, self.sources[number].order
                 shard, _ = order_of.locate(int(samples[i]))
                 made.converted.append(Converted(record.odd, reader.shard_name(shard), names[-1]))
-        made.num_spares = int(is_spare.sum())
+        made.num_replacements = int(is_replacement.sum())
         seeds = np.array([source.seed for source in self.sources], dtype=np.uint64)[numbers]
-        places = self._places(numbers, samples, draws)
-        stored = self._stored(places, made)
+        store_rows = self._store_rows(numbers, samples, draws)
+        stored = self._stored(store_rows, made)
         views = draws if self.num_views is None else draws % self.num_views
         has_all = bool(self.stores) and len(stored) == len(self.stores)
         made.batch = self._assemble(records, order.sample_keys_of(seeds, views, samples), with_teacher=not has_all)
         if self.stores:
-            made.batch.stored, made.batch.places = stored, torch.from_numpy(places)
+            made.batch.stored, made.batch.store_rows = stored, torch.from_numpy(store_rows)
         made.batch.keys = names
         made.batch.position = position + self.global_batch_size
         if self.end is not None:
-            made.batch.valid = torch.from_numpy((slots < self.end) & ~is_spare)
+            made.batch.valid = torch.from_numpy((slots < self.end) & ~is_replacement)
         return made
 
-    def _places(self, numbers: np.ndarray, samples: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    def _store_rows(self, numbers: np.ndarray, samples: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """Where a store keeps these views of these samples, int64 (B, 4)."""
         if not self.stores:
             return np.empty((len(samples), 0), dtype=np.int64)
@@ -155,11 +155,11 @@ class StepDataset(Dataset[Made]):
         shards, rows = np.array(inside, dtype=np.int64).T
         return np.stack([numbers, shards, rows, draws % (self.num_views or 1)], axis=1)
 
-    def _stored(self, places: np.ndarray, made: Made) -> dict[str, torch.Tensor]:
+    def _stored(self, store_rows: np.ndarray, made: Made) -> dict[str, torch.Tensor]:
         """Features by teacher, of those whose rows are all there."""
         found = {}
         for store in self.stores:
-            rows = store.read(places)
+            rows = store.read(store_rows)
             made.damaged += store.damaged
             store.damaged.clear()
             if rows is not None:
@@ -180,7 +180,7 @@ class StepDataset(Dataset[Made]):
         """(draw, sample, record) of this place: its own sample, or the first readable spare."""
         for attempt in range(_MAX_SPARES):
             if attempt:
-                draw, sample = self.sources[number].order.spare(place, attempt)
+                draw, sample = self.sources[number].order.replacement(place, attempt)
             record = self._record(number, sample, made)
             if record is not None:
                 return draw, sample, record
@@ -195,7 +195,7 @@ class StepDataset(Dataset[Made]):
         shard, inside = source.order.locate(sample)
         try:
             record = self.records(source.reader.read(shard, inside), source.max_pixels)
-        except (BadPicture, UnreadableSample) as err:
+        except (BadImage, UnreadableSample) as err:
             is_whole_shard = isinstance(err, UnreadableSample) and err.is_whole_shard
             key = source.reader.key(shard, inside)
             name = source.reader.shard_name(shard)
@@ -214,9 +214,9 @@ class StepDataset(Dataset[Made]):
         return source.reader.key(*source.order.locate(sample))
 
     def _assemble(self, records: list[Record], keys: np.ndarray, *, with_teacher: bool = True) -> Batch:
-        views = self.transform([r.picture for r in records], keys, None if with_teacher else 1)
+        views = self.transform([r.image for r in records], keys, None if with_teacher else 1)
         teacher_image = views[1] if len(views) > 1 else None
-        batch = Batch(image=views[0], keys=[], teacher_image=teacher_image, more_views=views[2:] or None)
+        batch = Batch(image=views[0], keys=[], teacher_image=teacher_image, teacher_images=views[2:] or None)
         if self.tokens is not None:
             draws = order.uniforms(keys, order.STREAM_CAPTION, 1)[:, 0].tolist()
             captions = [choose_caption(r, u) for r, u in zip(records, draws, strict=True)]

@@ -18,7 +18,7 @@ from evatool.core.batch import Batch
 from evatool.core.errors import CheckpointError, RecipeError
 from evatool.data.feature_store.store import FeatureStore, Views, open_store
 from evatool.data.image.decode import fast_jpeg_decoder
-from evatool.data.image.nonstandard import TrainingPictures
+from evatool.data.image.nonstandard import TrainingImages
 from evatool.data.image.train_transforms import TrainTransform
 from evatool.data.sources.cache import ShardCache
 from evatool.data.sources.fetch import Patience
@@ -29,9 +29,9 @@ from evatool.data.train.bad_samples import LIMIT_FLOOR, LIMIT_FLOOR_SHARDS, BadS
 from evatool.data.train.dataset import Made, Source, StepDataset
 from evatool.data.train.masking import MaskSpec
 from evatool.data.train.mixing import Mix, MixPhase
-from evatool.data.train.sample_decoder import RecordReader
+from evatool.data.train.sample_decoder import SampleDecoder
 from evatool.data.train.shuffle import ORDER_VERSION, SourceOrder, seed_of
-from evatool.data.train.workers import iterate_steps
+from evatool.data.train.workers import iterate_batches
 from evatool.recipe.schema import TrainDataSection
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class TrainLoader:
                 where=f'data.mixing = "{self.section.mixing}" counts whole batches',
                 fix="go on with the batch size the run began with",
             )
-        steps = iterate_steps(
+        steps = iterate_batches(
             dataset,
             self._positions,
             num_workers=self.section.num_workers,
@@ -121,8 +121,8 @@ class TrainLoader:
         return _Positions(self.position, self.dataset.global_batch_size, self.dataset.end)
 
     def _account(self, made: Made) -> None:
-        self.bad.add(made.bad, len(self.dataset.slots), made.num_spares, made.converted)
-        self.bad.check(no_spare=made.batch is None)
+        self.bad.add(made.bad, len(self.dataset.slots), made.num_replacements, made.converted)
+        self.bad.check(no_replacement=made.batch is None)
         for place in made.damaged:
             log.warning("data: stored features are damaged and made again: %s", place)
 
@@ -171,10 +171,10 @@ def build_train_loader(
         fast_jpeg_decoder()  # here, so that a missing one is said once and not by every worker
     sizes = [image_size, *teacher_image_sizes]
     transform = TrainTransform(section.augment, sizes, section.decode)
-    records = RecordReader(
+    records = SampleDecoder(
         section.caption if with_text else None,
         section.extras or (),
-        TrainingPictures(section.odd_pictures, section.decode, transform.min_side),
+        TrainingImages(section.nonstandard, section.decode, transform.min_side),
     )
     shards, sources = _open_sources(section, seed, records, global_batch_size)
     if views is not None:
@@ -219,7 +219,7 @@ def _open_stores(
         "seed": views.seed,
         "teacher.picture": teacher_size,
         "data": [found.content_digest() for found in shards],
-        "data.decode": [section.decode, section.odd_pictures, transform.min_side],
+        "data.decode": [section.decode, section.nonstandard, transform.min_side],
     }
     facts |= {f"data.augment.{key}": value for key, value in section.augment.model_dump(mode="json").items()}
     if with_text:
@@ -232,7 +232,7 @@ def _open_stores(
 
 
 def _open_sources(
-    section: TrainDataSection, seed: int, records: RecordReader, global_batch_size: int
+    section: TrainDataSection, seed: int, records: SampleDecoder, global_batch_size: int
 ) -> tuple[list[ShardList], list[Source]]:
     remote = section.remote
     patience = Patience(remote.attempts, remote.timeout_sec, remote.backoff_sec)

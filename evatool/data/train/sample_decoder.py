@@ -43,21 +43,21 @@ class Record:
         odd: why the picture was converted; None for an ordinary one.
     """
 
-    picture: Tensor
+    image: Tensor
     captions: tuple[tuple[float, tuple[str, ...]], ...] = ()
     concept: str | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     odd: str | None = None
 
 
-class RecordReader:
+class SampleDecoder:
     """Makes records of the members that the recipe asks for, and says which those are.
 
     Args:
         caption: the recipe's `data.caption`; None leaves captions out.
         extras: the recipe's `data.extras`.
         decode: an encoded picture and the limit on its pixels to uint8 (H, W, 3), and why it is an odd one, if it is;
-            raises BadPicture.
+            raises BadImage.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class RecordReader:
         return extension in self.members
 
     def __call__(self, members: Mapping[str, bytes], max_pixels: int) -> Record:
-        """The record. Raises: BadPicture, UnreadableSample naming the cause."""
+        """The record. Raises: BadImage, UnreadableSample naming the cause."""
         encoded = next((members[e] for e in PICTURE_MEMBERS if e in members), None)
         if encoded is None:
             raise UnreadableSample("no-picture", f"members: {', '.join(sorted(members))}")

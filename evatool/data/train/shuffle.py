@@ -94,7 +94,7 @@ class SourceOrder:
         """What tells two readings of one sample apart: the epoch, or the position itself with replacement."""
         return positions if self.with_replacement else positions // self.num_samples
 
-    def spare(self, position: int, attempt: int) -> tuple[int, int]:
+    def replacement(self, position: int, attempt: int) -> tuple[int, int]:
         """(draw, sample) to read in place of an unreadable one; attempts count from 1.
 
         It comes from the first window of the `attempt`-th epoch after, so that spares of remote shards do not scatter

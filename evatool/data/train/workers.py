@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 _DEATH = "DataLoader worker"  # begins the RuntimeError for a process that is gone; one passed on says "Caught ..."
 
 
-def iterate_steps(
+def iterate_batches(
     dataset: StepDataset,
     positions: Callable[[], Sampler[int]],
     *,

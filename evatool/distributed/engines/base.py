@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from evatool.core.batch import Batch, LossDict
-from evatool.distributed.engines.sharded_state import HeldState, gathered
+from evatool.distributed.engines.sharded_state import ShardedState, gather_full_state
 
 Bounds = Mapping[str, tuple[float, float]]
 """Parameter name -> (low, high), held in the optimiser's own copy after every step."""
@@ -30,7 +30,7 @@ class Engine(ABC):
     bring the whole together on every rank, for tests and small models.
 
     Attributes:
-        module: the objective, not wrapped; its parameters may be pieces (see `whole_weights`).
+        module: the objective, not wrapped; its parameters may be pieces (see `summon_full_weights`).
         device: where it lives.
     """
 
@@ -66,38 +66,38 @@ class Engine(ABC):
         """Learning rate of each group for the next step, in the order of the groups."""
 
     @abstractmethod
-    def whole_weights(self) -> AbstractContextManager[None]:
+    def summon_full_weights(self) -> AbstractContextManager[None]:
         """Within it parts of `module` (a tower, the temperature) may be used directly, on every rank alike.
 
         For evaluation between steps. Weights are read only: what is written to them may be lost.
         """
 
     @abstractmethod
-    def replicas(self) -> list[Tensor]:
+    def replicated_tensors(self) -> list[Tensor]:
         """Tensors that must be the same, bit for bit, on every rank after a step; none where all is divided."""
 
     @abstractmethod
-    def divided(self) -> list[Tensor]:
+    def sharded_tensors(self) -> list[Tensor]:
         """Weights and moments that exist on this rank alone, and that nothing but `step` and loading changes.
 
         None where every rank holds all of them.
         """
 
     @abstractmethod
-    def held_model(self) -> HeldState:
+    def sharded_model_state(self) -> ShardedState:
         """Parameters and persistent buffers under the objective's `state_dict()` names; may alias live weights."""
 
     @abstractmethod
-    def held_optimizer(self) -> HeldState:
+    def sharded_optimizer_state(self) -> ShardedState:
         """`exp_avg.<name>`, `exp_avg_sq.<name>`, `num_updates` and a loss scale's state; may alias live state."""
 
     def model_state(self) -> dict[str, Tensor]:
-        """The whole of `held_model` on the CPU of every rank; may alias live weights."""
-        return gathered(self.held_model())
+        """The whole of `sharded_model_state` on the CPU of every rank; may alias live weights."""
+        return gather_full_state(self.sharded_model_state())
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """The whole of `held_optimizer` on the CPU of every rank; may alias live state."""
-        return gathered(self.held_optimizer())
+        """The whole of `sharded_optimizer_state` on the CPU of every rank; may alias live state."""
+        return gather_full_state(self.sharded_optimizer_state())
 
     @abstractmethod
     def load_model_state(self, state: Mapping[str, Tensor]) -> None:

@@ -39,7 +39,7 @@ def has_no_weights(objective: nn.Module) -> bool:
     return any(param.is_meta for param in objective.parameters())
 
 
-def give_memory(objective: nn.Module, device: torch.device) -> None:
+def materialize(objective: nn.Module, device: torch.device) -> None:
     """Memory on `device` for parameters on the meta device, for what this rank holds of them; buffers move with their
     values."""
     buffers = dict(objective.named_buffers())

@@ -13,9 +13,9 @@ from evatool.core.errors import RecipeError
 from evatool.distributed.engines.base import Bounds as Bounds
 from evatool.distributed.engines.base import Engine as Engine
 from evatool.distributed.engines.blocks import checkpoint_blocks, compile_blocks
-from evatool.distributed.engines.ddp import ReplicatedEngine
-from evatool.distributed.engines.deepspeed import ZeroEngine
-from evatool.distributed.engines.fsdp import ShardedEngine
+from evatool.distributed.engines.ddp import DdpEngine
+from evatool.distributed.engines.deepspeed import DeepSpeedEngine
+from evatool.distributed.engines.fsdp import FsdpEngine
 from evatool.distributed.world import World
 from evatool.recipe.schema import EngineSection
 
@@ -38,7 +38,7 @@ def engine_kind(section: EngineSection, world_size: int) -> str:
             return kind
 
 
-def divides_weights(section: EngineSection, world_size: int) -> bool:
+def shards_weights(section: EngineSection, world_size: int) -> bool:
     """True where each rank holds a part of the weights only. Raises: RecipeError as `engine_kind`."""
     kind = engine_kind(section, world_size)
     return kind == "fsdp2" or (kind == "deepspeed" and section.zero_stage == 3)
@@ -83,13 +83,13 @@ def build_engine(
     }
     match kind:
         case "deepspeed":
-            return ZeroEngine(
+            return DeepSpeedEngine(
                 world, objective, groups, zero_stage=section.zero_stage, offload=section.offload, **shared
             )
         case "fsdp2":
-            return ShardedEngine(world, objective, groups, **shared)
+            return FsdpEngine(world, objective, groups, **shared)
         case _:
-            return ReplicatedEngine(world, objective, groups, **shared)
+            return DdpEngine(world, objective, groups, **shared)
 
 
 def _refuse_frozen_weights(section: EngineSection, kind: str, objective: nn.Module) -> None:

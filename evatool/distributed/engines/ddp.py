@@ -15,23 +15,23 @@ from torch.nn.utils import get_total_norm
 from evatool.core.batch import Batch, LossDict, ParamGroup
 from evatool.distributed.engines.amp import LossScale, autocast, poisoned_if_not_finite
 from evatool.distributed.engines.base import Bounds, Engine
-from evatool.distributed.engines.blocks import give_memory, has_no_weights
+from evatool.distributed.engines.blocks import has_no_weights, materialize
 from evatool.distributed.engines.optimizer_state import (
     LayerwiseOptimizer,
     Pieces,
-    held_moments,
     load_moments,
+    sharded_moments,
     step_instead,
     whole_pieces,
 )
-from evatool.distributed.engines.sharded_state import HeldState, check_names, checked_shape
+from evatool.distributed.engines.sharded_state import ShardedState, check_names, checked_shape
 from evatool.distributed.world import World
 
 
-class ReplicatedEngine(Engine):
+class DdpEngine(Engine):
     """Weights, gradients and moments are whole on every rank; gradients are averaged while backward runs.
 
-    `ShardedEngine` divides them and steps its pieces in the same way.
+    `FsdpEngine` divides them and steps its pieces in the same way.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ReplicatedEngine(Engine):
     def _wrap(self, world: World, groups: Sequence[ParamGroup]) -> tuple[nn.Module, Pieces]:
         """The module that computes on all ranks, and what the optimiser steps."""
         if has_no_weights(self.module):
-            give_memory(self.module, world.device)
+            materialize(self.module, world.device)
             step_instead(self._optimizer, groups, dict(self.module.named_parameters()))
             if isinstance(self._optimizer, LayerwiseOptimizer):
                 self._optimizer.place(whole_pieces(groups), is_shared=False)
@@ -120,17 +120,17 @@ class ReplicatedEngine(Engine):
             group["lr"] = lr
 
     @contextmanager
-    def whole_weights(self) -> Iterator[None]:
+    def summon_full_weights(self) -> Iterator[None]:
         yield
 
-    def replicas(self) -> list[Tensor]:
+    def replicated_tensors(self) -> list[Tensor]:
         return [tensor.detach() for tensor in self.module.state_dict().values()]
 
-    def divided(self) -> list[Tensor]:
+    def sharded_tensors(self) -> list[Tensor]:
         return []
 
-    def held_model(self) -> HeldState:
-        return HeldState.whole(self.module.state_dict(), is_writer=self._is_writer)
+    def sharded_model_state(self) -> ShardedState:
+        return ShardedState.whole(self.module.state_dict(), is_writer=self._is_writer)
 
     def load_model_state(self, state: Mapping[str, Tensor]) -> None:
         own = self.module.state_dict()
@@ -139,20 +139,20 @@ class ReplicatedEngine(Engine):
             for name, tensor in own.items():
                 tensor.copy_(checked_shape(name, state[name], tensor.shape))
 
-    def held_optimizer(self) -> HeldState:
+    def sharded_optimizer_state(self) -> ShardedState:
         stepped = {tensor: listed for tensor, listed in self._pieces.items() if self._optimizer.state.get(tensor)}
         shapes = {piece.name: self._trained[piece.name] for listed in stepped.values() for piece in listed}
-        return self._with_scale(held_moments(self._optimizer, stepped, shapes, is_writer=self._is_writer))
+        return self._with_scale(sharded_moments(self._optimizer, stepped, shapes, is_writer=self._is_writer))
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         load_moments(self._optimizer, self._pieces, self._trained, state)
         if self._scale is not None:
             self._scale.load(state)
 
-    def _with_scale(self, held: HeldState) -> HeldState:
+    def _with_scale(self, held: ShardedState) -> ShardedState:
         if self._scale is None:
             return held
-        return held.merged(HeldState.whole(self._scale.state(), is_writer=self._is_writer))
+        return held.merged(ShardedState.whole(self._scale.state(), is_writer=self._is_writer))
 
 
 def _replicated(objective: nn.Module) -> nn.Module:

@@ -21,19 +21,19 @@ from evatool.core.batch import Batch, LossDict, ParamGroup
 from evatool.core.errors import DependencyError
 from evatool.distributed.engines.amp import LossScale, autocast, poisoned_if_not_finite
 from evatool.distributed.engines.base import Bounds, Engine
-from evatool.distributed.engines.blocks import give_memory, has_no_weights
+from evatool.distributed.engines.blocks import has_no_weights, materialize
 from evatool.distributed.engines.optimizer_state import (
     LayerwiseOptimizer,
     Piece,
     Pieces,
     create_moments,
-    held_moments,
     load_moments,
     moments_of,
+    sharded_moments,
     step_instead,
     whole_pieces,
 )
-from evatool.distributed.engines.sharded_state import HeldState, check_names, read_piece
+from evatool.distributed.engines.sharded_state import ShardedState, check_names, read_piece
 from evatool.distributed.world import World
 
 
@@ -49,7 +49,7 @@ class _Autocasting(nn.Module):
             return self.objective(batch, **options)
 
 
-class ZeroEngine(Engine):
+class DeepSpeedEngine(Engine):
     """ZeRO stage 0 (nothing divided), 1 (moments), 2 (and gradients) or 3 (and weights)."""
 
     def __init__(
@@ -78,9 +78,9 @@ class ZeroEngine(Engine):
         config = zero_config(zero_stage, grad_clip_norm, world.device, offload)
         with _deepspeed(world) as deepspeed:
             if is_empty and zero_stage == 3:
-                _divide_without_weights(deepspeed, objective, config, world.device)
+                _shard_without_weights(deepspeed, objective, config, world.device)
             elif is_empty:
-                give_memory(objective, world.device)
+                materialize(objective, world.device)
             else:
                 objective.to(world.device)
             self._named = dict(objective.named_parameters())
@@ -138,31 +138,31 @@ class ZeroEngine(Engine):
             group["lr"] = lr
 
     @contextmanager
-    def whole_weights(self) -> Iterator[None]:
+    def summon_full_weights(self) -> Iterator[None]:
         # Whole layers fetch their weights themselves; what stands beside them (class token, positions, temperature)
         # is gathered here.
         beside = {id(p): p for m in self.module.modules() if any(m.children()) for p in m.parameters(recurse=False)}
         with self._gathered(list(beside.values())):
             yield
 
-    def replicas(self) -> list[Tensor]:
+    def replicated_tensors(self) -> list[Tensor]:
         state = self.module.state_dict(keep_vars=True).values()
-        return [tensor.detach() for tensor in state if not self._is_divided(tensor)]
+        return [tensor.detach() for tensor in state if not self._is_sharded(tensor)]
 
-    def divided(self) -> list[Tensor]:
+    def sharded_tensors(self) -> list[Tensor]:
         if self._zero is None:
             return []
         parameters: list[Any] = list(self._named.values())
-        weights = [param.ds_tensor.data for param in parameters if self._is_divided(param)]
+        weights = [param.ds_tensor.data for param in parameters if self._is_sharded(param)]
         return [*weights, *(flat.detach() for flat in self._pieces), *moments_of(self._optimizer, self._pieces)]
 
-    def held_model(self) -> HeldState:
-        held = HeldState()
+    def sharded_model_state(self) -> ShardedState:
+        held = ShardedState()
         for name, tensor in self.module.state_dict(keep_vars=True).items():
             held.declare(name, self._shapes[name], torch.float32 if name in self._trained else tensor.dtype)
             if self._zero is not None and name in self._trained:
                 continue  # from the masters below
-            if self._is_divided(tensor):
+            if self._is_sharded(tensor):
                 start, numel = self._own_range(tensor)
                 held.add(name, start, tensor.ds_tensor.view(-1)[:numel])
             elif self._is_writer:
@@ -178,7 +178,7 @@ class ZeroEngine(Engine):
         with torch.no_grad():
             for name, tensor in self.module.state_dict(keep_vars=True).items():
                 shape = self._shapes[name]
-                if self._is_divided(tensor):
+                if self._is_sharded(tensor):
                     start, numel = self._own_range(tensor)
                     if numel > 0:
                         tensor.ds_tensor.view(-1)[:numel].copy_(read_piece(state, name, start, numel, shape))
@@ -190,16 +190,16 @@ class ZeroEngine(Engine):
                         values = read_piece(state, piece.name, piece.start, piece.numel, self._shapes[piece.name])
                         flat.view(-1).narrow(0, piece.offset, piece.numel).copy_(values)
 
-    def held_optimizer(self) -> HeldState:
+    def sharded_optimizer_state(self) -> ShardedState:
         stepped = {flat: listed for flat, listed in self._pieces.items() if self._optimizer.state.get(flat)}
         if self._zero is None:
             shapes = {piece.name: self._trained[piece.name] for listed in stepped.values() for piece in listed}
-            held = held_moments(self._optimizer, stepped, shapes, is_writer=self._is_writer)
+            held = sharded_moments(self._optimizer, stepped, shapes, is_writer=self._is_writer)
         else:
-            held = held_moments(self._optimizer, stepped, self._trained, is_writer=True)
+            held = sharded_moments(self._optimizer, stepped, self._trained, is_writer=True)
         if self._scale is None:
             return held
-        return held.merged(HeldState.whole(self._scale.state(), is_writer=self._is_writer))
+        return held.merged(ShardedState.whole(self._scale.state(), is_writer=self._is_writer))
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         load_moments(self._optimizer, self._pieces, self._trained, state)
@@ -239,7 +239,7 @@ class ZeroEngine(Engine):
                     pieces[flats[number]].append(Piece(name, own.start, flat.start, own.numel))
         return pieces
 
-    def _is_divided(self, tensor: Any) -> bool:
+    def _is_sharded(self, tensor: Any) -> bool:
         """True for a parameter that ZeRO-3 has divided over ranks."""
         return self._stage == 3 and hasattr(tensor, "ds_id")
 
@@ -272,7 +272,7 @@ class ZeroEngine(Engine):
             yield
 
 
-def _divide_without_weights(deepspeed: Any, objective: nn.Module, config: dict[str, Any], device: torch.device) -> None:
+def _shard_without_weights(deepspeed: Any, objective: nn.Module, config: dict[str, Any], device: torch.device) -> None:
     """Divide parameters that are on the meta device over the ranks: memory for one whole tensor at a time."""
     divide = deepspeed.zero.Init(config_dict_or_path=config, dtype=torch.float32)
     for module in objective.modules():

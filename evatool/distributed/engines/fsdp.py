@@ -19,22 +19,22 @@ from torch.nn.utils import get_total_norm
 
 from evatool.core.batch import ParamGroup
 from evatool.distributed.collectives import all_reduce_sum
-from evatool.distributed.engines.blocks import blocks_of, give_memory, has_no_weights
-from evatool.distributed.engines.ddp import ReplicatedEngine
+from evatool.distributed.engines.blocks import blocks_of, has_no_weights, materialize
+from evatool.distributed.engines.ddp import DdpEngine
 from evatool.distributed.engines.optimizer_state import (
     LayerwiseOptimizer,
     Piece,
     Pieces,
     create_moments,
-    held_moments,
     moments_of,
+    sharded_moments,
     step_instead,
 )
-from evatool.distributed.engines.sharded_state import HeldState, check_names, read_piece
+from evatool.distributed.engines.sharded_state import ShardedState, check_names, read_piece
 from evatool.distributed.world import World
 
 
-class ShardedEngine(ReplicatedEngine):
+class FsdpEngine(DdpEngine):
     """`fully_shard` on every transformer block and on what is left of the objective."""
 
     _root: FSDPModule
@@ -48,7 +48,7 @@ class ShardedEngine(ReplicatedEngine):
         for part in [*blocks_of(self.module), self.module]:
             fully_shard(part, mesh=mesh, shard_placement_fn=lambda param: _placement(param, mesh.size()))
         if is_empty:
-            give_memory(self.module, world.device)
+            materialize(self.module, world.device)
         assert isinstance(self.module, FSDPModule)
         self._root = self.module
         # Outside of forward and backward passes these are the module's parameters; the objects stay the same.
@@ -99,17 +99,17 @@ class ShardedEngine(ReplicatedEngine):
             local.grad = self._sharded[name].grad = None
 
     @contextmanager
-    def whole_weights(self) -> Iterator[None]:
+    def summon_full_weights(self) -> Iterator[None]:
         self._root.unshard()
         try:
             yield
         finally:
             self._root.reshard()
 
-    def replicas(self) -> list[Tensor]:
+    def replicated_tensors(self) -> list[Tensor]:
         return [buffer.detach() for buffer in self.module.buffers()]
 
-    def divided(self) -> list[Tensor]:
+    def sharded_tensors(self) -> list[Tensor]:
         return [*self._local.values(), *moments_of(self._optimizer, self._pieces)]
 
     def _own_tensors(self) -> Iterator[tuple[str, Tensor, Piece | None]]:
@@ -122,8 +122,8 @@ class ShardedEngine(ReplicatedEngine):
             else:
                 yield name, buffers[name], None
 
-    def held_model(self) -> HeldState:
-        held = HeldState()
+    def sharded_model_state(self) -> ShardedState:
+        held = ShardedState()
         for name, tensor, piece in self._own_tensors():
             held.declare(name, self._shapes[name], tensor.dtype)
             if piece is not None:
@@ -139,8 +139,8 @@ class ShardedEngine(ReplicatedEngine):
                 start, numel = (piece.start, piece.numel) if piece is not None else (0, tensor.numel())
                 tensor.view(-1).copy_(read_piece(state, name, start, numel, self._shapes[name]))
 
-    def held_optimizer(self) -> HeldState:
-        held = held_moments(self._optimizer, self._pieces, self._trained, is_writer=True)
+    def sharded_optimizer_state(self) -> ShardedState:
+        held = sharded_moments(self._optimizer, self._pieces, self._trained, is_writer=True)
         return self._with_scale(held)
 
 

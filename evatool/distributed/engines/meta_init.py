@@ -72,7 +72,7 @@ class _Operation:
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, _Place)]
 
 
-class DeferredBuild(TorchDispatchMode):
+class MetaBuild(TorchDispatchMode):
     """Writes down what happens to tensors on the meta device within it, so that each can be made afterwards, alone.
 
     Use it with `torch.device("meta")` around the building of a module. The numbers are those that the same code would
@@ -162,7 +162,7 @@ def _run(operation: _Operation, memories: dict[int, torch.UntypedStorage]) -> No
         memories[place.key] = tensor.untyped_storage()
 
 
-class FirstWeights(Mapping[str, Tensor]):
+class InitialWeights(Mapping[str, Tensor]):
     """A module's state by name, each tensor made or read when it is asked for, and kept by nobody.
 
     Args:
@@ -170,7 +170,7 @@ class FirstWeights(Mapping[str, Tensor]):
         sources: by name, what reads the parameters that are not random.
     """
 
-    def __init__(self, module: nn.Module, build: DeferredBuild, sources: Mapping[str, Callable[[], Tensor]]) -> None:
+    def __init__(self, module: nn.Module, build: MetaBuild, sources: Mapping[str, Callable[[], Tensor]]) -> None:
         state = module.state_dict(keep_vars=True)
         unknown = sorted(set(sources) - set(state))
         assert not unknown, f"sources of parameters that do not exist: {unknown[:5]}"

@@ -16,7 +16,7 @@ from torch import Tensor
 from evatool.core.batch import ParamGroup
 from evatool.core.errors import CheckpointError
 from evatool.distributed.collectives import rank
-from evatool.distributed.engines.sharded_state import HeldState, read_piece
+from evatool.distributed.engines.sharded_state import ShardedState, read_piece
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NUM_UPDATES = "num_updates"  # int64 (1,): updates done, without the skipped ones; the bias correction's t
@@ -75,16 +75,16 @@ def moments_of(optimizer: torch.optim.Optimizer, pieces: Pieces) -> list[Tensor]
     return [state[moment] for state in states for moment in MOMENTS if moment in state]
 
 
-def held_moments(
+def sharded_moments(
     optimizer: torch.optim.Optimizer, pieces: Pieces, shapes: Mapping[str, Sequence[int]], *, is_writer: bool
-) -> HeldState:
+) -> ShardedState:
     """`exp_avg.<name>` and `exp_avg_sq.<name>` of every parameter that has them, and `num_updates`.
 
     Args:
         shapes: of the parameters that have moments on some rank, the same on every rank.
         is_writer: this rank writes its moments; `num_updates` is written by rank 0 alone.
     """
-    held = HeldState()
+    held = ShardedState()
     num_updates = 0
     for name, shape in shapes.items():
         for moment in MOMENTS:
@@ -100,7 +100,7 @@ def held_moments(
                 held.dtypes[key] = state[moment].dtype
                 if is_writer:
                     held.add(key, piece.start, state[moment].view(-1).narrow(0, piece.offset, piece.numel))
-    return held.merged(HeldState.whole({NUM_UPDATES: torch.tensor([num_updates])}, is_writer=rank() == 0))
+    return held.merged(ShardedState.whole({NUM_UPDATES: torch.tensor([num_updates])}, is_writer=rank() == 0))
 
 
 def load_moments(

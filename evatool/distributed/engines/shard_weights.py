@@ -14,13 +14,13 @@ from evatool.distributed.engines.blocks import blocks_of
 from evatool.distributed.world import World
 
 
-def divide_weights(
+def shard_weights(
     module: nn.Module, towers: Sequence[nn.Module], tensors: Mapping[str, Tensor], world: World, dtype: torch.dtype
 ) -> None:
     """Give a module that was built on the meta device its weights, each rank its part of every tower's.
 
     A tower's blocks come together one at a time in its forward pass, which every rank must run at the same time; other
-    ways into a tower than its own call need `gathered_call`. Buffers must have their values already.
+    ways into a tower than its own call need `call_with_full_weights`. Buffers must have their values already.
 
     Args:
         towers: submodules that are called; parameters outside of them stay whole, in float32.
@@ -54,11 +54,11 @@ def _copy_part(parameter: DTensor, whole: Tensor, rank: int) -> None:
         local.copy_(parts[rank])
 
 
-def gathered_call(tower: nn.Module, way: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def call_with_full_weights(tower: nn.Module, way: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """`way` into a divided tower, with its weights brought together as for its own call; once for each tower."""
-    tower.gathered_call = way  # type: ignore[assignment]
+    tower.call_with_full_weights = way  # type: ignore[assignment]
     register_fsdp_forward_method(tower, "gathered_call")
-    return tower.gathered_call  # type: ignore[return-value]
+    return tower.call_with_full_weights  # type: ignore[return-value]
 
 
 def whole_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -16,7 +16,7 @@ from evatool.distributed.collectives import world_size
 
 
 @dataclass(frozen=True)
-class HeldPiece:
+class StateShard:
     """Consecutive numbers of a tensor, on any device; they may alias live weights."""
 
     name: str
@@ -25,22 +25,22 @@ class HeldPiece:
 
 
 @dataclass
-class HeldState:
+class ShardedState:
     """Tensors of a job by name. `shapes` and `dtypes` are the same on every rank; the ranks' `pieces` together cover
     each tensor exactly once."""
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
-    pieces: list[HeldPiece] = field(default_factory=list)
+    pieces: list[StateShard] = field(default_factory=list)
 
     @classmethod
-    def whole(cls, tensors: Mapping[str, Tensor], *, is_writer: bool = True) -> HeldState:
+    def whole(cls, tensors: Mapping[str, Tensor], *, is_writer: bool = True) -> ShardedState:
         """Tensors that every rank holds in full, written by the one rank with `is_writer`."""
         held = cls()
         for name, tensor in tensors.items():
             held.declare(name, tensor.shape, tensor.dtype)
             if is_writer:
-                held.pieces.append(HeldPiece(name, 0, tensor.detach().reshape(-1)))
+                held.pieces.append(StateShard(name, 0, tensor.detach().reshape(-1)))
         return held
 
     def declare(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
@@ -50,24 +50,24 @@ class HeldState:
     def add(self, name: str, start: int, values: Tensor) -> None:
         """Name numbers that this rank holds and no other writes; none at all are left out."""
         if values.numel():
-            self.pieces.append(HeldPiece(name, start, values.detach().reshape(-1)))
+            self.pieces.append(StateShard(name, start, values.detach().reshape(-1)))
 
-    def merged(self, other: HeldState) -> HeldState:
+    def merged(self, other: ShardedState) -> ShardedState:
         """Both states' tensors."""
-        return HeldState(self.shapes | other.shapes, self.dtypes | other.dtypes, [*self.pieces, *other.pieces])
+        return ShardedState(self.shapes | other.shapes, self.dtypes | other.dtypes, [*self.pieces, *other.pieces])
 
-    def renamed(self, names: Mapping[str, str]) -> HeldState:
+    def renamed(self, names: Mapping[str, str]) -> ShardedState:
         """Only the tensors that `names` (old -> new) mentions, under their new names."""
-        return HeldState(
+        return ShardedState(
             {new: self.shapes[old] for old, new in names.items()},
             {new: self.dtypes[old] for old, new in names.items()},
-            [HeldPiece(names[p.name], p.start, p.values) for p in self.pieces if p.name in names],
+            [StateShard(names[p.name], p.start, p.values) for p in self.pieces if p.name in names],
         )
 
 
-def gathered(held: HeldState) -> dict[str, Tensor]:
+def gather_full_state(held: ShardedState) -> dict[str, Tensor]:
     """Whole tensors on the CPU of every rank, one exchange a tensor; every rank must call it. May alias live ones."""
-    by_name: dict[str, list[HeldPiece]] = {name: [] for name in held.shapes}
+    by_name: dict[str, list[StateShard]] = {name: [] for name in held.shapes}
     for piece in held.pieces:
         by_name[piece.name].append(piece)
     found: dict[str, Tensor] = {}

@@ -39,10 +39,10 @@ class LossCurve:
 
 
 @dataclass(frozen=True)
-class CaptionedPicture:
+class CaptionedImage:
     """A training picture with its caption."""
 
-    picture: Picture
+    image: Picture
     caption: str
 
 
@@ -55,11 +55,11 @@ class DemoReport:
     results: EvalResults
     steps: list[ChainStep] = field(default_factory=list)
     model_titles: dict[str, str] = field(default_factory=dict)  # name in the results -> name on the page
-    samples: list[CaptionedPicture] = field(default_factory=list)
+    samples: list[CaptionedImage] = field(default_factory=list)
     contact_sheet: Picture | None = None  # used where `samples` is empty
     data_text: str = ""  # what the training data are, in a sentence
     losses: list[LossCurve] = field(default_factory=list)
-    mim_pictures: list[Picture] = field(default_factory=list)
+    mim_images: list[Picture] = field(default_factory=list)
     mim_text: str = ""  # what the pictures show
     gallery: Gallery | None = None
     machine: str = ""
@@ -93,11 +93,11 @@ def write_demo_report(out: Path, data: DemoReport) -> None:
         notes=model_notes(results.models),
         steps=_timed_steps(data.steps),
         total_time=words.duration(sum(step.seconds for step in data.steps)),
-        samples=[{"picture": data_uri(s.picture), "caption": s.caption} for s in data.samples],
+        samples=[{"picture": data_uri(s.image), "caption": s.caption} for s in data.samples],
         sheet=data_uri(data.contact_sheet) if data.contact_sheet and not data.samples else None,
         data_text=data.data_text,
         curves=_curves(data.losses, names),
-        mim=[data_uri(picture) for picture in data.mim_pictures],
+        mim=[data_uri(image) for image in data.mim_images],
         mim_text=data.mim_text,
         gallery=data.gallery,
         gallery_title=names.titles.get(data.gallery.model, data.gallery.model) if data.gallery else "",

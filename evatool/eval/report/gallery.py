@@ -31,7 +31,7 @@ _MAGIC = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "imag
 class Item:
     """A picture, a caption, or both."""
 
-    picture: str | None = None  # data: URI
+    image: str | None = None  # data: URI
     caption: str | None = None
 
 
@@ -67,30 +67,30 @@ class Gallery:
 
 
 @dataclass(frozen=True)
-class MissedPicture:
+class MissedImage:
     """A picture that was named wrong."""
 
-    picture: str  # data: URI
+    image: str  # data: URI
     key: str
     right: str
     named: str
 
 
-def missed_picture(pixels: NDArray[np.uint8], key: str, right: str, named: str) -> MissedPicture:
+def missed_image(pixels: NDArray[np.uint8], key: str, right: str, named: str) -> MissedImage:
     """(H, W, 3) uint8 with its class and the one it was taken for."""
-    return MissedPicture(data_uri(encode_picture(pixels, _MAX_SIDE)), key, right, named)
+    return MissedImage(data_uri(encode_image_file(pixels, _MAX_SIDE)), key, right, named)
 
 
-def data_uri(picture: Picture) -> str:
+def data_uri(image: Picture) -> str:
     """A picture as a `data:` URI.
 
     Raises: DataError if the file cannot be read, or the bytes are no PNG, JPEG, WebP or GIF.
     """
-    if isinstance(picture, str) and picture.startswith("data:"):
-        return picture
-    where = str(picture) if isinstance(picture, str | Path) else "picture in memory"
+    if isinstance(image, str) and image.startswith("data:"):
+        return image
+    where = str(image) if isinstance(image, str | Path) else "picture in memory"
     try:
-        content = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+        content = image if isinstance(image, bytes) else Path(image).read_bytes()
     except OSError as error:
         raise DataError(f"cannot read a picture of the report: {error}", where=where) from error
     kind = next((mime for magic, mime in _MAGIC.items() if content.startswith(magic)), None)
@@ -99,7 +99,7 @@ def data_uri(picture: Picture) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def encode_picture(pixels: NDArray[np.uint8], max_side: int | None = None) -> bytes:
+def encode_image_file(pixels: NDArray[np.uint8], max_side: int | None = None) -> bytes:
     """(H, W, 3) uint8 RGB as PNG bytes, shrunk to `max_side` pixels where larger."""
     image = Image.fromarray(pixels)
     if max_side and max(image.size) > max_side:
@@ -109,7 +109,7 @@ def encode_picture(pixels: NDArray[np.uint8], max_side: int | None = None) -> by
     return out.getvalue()
 
 
-def needed_pictures(examples: Sequence[RetrievalExample]) -> set[int]:
+def needed_images(examples: Sequence[RetrievalExample]) -> set[int]:
     """Indices of the pictures that a gallery of these examples shows."""
     needed: set[int] = set()
     for example in examples:
@@ -126,33 +126,33 @@ def build_gallery(
     best: Sequence[RetrievalExample],
     worst: Sequence[RetrievalExample],
     *,
-    pictures: Mapping[int, NDArray[np.uint8]],
+    images: Mapping[int, NDArray[np.uint8]],
     captions: Sequence[str],
-    num_pictures: int,
+    num_images: int,
 ) -> Gallery:
     """Examples with their pictures, (H, W, 3) uint8 by index, and captions in place of indices."""
     encoded: dict[int, str] = {}
 
-    def item(index: int, is_picture: bool) -> Item:
-        if not is_picture:
+    def item(index: int, is_image: bool) -> Item:
+        if not is_image:
             return Item(caption=captions[index])
         if index not in encoded:
-            encoded[index] = data_uri(encode_picture(pictures[index], _MAX_SIDE))
-        return Item(picture=encoded[index])
+            encoded[index] = data_uri(encode_image_file(images[index], _MAX_SIDE))
+        return Item(image=encoded[index])
 
     def shown(example: RetrievalExample) -> Retrieval:
-        finds_pictures = example.direction == "text_to_image"
+        finds_images = example.direction == "text_to_image"
         missing = not any(example.is_right)
         return Retrieval(
             direction=example.direction,
-            query=item(example.query, not finds_pictures),
+            query=item(example.query, not finds_images),
             found=[
-                Found(item(c, finds_pictures), right, round(score, 4))
+                Found(item(c, finds_images), right, round(score, 4))
                 for c, right, score in zip(example.found, example.is_right, example.scores, strict=True)
             ],
             rank=example.rank + 1,
-            num_candidates=num_pictures if finds_pictures else len(captions),
-            right=item(example.right, finds_pictures) if missing else None,
+            num_candidates=num_images if finds_images else len(captions),
+            right=item(example.right, finds_images) if missing else None,
         )
 
     return Gallery(model, set_name, [shown(e) for e in best], [shown(e) for e in worst])

@@ -10,7 +10,7 @@ from typing import Any
 from evatool.eval.report import wording as words
 from evatool.eval.report.charts import Names, bar_panels, difference_panels
 from evatool.eval.report.class_accuracy import ClassPanel
-from evatool.eval.report.gallery import Gallery, MissedPicture
+from evatool.eval.report.gallery import Gallery, MissedImage
 from evatool.eval.results import EvalResults, ModelRecord, main_metrics, write_atomically
 
 
@@ -40,7 +40,7 @@ def write_eval_report(
     *,
     galleries: Sequence[Gallery] = (),
     classes: Sequence[ClassPanel] = (),
-    missed: Mapping[str, Sequence[MissedPicture]] | None = None,
+    missed: Mapping[str, Sequence[MissedImage]] | None = None,
     kicker: str = "evatool eval",
 ) -> None:
     """The report of one evaluation, or of one comparison; complete or not there.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from evatool.core.errors import DataError
 from evatool.distributed import collectives
-from evatool.eval.encode import Encoding, gather_arrays, own_numbers, stepped_batches, together
+from evatool.eval.encode import Encoding, fail_on_all_ranks, gather_arrays, own_numbers, stepped_batches
 from evatool.eval.predictions import ScoreResult
 from evatool.eval.tasks.base import ClipModel, EvaluationSet
 from evatool.eval.text_classifier import TensorStore, text_classifier
@@ -23,7 +23,7 @@ from evatool.eval.text_classifier import TensorStore, text_classifier
 # B scenes of a batch, S input side, N = G x G patches, C classes, E embedding, K classes of a scene
 
 
-def localise(
+def localize(
     model: ClipModel,
     patch_tokens: Callable[[Tensor], Tensor],
     tokenizer: Callable[[list[str]], Tensor],
@@ -32,7 +32,7 @@ def localise(
     device: str = "cpu",
     stores: Sequence[TensorStore] = (),
     trim_text: bool = False,
-    in_step: bool = False,
+    lockstep: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> ScoreResult:
     """Scores of patch tokens on a set with masks; every rank must call it and gets all.
@@ -43,17 +43,17 @@ def localise(
 
     Args:
         patch_tokens: (B, 3, S, S) -> (B, N, E) in the space of the text features.
-        trim_text, in_step: see `Encoding`.
+        trim_text, lockstep: see `Encoding`.
     Raises: DataError for a set without prompts, or whose masks show nothing.
     """
-    how = Encoding(device, trim_text, in_step)
+    how = Encoding(device, trim_text, lockstep)
     weights = text_classifier(
         model, tokenizer, eval_set.classnames, eval_set.templates, how, name=eval_set.name, stores=stores
     )
     scenes: list[tuple[float, float, float, float]] = []
     best = torch.full((2, weights.shape[1]), -torch.inf, device=device)  # own patches, others'
     counts = torch.zeros(weights.shape[1], device=device)
-    with together(), torch.no_grad():
+    with fail_on_all_ranks(), torch.no_grad():
         batches = stepped_batches(
             patch_tokens, eval_set.loader, how, where=eval_set.name, what="patch tokens", check=_check_masks
         )

@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evatool.core.errors import DataError
-from evatool.eval.encode import Encoding, ImageMemory, gather_arrays, gather_rows, image_batches, own_numbers, together
+from evatool.eval.encode import (
+    Encoding,
+    ImageMemory,
+    fail_on_all_ranks,
+    gather_arrays,
+    gather_rows,
+    image_batches,
+    own_numbers,
+)
 from evatool.eval.predictions import ScoreResult
 from evatool.eval.tasks.base import ClipModel, EvaluationSet
 from evatool.eval.text_classifier import TensorStore
@@ -41,7 +49,7 @@ def image_features(
         return kept[:, :-1].float().contiguous(), kept[:, -1].long()
     rows: list[Tensor] = []
     labels: list[NDArray[Any]] = []
-    with together():
+    with fail_on_all_ranks():
         for features, target in image_batches(model, eval_set.loader, how, where=eval_set.name, memory=memory):
             rows.append(features.cpu())
             labels.append(target.numpy())

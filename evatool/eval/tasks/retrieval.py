@@ -17,10 +17,18 @@ from torch import Tensor
 
 from evatool.core.errors import DataError
 from evatool.distributed.collectives import gather_objects
-from evatool.eval.encode import Encoding, ImageMemory, encode_texts, gather_rows, image_batches, own_numbers, together
+from evatool.eval.encode import (
+    Encoding,
+    ImageMemory,
+    encode_texts,
+    fail_on_all_ranks,
+    gather_rows,
+    image_batches,
+    own_numbers,
+)
 from evatool.eval.predictions import Direction, RetrievalResult
 from evatool.eval.tasks.base import ClipModel, EvaluationSet
-from evatool.eval.tasks.retrieval_ranks import ranks_both_ways
+from evatool.eval.tasks.retrieval_ranks import retrieval_ranks
 
 # I pictures, T distinct captions, Q queries, P candidates, E embedding
 
@@ -58,26 +66,26 @@ def encode_pairs(
     *,
     device: str = "cpu",
     trim_text: bool = False,
-    in_step: bool = False,
+    lockstep: bool = False,
     memory: ImageMemory | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> PairFeatures:
     """Features of all pictures and of each distinct caption once; every rank must call it and gets all of them.
 
     Args:
-        trim_text, in_step: see `Encoding`.
+        trim_text, lockstep: see `Encoding`.
         memory: features of pictures seen in other sets, see `image_batches`.
     Raises:
         DataError: no samples, or a picture without a caption.
         NumericalError: features that are not finite.
     """
-    how = Encoding(device, trim_text, in_step)
+    how = Encoding(device, trim_text, lockstep)
     images: list[Tensor] = []
     captions: list[list[str]] = []
-    with together():
+    with fail_on_all_ranks():
         for features, own in image_batches(model, eval_set.loader, how, where=eval_set.name, memory=memory):
             images.append(features.cpu())
-            captions += [list(of_picture) for of_picture in own]
+            captions += [list(of_image) for of_image in own]
             if on_batch:
                 on_batch(len(own))
     numbers = own_numbers(eval_set.loader, len(captions))
@@ -86,14 +94,14 @@ def encode_pairs(
         raise DataError(f"evaluation set {eval_set.name} has no samples", fix="prepare the set again")
     known: dict[str, int] = {}
     pairs: list[tuple[int, int]] = []
-    for picture, own in sorted(named, key=lambda pair: pair[0]):
+    for image, own in sorted(named, key=lambda pair: pair[0]):
         if not own:
             raise DataError(
-                f"picture {picture} of evaluation set {eval_set.name} has no caption",
+                f"picture {image} of evaluation set {eval_set.name} has no caption",
                 expected="at least one caption a picture, one a line in its .txt",
                 fix="remove the picture or give it a caption",
             )
-        pairs += [(picture, known.setdefault(caption, len(known))) for caption in own]
+        pairs += [(image, known.setdefault(caption, len(known))) for caption in own]
     image = gather_rows(torch.cat(images) if images else torch.zeros(0, 0), numbers, len(named))
     text = encode_texts(model, tokenizer, list(known), how, where=eval_set.name)
     return PairFeatures(image, text, list(known), np.unique(np.asarray(pairs, dtype=np.int64), axis=0), len(pairs))
@@ -106,13 +114,13 @@ def retrieve(features: PairFeatures, *, device: str = "cpu") -> RetrievalResult:
     """
     by_image = features.pairs
     by_text = by_image[np.lexsort((by_image[:, 0], by_image[:, 1]))][:, ::-1]
-    text_to_image, image_to_text = ranks_both_ways(features.text, features.image, by_image, device=device)
+    text_to_image, image_to_text = retrieval_ranks(features.text, features.image, by_image, device=device)
     return RetrievalResult(
         text_to_image=text_to_image,
         image_to_text=image_to_text,
         num_right_images=np.bincount(by_image[:, 1], minlength=len(features.text)).astype(np.int32),
         num_right_captions=np.bincount(by_image[:, 0], minlength=len(features.image)).astype(np.int32),
-        picture_of_text=by_text[np.unique(by_text[:, 0], return_index=True)[1], 1].astype(np.int32),
+        image_of_text=by_text[np.unique(by_text[:, 0], return_index=True)[1], 1].astype(np.int32),
     )
 
 

@@ -22,7 +22,7 @@ _IN_A_BYTE = 128  # marks; up to 255 would fit, a power of two is added faster
 _MANY = 0.02  # share of a tile beyond which doing it again as a whole is cheaper
 
 
-def ranks_both_ways(
+def retrieval_ranks(
     text: Tensor, image: Tensor, pairs: NDArray[np.int64], *, device: str = "cpu"
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Wrong candidates that score at least as high as the best right one, for each text and for each picture.

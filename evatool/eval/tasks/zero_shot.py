@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from evatool.core.errors import DataError
-from evatool.eval.encode import Encoding, ImageMemory, gather_arrays, image_batches, own_numbers, together
+from evatool.eval.encode import Encoding, ImageMemory, fail_on_all_ranks, gather_arrays, image_batches, own_numbers
 from evatool.eval.predictions import ClassificationResult
 from evatool.eval.tasks.base import ClipModel, EvaluationSet
 from evatool.eval.text_classifier import TensorStore, check_prompts, text_classifier
@@ -35,7 +35,7 @@ def classify(
     stores: Sequence[TensorStore] = (),
     memory: ImageMemory | None = None,
     trim_text: bool = False,
-    in_step: bool = False,
+    lockstep: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> ClassificationResult:
     """Zero-shot answers: class = largest dot product with the mean of the class's prompts' features, in float32.
@@ -48,22 +48,22 @@ def classify(
         device: where the model is.
         stores: text classifiers of this model that are kept, see `text_classifier`.
         memory: features of pictures seen in other sets, see `image_batches`.
-        trim_text, in_step: see `Encoding`.
+        trim_text, lockstep: see `Encoding`.
         on_batch: called with the number of pictures after each batch.
     Raises:
         DataError: no class names or templates, a template without `{c}`, a class id out of range, an empty set.
         NumericalError: features that are not finite.
     """
-    how = Encoding(device, trim_text, in_step)
+    how = Encoding(device, trim_text, lockstep)
     classnames, templates = list(eval_set.classnames or []), list(eval_set.templates or [])
     check_prompts(eval_set.name, classnames, templates)
     weights = text_classifier(model, tokenizer, classnames, templates, how, name=eval_set.name, stores=stores)
     parts: list[dict[str, np.ndarray]] = []
-    with together():
+    with fail_on_all_ranks():
         check = functools.partial(check_labels, num_classes=len(classnames), name=eval_set.name)
         batches = image_batches(model, eval_set.loader, how, where=eval_set.name, check=check, memory=memory)
         for features, target in batches:
-            parts.append(_answers(LOGIT_SCALE * features @ weights, target.to(features.device)))
+            parts.append(_predictions(LOGIT_SCALE * features @ weights, target.to(features.device)))
             if on_batch:
                 on_batch(len(target))
     own = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
@@ -73,7 +73,7 @@ def classify(
     return ClassificationResult(num_classes=len(classnames), **whole)
 
 
-def _answers(logits: Tensor, target: Tensor) -> dict[str, np.ndarray]:
+def _predictions(logits: Tensor, target: Tensor) -> dict[str, np.ndarray]:
     """What is kept of (B, C) logits."""
     top, values = _first(logits, max(NUM_KEPT, 2))
     own = logits.gather(1, target[:, None])

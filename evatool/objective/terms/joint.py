@@ -79,14 +79,14 @@ class JointObjective(ClipObjective):
         features = super().encode(batch)
         dtype = self.mim_head.weight.dtype
         tokens = tower(normalize_images(batch.image, dtype=dtype), mask, self.mask_token)[:, 1:]
-        places, _ = masked_places(mask, self._num_masked)
+        places, _ = masked_positions(mask, self._num_masked)
         at_places = tokens.gather(1, places.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
         return features | {"mim": self.mim_head(at_places)}
 
     def targets(self, batch: Batch) -> Features:
         """The teacher's features at the masked places, and which places are (a mask may have fewer than M)."""
         _, teacher, store = self._others
-        _, is_place = masked_places(_mask_of(batch), self._num_masked)
+        _, is_place = masked_positions(_mask_of(batch), self._num_masked)
         rows = masked_targets(teacher, store, batch)
         target = rows.new_zeros(*is_place.shape, rows.shape[-1])
         target[is_place] = rows
@@ -107,7 +107,7 @@ class JointObjective(ClipObjective):
         return {"loss": contrastive + self.weight * mim_loss, **logs, **losses}
 
 
-def masked_places(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def masked_positions(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """(B, count) patch numbers, the masked ones first in rising order; and bool (B, count), True where masked."""
     places = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
     return places, mask.gather(1, places)

@@ -78,8 +78,8 @@ class _SoftmaxDivergence(torch.autograd.Function):
         ours = RunningSum.none_yet(text), RunningSum.none_yet(text)  # of each caption, which travel
         with exact(image.device):
             scaled, t_scaled = image * scale, t_image * t_scale
-            luggage = [*ours[0].tensors, *ours[1].tensors]
-            for _, (block, t_block), carried in around_ring([text, t_text], luggage):
+            carried_state = [*ours[0].tensors, *ours[1].tensors]
+            for _, (block, t_block), carried in around_ring([text, t_text], carried_state):
                 theirs = shared_of(carried[:3]), shared_of(carried[3:])
                 for rows, columns in tiles(size, side):
                     tile = scaled[rows] @ block[columns].T

@@ -93,8 +93,8 @@ class _InfoNce(torch.autograd.Function):
         per_image, per_text = _Sums.none_yet(image), _Sums.none_yet(text)
         with exact(image.device):
             scaled = image * scale
-            for owner, (block, *ids), luggage in around_ring([text, *positives.ids], per_text.tensors):
-                theirs = _Sums.of(luggage)
+            for owner, (block, *ids), carried_state in around_ring([text, *positives.ids], per_text.tensors):
+                theirs = _Sums.of(carried_state)
                 for rows, columns in tiles(size, side):
                     tile = scaled[rows] @ block[columns].T
                     per_image.see(tile, 1, rows, owner * size + columns.start)

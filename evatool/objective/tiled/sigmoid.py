@@ -59,8 +59,8 @@ class _Sigmoid(torch.autograd.Function):
         total = image.new_zeros((), dtype=torch.float64)
         with exact(image.device):
             scaled = image * scale
-            luggage = [per_text.value, per_text.index]
-            for owner, (block, *ids), carried in around_ring([text, *positives.ids], luggage):
+            carried_state = [per_text.value, per_text.index]
+            for owner, (block, *ids), carried in around_ring([text, *positives.ids], carried_state):
                 theirs = Best(*carried)
                 for rows, columns in tiles(size, side):
                     tile = torch.addmm(bias, scaled[rows], block[columns].T)

@@ -24,7 +24,7 @@ from evatool.recipe.schema.eval import LinearProbeSection as LinearProbeSection
 from evatool.recipe.schema.export import ExportRecipe as ExportRecipe
 from evatool.recipe.schema.export import ExportSection as ExportSection
 from evatool.recipe.schema.joint import JointMim as JointMim
-from evatool.recipe.schema.mim import PicturesSection as PicturesSection
+from evatool.recipe.schema.mim import ImagesSection as ImagesSection
 from evatool.recipe.schema.mim import ValidationSection as ValidationSection
 from evatool.recipe.schema.model import ClipInit as ClipInit
 from evatool.recipe.schema.model import ClipModelSection as ClipModelSection

@@ -207,7 +207,7 @@ class TrainDataSection(Section):
     augment: AugmentSection = AugmentSection()
     decode: Literal["fast", "exact", "scaled"] = "fast"
     """`exact`: Pillow's bicubic, byte for byte. `fast`: 2 grey levels from it. `scaled`: large JPEGs at 1/2 or 1/4."""
-    odd_pictures: Literal["skip", "convert"] = "skip"
+    nonstandard: Literal["skip", "convert"] = "skip"
     """CMYK, 16-bit and animated pictures: `skip` replaces them as bad samples, `convert` makes RGB of them as EVA's."""
     num_workers: NonNegative = 0
     """Loader processes per rank; 0 reads in the training process."""

@@ -7,12 +7,12 @@ from pathlib import Path
 from evatool.recipe.schema.base import Positive, Section
 
 
-class PicturesSection(Section):
+class ImagesSection(Section):
     """What the student saw, and how well it filled in the rest."""
 
     every_steps: Positive | None = None
     """Steps between two sheets in the run folder's `pictures/`; only one at the end when absent."""
-    num_pictures: Positive = 6
+    num_images: Positive = 6
     """Pictures of a sheet, the first ones of the run."""
 
 

@@ -27,7 +27,7 @@ from evatool.recipe.schema.engine import EngineSection
 from evatool.recipe.schema.eval import EvalRecipe
 from evatool.recipe.schema.export import ExportRecipe
 from evatool.recipe.schema.joint import check_joint
-from evatool.recipe.schema.mim import PicturesSection, ValidationSection
+from evatool.recipe.schema.mim import ImagesSection, ValidationSection
 from evatool.recipe.schema.model import (
     ClipModelSection,
     MimModelSection,
@@ -113,7 +113,7 @@ class PretrainMimRecipe(TrainingRecipe):
     model: MimModelSection
     teacher: PatchTeacherSection
     objective: MimObjective = MimObjective()
-    pictures: PicturesSection = PicturesSection()
+    images: ImagesSection = ImagesSection()
     """Sheets of pictures while it learns."""
     validation: ValidationSection | None = None
     """Loss on held-out pictures while it learns; none when absent."""

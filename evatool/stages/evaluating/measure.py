@@ -18,14 +18,14 @@ from evatool.distributed.collectives import gather_objects
 from evatool.distributed.world import World
 from evatool.eval.cache import TensorCache
 from evatool.eval.encode import Encoding, ImageMemory
-from evatool.eval.metrics import measures_of
+from evatool.eval.metrics import metrics_of
 from evatool.eval.prediction_store import Kept, prediction_path, read_predictions, write_predictions
-from evatool.eval.predictions import DIRECTIONS, Answers, ClassificationResult, RetrievalResult, ScoreResult
+from evatool.eval.predictions import DIRECTIONS, ClassificationResult, Predictions, RetrievalResult, ScoreResult
 from evatool.eval.published import published_value
-from evatool.eval.report.gallery import Gallery, build_gallery, needed_pictures, read_gallery, write_gallery
+from evatool.eval.report.gallery import Gallery, build_gallery, needed_images, read_gallery, write_gallery
 from evatool.eval.results import EvalResults, ResultRow, SetRecord
 from evatool.eval.suite import Suite, SuiteSet, check_counts, fetch_command, find_set
-from evatool.eval.tasks.localization import localise
+from evatool.eval.tasks.localization import localize
 from evatool.eval.tasks.probes import few_shot, image_features, linear_probe
 from evatool.eval.tasks.retrieval import PairFeatures, best_and_worst_retrievals, encode_pairs, retrieve
 from evatool.eval.tasks.zero_shot import classify
@@ -48,11 +48,11 @@ class Evaluation:
     results: EvalResults
     world: World
     cache: Path | None
-    answers: dict[tuple[str, str], Answers] = field(default_factory=dict)  # by model and set
+    answers: dict[tuple[str, str], Predictions] = field(default_factory=dict)  # by model and set
     galleries: dict[tuple[str, str], Gallery] = field(default_factory=dict)  # of retrieval sets, likewise
     keys: dict[str, list[str]] = field(default_factory=dict)  # sample keys of each set
     memories: dict[str, Memory] = field(default_factory=dict)  # text classifiers of each model
-    pictures: dict[str, ImageMemory] = field(default_factory=dict)  # features of pictures of each model
+    images: dict[str, ImageMemory] = field(default_factory=dict)  # features of pictures of each model
     opened: dict[tuple[str, int], EvalSet] = field(default_factory=dict)  # by set and side in pixels
 
 
@@ -75,7 +75,7 @@ def measure_set(evaluation: Evaluation, model: EvalModel, entry: SuiteSet) -> No
     path = prediction_path(evaluation.run_dir, model.record.name, entry.name)
     kept = gather_objects(_earlier(path, key) if evaluation.world.is_main else None)[0]
     if kept is None:
-        answers = _answer(evaluation, model, entry, opened)
+        answers = _predict(evaluation, model, entry, opened)
         probes = _probe(evaluation, model, entry, opened)
         record = _set_record(evaluation.suite, entry, opened, partial, answers)
         seconds = round(time.perf_counter() - started, 3)
@@ -168,8 +168,8 @@ def _earlier(path: Path, key: str) -> Kept | None:
     return kept if kept.key == key else None
 
 
-def _answer(evaluation: Evaluation, model: EvalModel, entry: SuiteSet, opened: EvalSet) -> Answers:
-    stores, memory = _stores(evaluation, model), evaluation.pictures.setdefault(model.record.name, ImageMemory())
+def _predict(evaluation: Evaluation, model: EvalModel, entry: SuiteSet, opened: EvalSet) -> Predictions:
+    stores, memory = _stores(evaluation, model), evaluation.images.setdefault(model.record.name, ImageMemory())
     with progress(f"{model.record.name}: {entry.title}", total=len(opened.loader.indices), unit="pictures") as bar:
         if opened.kind == "classification":
             return classify(
@@ -180,18 +180,18 @@ def _answer(evaluation: Evaluation, model: EvalModel, entry: SuiteSet, opened: E
                 stores=stores,
                 memory=memory,
                 trim_text=model.trims_text,
-                in_step=model.in_step,
+                lockstep=model.lockstep,
                 on_batch=bar.advance,
             )
         if opened.kind == "localisation":
-            return _localise(model, opened, stores, bar.advance)
+            return _localize(model, opened, stores, bar.advance)
         features = encode_pairs(
             model,
             model.tokenizer,
             opened,
             device=model.device,
             trim_text=model.trims_text,
-            in_step=model.in_step,
+            lockstep=model.lockstep,
             memory=memory,
             on_batch=bar.advance,
         )
@@ -204,7 +204,7 @@ def _answer(evaluation: Evaluation, model: EvalModel, entry: SuiteSet, opened: E
         return answers
 
 
-def _localise(
+def _localize(
     model: EvalModel, opened: EvalSet, stores: list[TensorStore], on_batch: Callable[[int], None]
 ) -> ScoreResult:
     if model.patch_tokens is None:
@@ -214,7 +214,7 @@ def _localise(
             expected="a model that load_clip reads",
             fix="leave the set out with eval.sets, or evaluate the model from its file",
         )
-    return localise(
+    return localize(
         model,
         model.patch_tokens,
         model.tokenizer,
@@ -222,7 +222,7 @@ def _localise(
         device=model.device,
         stores=stores,
         trim_text=model.trims_text,
-        in_step=model.in_step,
+        lockstep=model.lockstep,
         on_batch=on_batch,
     )
 
@@ -253,12 +253,12 @@ def _probe(evaluation: Evaluation, model: EvalModel, entry: SuiteSet, opened: Ev
             expected="the same classnames.txt",
             fix="prepare both sets in one run",
         )
-    how = Encoding(model.device, model.trims_text, model.in_step)
+    how = Encoding(model.device, model.trims_text, model.lockstep)
     store = None
     if evaluation.cache is not None:
         origin = (model.origin, section.resize, section.decode)
         store = TensorCache(evaluation.cache, "features", *origin, writes=evaluation.world.is_main)
-    memory = evaluation.pictures.get(model.record.name)
+    memory = evaluation.images.get(model.record.name)
     train, test = (
         image_features(model, s, how, store=store, key=s.samples.stamp, memory=memory) for s in (training, opened)
     )
@@ -291,7 +291,7 @@ def _add(evaluation: Evaluation, model: EvalModel, opened: EvalSet, kept: Kept) 
     evaluation.keys[name] = opened.samples.keys
     if all(s.name != name for s in results.sets):
         results.sets.append(kept.set)
-    measures = measures_of(kept.answers) + (measures_of(kept.probes) if kept.probes else [])
+    measures = metrics_of(kept.answers) + (metrics_of(kept.probes) if kept.probes else [])
     for measure in measures:
         interval = measure.interval(num_resamples=section.num_bootstrap, seed=section.seed)
         published = None
@@ -323,7 +323,7 @@ def _add(evaluation: Evaluation, model: EvalModel, opened: EvalSet, kept: Kept) 
         ties[name] = [opened.samples.keys[i] for i in kept.answers.near_ties.tolist()]
 
 
-def _set_record(suite: Suite, entry: SuiteSet, opened: EvalSet, partial: str, answers: Answers) -> SetRecord:
+def _set_record(suite: Suite, entry: SuiteSet, opened: EvalSet, partial: str, answers: Predictions) -> SetRecord:
     """The set as it was found; a part of the full set does not carry the full set's name alone."""
     variant = f"{suite.name}/{entry.name}" + (f", {entry.variant}" if entry.variant else "")
     return SetRecord(
@@ -358,7 +358,7 @@ def _gallery(model: str, eval_set: EvalSet, features: PairFeatures, answers: Ret
         eval_set.name,
         best,
         worst,
-        pictures={i: eval_set.picture(i) for i in sorted(needed_pictures([*best, *worst]))},
+        images={i: eval_set.image(i) for i in sorted(needed_images([*best, *worst]))},
         captions=features.captions,
-        num_pictures=len(features.image),
+        num_images=len(features.image),
     )

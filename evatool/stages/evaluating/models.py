@@ -17,7 +17,7 @@ from torch.func import functional_call
 from evatool.core.errors import DependencyError, UsageError
 from evatool.core.image_norm import CLIP_MEAN, CLIP_STD, normalize_images
 from evatool.data.tokenizer import build_tokenizer
-from evatool.distributed.engines.shard_weights import divide_weights, gathered_call, whole_state
+from evatool.distributed.engines.shard_weights import call_with_full_weights, shard_weights, whole_state
 from evatool.distributed.world import World
 from evatool.eval.cache import FingerprintCache
 from evatool.eval.results import ModelRecord
@@ -42,7 +42,7 @@ class EvalModel:
     Attributes:
         device: as a string, "cpu" or "cuda:0".
         trims_text: texts may be cut after their end.
-        in_step: the weights are divided over the ranks, so every rank must run every batch.
+        lockstep: the weights are divided over the ranks, so every rank must run every batch.
         tokenizer_key: changes with what the tokenizer gives.
         origin: what features depend on besides the picture or text: weights, arithmetic.
         patch_tokens: (B, 3, S, S) -> projected patch tokens (B, N, E), or None where the tower has none.
@@ -53,7 +53,7 @@ class EvalModel:
     tokenizer: Callable[[list[str]], Tensor]
     tokenizer_key: str
     trims_text: bool
-    in_step: bool
+    lockstep: bool
     origin: str
     encode_image: Callable[[Tensor], Tensor]
     encode_text: Callable[[Tensor], Tensor]
@@ -72,7 +72,7 @@ def load_model(name: str, source: str, section: EvalSection, world: World, cache
         return _open_clip_model(name, source, section, world)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(section.seed)  # a preset's random weights are the same ones every time and on every rank
-        clip, in_step = _load(source, section.model_configs.get(name), section, world)
+        clip, lockstep = _load(source, section.model_configs.get(name), section, world)
     fingerprint = _fingerprint(clip, section.precision, cache)
     record = ModelRecord(
         name=name,
@@ -91,11 +91,11 @@ def load_model(name: str, source: str, section: EvalSection, world: World, cache
         tokenizer=clip.tokenizer,
         tokenizer_key=f"clip-bpe/{clip.context_length}",
         trims_text=is_trimmable(clip.model.text),
-        in_step=in_step,
+        lockstep=lockstep,
         origin=json.dumps([fingerprint, section.precision]),
         encode_image=clip.encode_image,
         encode_text=lambda tokens: _encode_text(clip.model, tokens.to(clip.device)),
-        patch_tokens=gathered_call(clip.model.visual, clip.visual_tokens) if in_step else clip.visual_tokens,
+        patch_tokens=call_with_full_weights(clip.model.visual, clip.visual_tokens) if lockstep else clip.visual_tokens,
     )
 
 
@@ -107,7 +107,7 @@ def _load(source: str, model_config: str | None, section: EvalSection, world: Wo
         shapes = (unloaded.tensors.shape(key) for key in unloaded.tensors)
         size = sum(torch.Size(shape).numel() for shape in shapes) * DTYPES[section.precision].itemsize
         if section.shard_model == "always" or not _fits(size, world.device):
-            return _divided(unloaded, section, world), True
+            return _sharded(unloaded, section, world), True
     elif section.shard_model == "always":
         raise UsageError(
             'eval.shard_model = "always" divides weights on disk over several ranks',
@@ -123,12 +123,12 @@ def _fits(size: int, device: torch.device) -> bool:
     return size <= _SHARE_OF_GPU * torch.cuda.get_device_properties(device).total_memory
 
 
-def _divided(unloaded: UnloadedClip, section: EvalSection, world: World) -> LoadedClip:
+def _sharded(unloaded: UnloadedClip, section: EvalSection, world: World) -> LoadedClip:
     """Each rank holds its part of every weight; one tensor of the file is whole in memory at a time."""
     with torch.device("meta"):
         clip = build_clip(unloaded.config)
     restore_buffers(clip)
-    divide_weights(clip, (clip.visual, clip.text), unloaded.tensors, world, DTYPES[section.precision])
+    shard_weights(clip, (clip.visual, clip.text), unloaded.tensors, world, DTYPES[section.precision])
     match_key_biases(clip)
     log.info("%s: weights divided over %d ranks", unloaded.source, world.world_size)
     config = unloaded.config
@@ -143,7 +143,7 @@ def _divided(unloaded: UnloadedClip, section: EvalSection, world: World) -> Load
     )
 
 
-def _no_preprocess(picture: Any) -> Tensor:
+def _no_preprocess(image: Any) -> Tensor:
     raise RuntimeError("a model that is divided over ranks is given decoded pictures")
 
 
@@ -246,7 +246,7 @@ def _open_clip_model(name: str, source: str, section: EvalSection, world: World)
         tokenizer=tokenizer,
         tokenizer_key=f"open_clip/{architecture}",
         trims_text=trims,
-        in_step=False,
+        lockstep=False,
         origin=json.dumps([fingerprint, section.precision]),
         encode_image=lambda image: model.encode_image(normalize_images(image, mean, std, dtype)).float(),
         encode_text=lambda tokens: (_encode_text(model, tokens) if trims else model.encode_text(tokens)).float(),

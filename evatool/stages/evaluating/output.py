@@ -10,7 +10,7 @@ from evatool.core.errors import EvatoolError
 from evatool.eval.model_differences import add_averages, add_differences, add_seed_rows
 from evatool.eval.predictions import ClassificationResult
 from evatool.eval.report.class_accuracy import ClassPanel, class_panel, missed_samples
-from evatool.eval.report.gallery import MissedPicture, missed_picture, write_gallery
+from evatool.eval.report.gallery import MissedImage, missed_image, write_gallery
 from evatool.eval.report.page import how_measured, text_table, write_eval_report
 from evatool.eval.report.tables import write_csv, write_markdown
 from evatool.eval.results import EvalResults, compared_pairs, main_metrics, read_results, write_results
@@ -71,7 +71,7 @@ def _write(evaluation: Evaluation, outputs: dict[str, Path]) -> dict[str, Path]:
     return more
 
 
-def _looked_into(evaluation: Evaluation, model: str) -> tuple[list[ClassPanel], dict[str, list[MissedPicture]]]:
+def _looked_into(evaluation: Evaluation, model: str) -> tuple[list[ClassPanel], dict[str, list[MissedImage]]]:
     """Classes, confusions and pictures of the last model, for sets where there is something to see."""
     panels, missed = [], {}
     for entry in evaluation.chosen:
@@ -85,8 +85,8 @@ def _looked_into(evaluation: Evaluation, model: str) -> tuple[list[ClassPanel], 
         chosen = missed_samples(answers, _MISSES_SHOWN)
         if chosen:
             missed[entry.name] = [
-                missed_picture(
-                    opened.picture(i),
+                missed_image(
+                    opened.image(i),
                     opened.samples.keys[i],
                     opened.classnames[answers.labels[i]],
                     opened.classnames[answers.top[i, 0]],

@@ -22,8 +22,8 @@ from evatool.data.feature_store.store import Views
 from evatool.data.train.loader import TrainLoader, build_train_loader
 from evatool.data.train.masking import MaskSpec
 from evatool.distributed.collectives import gather_objects
-from evatool.distributed.engines.build import Engine, build_engine, divides_weights, engine_kind
-from evatool.distributed.engines.meta_init import DeferredBuild, FirstWeights
+from evatool.distributed.engines.build import Engine, build_engine, engine_kind, shards_weights
+from evatool.distributed.engines.meta_init import InitialWeights, MetaBuild
 from evatool.distributed.versions import check_versions
 from evatool.distributed.world import World, close_world, init_world
 from evatool.model.clip import build_clip
@@ -40,7 +40,7 @@ from evatool.recipe.schema import (
     TrainingRecipe,
 )
 from evatool.runs.run_dir import RunDir, RunOptions, open_run_dir, write_text
-from evatool.stages.training.first_weights import init_clip
+from evatool.stages.training.initial_weights import init_clip
 from evatool.train.state import TrainState, resume_from
 from evatool.train.tower_norms import TowerNorms
 from evatool.weights.load import Sources
@@ -63,7 +63,7 @@ class Job:
     """The newest whole checkpoint of a resumed run."""
     tower_norms: TowerNorms | None = None
     """Set with the engine."""
-    deferred: DeferredBuild | None = None
+    meta_build: MetaBuild | None = None
     """Set where the objective was built without its weights."""
     sources: Sources | None = None
     """Then: what reads those that `[model.init]` names."""
@@ -196,17 +196,17 @@ def clip_config(section: ClipModelSection) -> ModelConfig:
 
 
 @contextmanager
-def first_weights(job: Job) -> Iterator[None]:
+def initial_weights(job: Job) -> Iterator[None]:
     """Stands around the building of an objective, whose random numbers follow from the recipe's seed.
 
     Where the engine divides weights over ranks the objective is built on the meta device, and the engine is given its
     weights one tensor at a time, the same numbers: no rank ever holds all of them.
     """
-    if not divides_weights(job.recipe.engine, job.world.world_size):
+    if not shards_weights(job.recipe.engine, job.world.world_size):
         yield
         return
-    job.deferred, job.sources = DeferredBuild(), {}
-    with torch.device("meta"), job.deferred:
+    job.meta_build, job.sources = MetaBuild(), {}
+    with torch.device("meta"), job.meta_build:
         yield
 
 
@@ -269,10 +269,10 @@ def build_job_engine(job: Job, objective: nn.Module, groups: Sequence[ParamGroup
     optimizer = build_optimizer(optim, groups)
     job.tower_norms = TowerNorms(optimizer, groups)
     first = None
-    if job.deferred is not None:
+    if job.meta_build is not None:
         restore_buffers(objective)
         named = {f"{MODEL_PREFIX}{name}": read for name, read in (job.sources or {}).items()}
-        first = FirstWeights(objective, job.deferred, named)
+        first = InitialWeights(objective, job.meta_build, named)
     engine = build_engine(
         job.recipe.engine,
         job.world,

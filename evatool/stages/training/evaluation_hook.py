@@ -45,7 +45,7 @@ class Evaluation(Hook):
         self, section: EvaluateSection, model: nn.Module, config: ModelConfig, world: World, precision: str
     ) -> None:
         self._every_steps, self._model, self._device = section.every_steps, _Towers(model), world.device
-        self._precision, self._in_step = precision, world.world_size > 1
+        self._precision, self._lockstep = precision, world.world_size > 1
         self._trims_text = is_trimmable(model.text)
         self._tokenizer = build_tokenizer(config.context_length)
         suite = load_suite(section.suite)
@@ -76,7 +76,7 @@ class Evaluation(Hook):
         was_training = trainer.objective.training
         trainer.objective.eval()
         try:
-            with torch.no_grad(), trainer.engine.whole_weights(), autocast(self._precision, self._device):
+            with torch.no_grad(), trainer.engine.summon_full_weights(), autocast(self._precision, self._device):
                 for opened in self._sets:
                     figures |= self._figures(opened)
         finally:
@@ -85,7 +85,7 @@ class Evaluation(Hook):
 
     def _figures(self, opened: EvalSet) -> dict[str, float]:
         device = str(self._device)
-        how = {"device": device, "trim_text": self._trims_text, "in_step": self._in_step}
+        how = {"device": device, "trim_text": self._trims_text, "in_step": self._lockstep}
         if opened.kind == "classification":
             answers = classify(self._model, self._tokenizer, opened, **how)  # type: ignore[arg-type]
             return {f"eval/{opened.name}/top1": float(answers.correct(1).mean())}

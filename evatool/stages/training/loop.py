@@ -28,7 +28,7 @@ from evatool.train.hooks.base import ConsoleLog, Hook, MetricsFile, StatusFile, 
 from evatool.train.hooks.checkpoint import Checkpoints
 from evatool.train.hooks.ema import WeightAverage
 from evatool.train.hooks.guards import NonFiniteGuard, StuckAtStart
-from evatool.train.hooks.health import DividedCheck, HangWatch, ReplicaCheck
+from evatool.train.hooks.health import HangWatch, ReplicaCheck, ShardCheck
 from evatool.train.hooks.loss_curve import LossCurve
 from evatool.train.hooks.patch_dropout import PatchDropoutSchedule
 from evatool.train.hooks.stragglers import Stragglers
@@ -79,7 +79,7 @@ def build_hooks(
         *hooks,
         Stragglers(),
         ReplicaCheck(),
-        DividedCheck(),
+        ShardCheck(),
         ConsoleLog(job.options.name),
         MetricsFile(run_dir.metrics),
         *(Tracker(kind, run_dir.path, job.options.name, settings) for kind in train.trackers),
@@ -156,9 +156,7 @@ def newest_checkpoint(job: Job) -> Checkpoint | None:
 # -------------------------------------------------------------------------------------------------------- the end
 
 
-def training_result(
-    job: Job, trainer: Trainer, *, next_command: str, pictures: dict[str, Path] | None = None
-) -> Result:
+def training_result(job: Job, trainer: Trainer, *, next_command: str, images: dict[str, Path] | None = None) -> Result:
     """What a finished training stage hands back: where things are, the last figures, and what to run next."""
     run_dir, state, train = job.run_dir, trainer.state, job.recipe.train
     # A run that was resumed at its last step has no figures of its own.
@@ -174,7 +172,7 @@ def training_result(
     kinds = job.recipe.objective.kind, getattr(job.recipe.objective, "loss", None)
     if isinstance(job.recipe, TrainClipRecipe | DistillRecipe) and "sigmoid" not in kinds:
         metrics["stuck_at_start"] = int("stuck_at_start" in state.notes)
-    metrics |= {key.replace("data/", ""): int(count) for key, count in trainer.data_figures().items()}
+    metrics |= {key.replace("data/", ""): int(count) for key, count in trainer.data_counts().items()}
     if state.notes:
         metrics["warning"] = "; ".join(state.notes.values())
     outputs = {
@@ -185,7 +183,7 @@ def training_result(
     return Result(
         stage=job.recipe.stage,
         run_dir=run_dir.path,
-        outputs=outputs | (pictures or {}),
+        outputs=outputs | (images or {}),
         metrics=metrics,
         next_command=next_command,
     )
@@ -193,7 +191,7 @@ def training_result(
 
 def _count_parameters(trainer: Trainer) -> int:
     """Of the trained model; a rank of ZeRO-3 holds none of some of them, so their own sizes do not tell."""
-    shapes = trainer.engine.held_model().shapes
+    shapes = trainer.engine.sharded_model_state().shapes
     names = [name for name, _ in trainer.objective.named_parameters() if name.startswith(MODEL_PREFIX)]
     return sum(math.prod(shapes[name]) for name in names)
 

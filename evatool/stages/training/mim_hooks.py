@@ -16,10 +16,10 @@ from evatool.data.train.loader import TrainLoader, build_train_loader
 from evatool.distributed.collectives import all_reduce_sum
 from evatool.distributed.engines.amp import autocast
 from evatool.objective.mim import MimObjective, masked_targets, patch_cosine
-from evatool.recipe.schema import AugmentSection, PicturesSection, PretrainMimRecipe, ValidationSection
+from evatool.recipe.schema import AugmentSection, ImagesSection, PretrainMimRecipe, ValidationSection
 from evatool.stages.training import build as wiring
 from evatool.stages.training.mim_data import STORE, MimData
-from evatool.stages.training.mim_images import look_at, save_mim_pictures, save_picture_page
+from evatool.stages.training.mim_images import look_at, save_image_page, save_mim_images
 from evatool.stages.training.teachers import required_store_path
 from evatool.train.hooks.base import Hook
 from evatool.train.state import TrainState
@@ -28,20 +28,20 @@ from evatool.train.trainer import Trainer
 log = logging.getLogger(__name__)
 
 
-class Pictures(Hook):
+class ImageSheets(Hook):
     """A sheet every so many steps, and a page with all of them; every rank looks, rank 0 writes."""
 
-    def __init__(self, section: PicturesSection, job: wiring.Job, data: MimData, objective: MimObjective) -> None:
+    def __init__(self, section: ImagesSection, job: wiring.Job, data: MimData, objective: MimObjective) -> None:
         self._section, self._job, self._data, self._objective = section, job, data, objective
 
     def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
         every = self._section.every_steps
         if every is not None and state.step % every == 0:
             folder = self._job.run_dir.path / "pictures"
-            with trainer.engine.whole_weights():
+            with trainer.engine.summon_full_weights():
                 self.draw(folder / f"step_{state.step:08d}.png")
             if self._job.world.is_main:
-                save_picture_page(folder, self._job.options.name)
+                save_image_page(folder, self._job.options.name)
 
     def draw(self, path: Path) -> Path:
         """The run's first pictures as they are now; every rank calls it, within whole weights."""
@@ -53,12 +53,12 @@ class Pictures(Hook):
                 mask=data.mask,
                 teacher_size=data.teacher.image_size,
                 views=data.views,
-                num_preview=self._section.num_pictures,
+                num_preview=self._section.num_images,
             )
             batch = next(iter(loader)).to(self._job.world.device)
         look = look_at(self._objective, batch)
         if self._job.world.is_main:
-            save_mim_pictures(path, look)
+            save_mim_images(path, look)
         return path
 
 
@@ -89,7 +89,7 @@ class Validation(Hook):
         was_training = self._objective.training
         self._objective.eval()
         try:
-            with torch.random.fork_rng(devices=[]), trainer.engine.whole_weights():
+            with torch.random.fork_rng(devices=[]), trainer.engine.summon_full_weights():
                 for batch in self._batches():
                     with autocast(self._precision, device):
                         cosines = self._cosines(batch.to(device))

@@ -89,7 +89,7 @@ def feature_colors(student: Tensor, teacher: Tensor, known: Tensor) -> tuple[Ten
     return colors[0], colors[1]
 
 
-def save_mim_pictures(path: Path, look: Look) -> None:
+def save_mim_images(path: Path, look: Look) -> None:
     """Write the sheet as a PNG, whole or not at all."""
     png = io.BytesIO()
     draw_sheet(look).save(png, format="PNG")
@@ -97,7 +97,7 @@ def save_mim_pictures(path: Path, look: Look) -> None:
     write_file(path, png.getvalue())
 
 
-def save_picture_page(folder: Path, title: str) -> None:
+def save_image_page(folder: Path, title: str) -> None:
     """`index.html` of all sheets `step_*.png` in a folder, the newest first."""
     names = sorted((path.name for path in folder.glob("step_*.png")), reverse=True)
     parts = [f"<h2>Step {int(name[5:-4]):,}</h2><img src='{name}' alt='{name}'>" for name in names]

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from evatool.core.batch import LossDict
 from evatool.distributed.collectives import rank
-from evatool.distributed.engines.sharded_state import HeldState
+from evatool.distributed.engines.sharded_state import ShardedState
 from evatool.train.state import SavedRun, TrainState
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Hook:
     def on_rollback(self, trainer: Trainer) -> None:
         """When the run has gone back to a checkpoint, whose step is `trainer.state.step`."""
 
-    def held(self, trainer: Trainer) -> HeldState | None:
+    def held(self, trainer: Trainer) -> ShardedState | None:
         """Tensors of this hook that a checkpoint keeps, under names of their own."""
         return None
 

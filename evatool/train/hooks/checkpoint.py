@@ -14,7 +14,7 @@ from torch import Tensor
 from evatool.core.batch import LossDict
 from evatool.core.errors import CheckpointError, TransientError
 from evatool.distributed.collectives import side_group
-from evatool.distributed.engines.sharded_state import HeldPiece, HeldState
+from evatool.distributed.engines.sharded_state import ShardedState, StateShard
 from evatool.train.hooks.base import Hook
 from evatool.train.state import TrainState, describe_groups
 
@@ -33,9 +33,9 @@ class HostCopy:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, int], Tensor] = {}
 
-    def take(self, held: HeldState) -> HeldState:
+    def take(self, held: ShardedState) -> ShardedState:
         """The state as it is now, on the CPU."""
-        copied = HeldState(dict(held.shapes), dict(held.dtypes))
+        copied = ShardedState(dict(held.shapes), dict(held.dtypes))
         for piece in held.pieces:
             key, live = (piece.name, piece.start), piece.values
             buffer = self._buffers.get(key)
@@ -43,7 +43,7 @@ class HostCopy:
                 buffer = torch.empty(live.shape, dtype=live.dtype, pin_memory=live.is_cuda)
                 self._buffers[key] = buffer
             buffer.copy_(live, non_blocking=True)
-            copied.pieces.append(HeldPiece(piece.name, piece.start, buffer))
+            copied.pieces.append(StateShard(piece.name, piece.start, buffer))
         if any(piece.values.is_cuda for piece in held.pieces):
             torch.cuda.current_stream().synchronize()
         return copied
@@ -67,7 +67,7 @@ class BackgroundWriter:
         self._error: BaseException | None = None
         self._group: Any = None
 
-    def start(self, *, objective_state: HeldState, optimizer_state: HeldState, **values: Any) -> None:
+    def start(self, *, objective_state: ShardedState, optimizer_state: ShardedState, **values: Any) -> None:
         """Copy the states and begin to write; every rank must call it, none before its `wait` for the one before.
 
         Args:
@@ -167,14 +167,14 @@ class Checkpoints(Hook):
             return
         self._settle()
         state, engine = trainer.state, trainer.engine
-        objective_state = engine.held_model()
+        objective_state = engine.sharded_model_state()
         for hook in trainer.hooks:
             held = hook.held(trainer)
             objective_state = objective_state if held is None else objective_state.merged(held)
         self._writer.start(
             step=state.step,
             objective_state=objective_state,
-            optimizer_state=engine.held_optimizer(),
+            optimizer_state=engine.sharded_optimizer_state(),
             groups=describe_groups(trainer.groups),
             train_state=trainer.saved_state(),
         )

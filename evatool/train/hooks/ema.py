@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from evatool.core.batch import LossDict
-from evatool.distributed.engines.sharded_state import HeldPiece, HeldState, read_piece
+from evatool.distributed.engines.sharded_state import ShardedState, StateShard, read_piece
 from evatool.train.hooks.base import Hook
 from evatool.train.state import SavedRun, TrainState
 
@@ -39,23 +39,27 @@ class WeightAverage(Hook):
         if self._saved is not None:
             self.load(self._saved, trainer)
         else:
-            self._average = {key: values.clone() for key, values in _floats(trainer.engine.held_model()).items()}
+            self._average = {
+                key: values.clone() for key, values in _floats(trainer.engine.sharded_model_state()).items()
+            }
 
     def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
         weight = 1 - min(self._decay, (1 + state.step) / (10 + state.step))
-        live = _floats(trainer.engine.held_model())
+        live = _floats(trainer.engine.sharded_model_state())
         if live:  # a rank that is no writer of whole weights averages none
             torch._foreach_lerp_([self._average[key] for key in live], list(live.values()), weight)
 
-    def held(self, trainer: Trainer) -> HeldState:
-        whole = trainer.engine.held_model()
+    def held(self, trainer: Trainer) -> ShardedState:
+        whole = trainer.engine.sharded_model_state()
         names = [name for name, dtype in whole.dtypes.items() if _is_averaged(name, dtype)]
-        average = HeldState({name: whole.shapes[name] for name in names}, {name: whole.dtypes[name] for name in names})
-        average.pieces = [HeldPiece(name, start, values) for (name, start), values in self._average.items()]
+        average = ShardedState(
+            {name: whole.shapes[name] for name in names}, {name: whole.dtypes[name] for name in names}
+        )
+        average.pieces = [StateShard(name, start, values) for (name, start), values in self._average.items()]
         return average.renamed({name: PREFIX + name for name in names})
 
     def load(self, saved: SavedRun, trainer: Trainer) -> None:
-        held, average = trainer.engine.held_model(), saved.averaged_state
+        held, average = trainer.engine.sharded_model_state(), saved.averaged_state
         self._average = {
             (name, start): read_piece(average, PREFIX + name, start, values.numel(), held.shapes[name])
             .to(values.device, values.dtype)
@@ -64,7 +68,7 @@ class WeightAverage(Hook):
         }
 
 
-def _floats(held: HeldState) -> Mapping[tuple[str, int], Tensor]:
+def _floats(held: ShardedState) -> Mapping[tuple[str, int], Tensor]:
     """The model's floating-point numbers that this rank holds, by name and start."""
     return {(p.name, p.start): p.values for p in held.pieces if _is_averaged(p.name, p.values.dtype)}
 

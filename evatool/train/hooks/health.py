@@ -100,10 +100,10 @@ class ReplicaCheck(Hook):
             self._compare(state, trainer)
 
     def _compare(self, state: TrainState, trainer: Trainer) -> None:
-        replicas = trainer.engine.replicas()
-        if not replicas:
+        replicated_tensors = trainer.engine.replicated_tensors()
+        if not replicated_tensors:
             return
-        found = gather_objects((checksum(replicas), platform.node()))
+        found = gather_objects((checksum(replicated_tensors), platform.node()))
         most = Counter(value for value, _ in found).most_common(1)[0]
         if most[1] == len(found):
             return
@@ -119,7 +119,7 @@ class ReplicaCheck(Hook):
         )
 
 
-class DividedCheck(Hook):
+class ShardCheck(Hook):
     """Finds bits that flip in divided weights and moments, which no other rank has to compare with.
 
     Nothing but an update may change them, so their sums are taken after one and again before the next. All memory is
@@ -141,12 +141,12 @@ class DividedCheck(Hook):
 
     def before_update(self, trainer: Trainer) -> None:
         if self._after_update:
-            pairs = zip(self._after_update, _sums(trainer.engine.divided()), strict=True)
+            pairs = zip(self._after_update, _sums(trainer.engine.sharded_tensors()), strict=True)
             found = torch.stack([(before != now).any().to(trainer.engine.device) for before, now in pairs]).any()
             self._differs = found if self._differs is None else self._differs | found
 
     def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
-        self._after_update = _sums(trainer.engine.divided())
+        self._after_update = _sums(trainer.engine.sharded_tensors())
         if world_size() > 1 and state.step % self._every_steps == 0:
             self._tell(state)
 

@@ -32,12 +32,12 @@ class LossCurve(Hook):
     def __init__(
         self,
         metrics: Path,
-        picture: Path,
+        image: Path,
         title: str,
         reference: tuple[float, str] | None = None,
         every_sec: float = 120.0,
     ) -> None:
-        self._metrics, self._picture, self._title, self._reference = metrics, picture, title, reference
+        self._metrics, self._image, self._title, self._reference = metrics, image, title, reference
         self._every_sec, self._last = every_sec, time.monotonic()
 
     def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
@@ -53,11 +53,11 @@ class LossCurve(Hook):
 
     def _draw(self) -> None:
         if rank() == 0 and self._metrics.exists():
-            draw_loss_curve(read_metrics(self._metrics), self._picture, self._title, self._reference)
+            draw_loss_curve(read_metrics(self._metrics), self._image, self._title, self._reference)
 
 
 def draw_loss_curve(
-    records: list[dict[str, Any]], picture: Path, title: str, reference: tuple[float, str] | None = None
+    records: list[dict[str, Any]], image: Path, title: str, reference: tuple[float, str] | None = None
 ) -> None:
     """Write a PNG of `train/loss` over `samples_seen`, as recorded and smoothed, with the learning rate below it.
 
@@ -101,9 +101,9 @@ def draw_loss_curve(
         axes.grid(color=GRID)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    part = picture.with_name(f".{picture.name}.tmp")
+    part = image.with_name(f".{image.name}.tmp")
     FigureCanvasAgg(figure).print_png(part)
-    os.replace(part, picture)
+    os.replace(part, image)
 
 
 def smoothed(values: list[float], share: float = 0.05) -> list[float]:
