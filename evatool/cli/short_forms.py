@@ -26,8 +26,8 @@ DEFAULT_GLOBAL_BATCH_SIZE = 256
 WARMUP_FRACTION = 0.1
 CLIP_LR = 5e-4  # open_clip's default
 CLIP_GRAD_CLIP_NORM = 1.0
-MIM_LR = 1.5e-3  # EVA-02-B (eva.md 2.7)
-MIM_GRAD_CLIP_NORM = 3.0  # EVA-02 (eva.md 2.6)
+MIM_LR = 1.5e-3  # EVA-02-B (docs/reference/eva.md#mim-recipes)
+MIM_GRAD_CLIP_NORM = 3.0  # EVA-02 (docs/reference/eva.md#mim-optimisation)
 
 Given = Mapping[str, Any]
 """Short-form options by name as typed (`--data`); None where absent."""

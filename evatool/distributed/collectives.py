@@ -75,7 +75,8 @@ def all_gather_with_grad(x: Tensor) -> Tensor:
     Args:
         x: (b, ...), the same shape on every rank; integers pass too, without gradient.
     Returns: (W b, ...); `x` itself at world size 1.
-    Source: open_clip issues 980 and 1047 (gathers that drop the gradient). Test: tests/dist/test_gradients.py.
+    Source: mlfoundations/open_clip issues 980 and 1047 (gathers that drop the gradient). Test:
+    tests/dist/test_gradients.py.
     """
     if world_size() == 1:
         return x

@@ -53,7 +53,7 @@ def baai_state(tensors: Mapping[str, Tensor], config: ModelConfig) -> TensorMap:
 def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines (N, C) as EVA-CLIP stores them, float32: rows then columns, each angle twice.
 
-    Source: EVA-CLIP/rei/eva_clip/rope.py, `VisionRotaryEmbeddingFast` (eva.md 1.2).
+    Source: EVA-CLIP/rei/eva_clip/rope.py, `VisionRotaryEmbeddingFast` (docs/reference/eva.md#rotary-positions).
     """
     side, axis_width = config.grid[0], config.vision["head_width"] // 2
     trained = config.vision["pt_hw_seq_len"]

@@ -2,7 +2,7 @@
 
 ZeRO 1 and 2 keep one flat float32 vector a parameter group, cut over the ranks; ZeRO 3 cuts every parameter over the
 ranks and lays the pieces of one rank end to end. ZeRO 0 keeps the weights whole, in the precision of the run.
-Source: deepspeed/utils/zero_to_fp32.py describes the layout; tests/model/test_deepspeed_folder.py compares with it.
+Source: deepspeed/utils/zero_to_fp32.py describes the layout; tests/model/test_foreign.py compares with it.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def build_clip(config: ModelConfig, *, patch_dropout: float = 0.0, drop_path_rat
         )
     clip = CustomTextCLIP(**arguments, nonscalar_logit_scale=True)
     if config.is_eva:
-        # timm and open_clip initialise everything else as the release does (eva.md 1.1)
+        # timm and open_clip initialise everything else as the release does (docs/reference/eva.md#first-weights)
         _init_projection(image_projection(clip), config.vision["head_init_scale"])
     return clip
 
@@ -91,7 +91,8 @@ def visual_tokens(clip: CustomTextCLIP, image: Tensor) -> Tensor:
     Args:
         image: (B, 3, S, S) float, normalised.
     Returns: (B, N, E), every patch token after the final norm and the projection; the class token is dropped.
-    Source: EVA-01/eva/clip_wrapper.py and EVA-02/asuka/clip_wrapper.py, for OpenAI's and EVA's towers (eva.md 2.4).
+    Source: EVA-01/eva/clip_wrapper.py and EVA-02/asuka/clip_wrapper.py, for OpenAI's and EVA's towers
+    (docs/reference/eva.md#mim-targets).
     """
     if isinstance(clip.visual, VisionTransformer):
         last = clip.visual.forward_intermediates(

@@ -58,7 +58,7 @@ INERT_VISION_KEYS = frozenset(
 )
 INERT_TEXT_KEYS = frozenset({"xattn", "fusedLN"})
 
-# Constructor arguments of the released MIM models -> the keys above (eva.md 1.5).
+# Constructor arguments of the released MIM models -> the keys above (docs/reference/eva.md#masked-image-models).
 MIM_ARGUMENTS = {"img_size": "image_size", "embed_dim": "width", "depth": "layers"}
 
 
@@ -192,7 +192,8 @@ class ModelConfig:
 
 
 def from_mim_arguments(arguments: Mapping[str, Any], name: str = "unnamed") -> ModelConfig:
-    """A MIM configuration from the constructor arguments of EVA's `modeling_pretrain.py` (eva.md 1.5).
+    """A MIM configuration from the constructor arguments of EVA's `modeling_pretrain.py`
+    (docs/reference/eva.md#masked-image-models).
 
     RoPE positions there are integers on the training grid, so `pt_hw_seq_len` is the grid's side.
     """
@@ -208,7 +209,8 @@ def from_mim_arguments(arguments: Mapping[str, Any], name: str = "unnamed") -> M
 def mim_config(config: ModelConfig, predict_dim: int | None = None) -> ModelConfig:
     """The MIM form of `config`: its image tower without projection, with EVA-02's rules where it has RoPE.
 
-    EVA-02's MIM models have no norm inside the attention although their CLIP forms do (eva.md 1.5), so that norm
+    EVA-02's MIM models have no norm inside the attention although their CLIP forms do
+    (docs/reference/eva.md#masked-image-models), so that norm
     starts fresh when a CLIP model is initialised from the result.
     """
     if config.task == "mim":

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def init_mim(model: MimModel) -> None:
-    """Overwrite the weights of a MIM model with its family's first weights (eva.md 1.5).
+    """Overwrite the weights of a MIM model with its family's first weights (docs/reference/eva.md#first-weights).
 
     `eva-02`: Xavier everywhere, and sub-LN's rescaling by sqrt(ln(2 depth)) where the MLP has its own norm.
     `eva-01` (also `eva-clip`): truncated normal, each block's outputs divided by sqrt(2 i).

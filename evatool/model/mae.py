@@ -20,7 +20,7 @@ _NORM = partial(LayerNorm, eps=1e-6)
 class MaeModel(nn.Module):
     """Predicts a teacher's patch features at masked places from the visible patches alone.
 
-    Source: EVA-01/eva/modeling_mae_pretrain.py (eva.md 1.5, 2.3).
+    Source: EVA-01/eva/modeling_mae_pretrain.py (docs/reference/eva.md#masked-image-models and #mim-student).
     """
 
     pos_embed: Tensor  # (1, 1 + N, D)

@@ -19,7 +19,8 @@ from evatool.model.vision import build_trunk
 class MimModel(nn.Module):
     """Predicts a teacher's patch features at masked places.
 
-    Source: EVA-02/asuka/modeling_pretrain.py (eva.md 2.3). Parity: tests/parity/test_golden_mim.py.
+    Source: EVA-02/asuka/modeling_pretrain.py (docs/reference/eva.md#mim-student). Parity:
+    tests/parity/test_golden_mim.py.
     """
 
     def __init__(self, trunk: Eva, config: ModelConfig, predict_dim: int, patch_embed_grad_scale: float) -> None:

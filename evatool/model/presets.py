@@ -1,6 +1,7 @@
 """Model configurations by name. No torch here.
 
-Widths, depths and ratios of the released models: eva.md 1.1, 1.3 and 1.5. The `debug` and `toy` rows are ours.
+Widths, depths and ratios of the released models: docs/reference/eva.md#image-towers, #text-towers and
+#masked-image-models. The `debug` and `toy` rows are ours.
 """
 
 from __future__ import annotations

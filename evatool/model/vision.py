@@ -41,7 +41,7 @@ STOCK_NAMES = frozenset(name for name in TIMM_NAMES.values() if is_model(name))
 def eva_arguments(config: ModelConfig) -> dict[str, Any]:
     """Keyword arguments of timm's `Eva` for the image tower, without head; JSON-ready except for RMSNorm.
 
-    Source: EVA-CLIP/rei/eva_clip/eva_vit_model.py (eva.md 1.1), names translated to timm's.
+    Source: EVA-CLIP/rei/eva_clip/eva_vit_model.py (docs/reference/eva.md#image-towers), names translated to timm's.
     """
     vision = config.vision
     inner_norm = vision["subln"] if vision["inner_attn_ln"] is None else vision["inner_attn_ln"]
@@ -66,7 +66,7 @@ def eva_arguments(config: ModelConfig) -> dict[str, Any]:
         reference = vision["pt_hw_seq_len"]
         arguments["ref_feat_shape"] = [reference, reference] if vision["intp_freq"] else None
     if vision["use_rms_norm"]:
-        # Statistics in float32 in every precision, as the release computes them (eva.md 1.1).
+        # Statistics in float32 in every precision, as the release computes them (docs/reference/eva.md#image-towers).
         arguments["norm_layer"] = partial(RmsNormFp32, eps=1e-6)
     return arguments
 

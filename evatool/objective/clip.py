@@ -22,7 +22,9 @@ from evatool.objective.tiled.sigmoid import sigmoid_loss
 from evatool.recipe.schema import FixedTemperature, InfoNceObjective, SigmoidObjective
 
 PARAMETER_BOUNDS = {"model.logit_scale": (0.0, math.log(100))}
-"""The logarithm of the temperature after every optimiser step (eva.md 3.8); the engine holds it there."""
+"""The logarithm of the temperature after every optimiser step (docs/reference/eva.md#contrastive-loss); the engine
+holds it there.
+"""
 
 
 class ClipObjective(FeatureObjective):
@@ -87,7 +89,8 @@ def positive_ids(batch: Batch, kind: str) -> Tensor | None:
 def encode_pair(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Unit-length image and text features (B, E) of one batch, float32 or wider; no work goes into padding."""
     assert batch.tokens is not None, "a contrastive objective needs tokens in its batches"
-    image_features = model.encode_image(normalize_images(batch.image, dtype=_input_dtype(model)))  # type: ignore[operator]
+    # type: ignore[operator]
+    image_features = model.encode_image(normalize_images(batch.image, dtype=_input_dtype(model)))
     text_features = encode_text(model, batch.tokens, batch.text_lengths)
     return l2_normalize(image_features), l2_normalize(text_features)
 

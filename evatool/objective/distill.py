@@ -1,7 +1,8 @@
 """Distillation: the contrastive loss plus what frozen teachers add, each part with its own weight.
 
 Source: feature matching, logit distillation and interactive contrastive learning as in CLIP-KD (arXiv 2307.12732);
-logit distillation as in open_clip `DistillClipLoss` too (peers.md A5). With weights over the run, several teachers,
+logit distillation as in open_clip `DistillClipLoss` too
+(docs/reference/open-clip-and-clip-benchmark.md#distillation-in-open_clip). With weights over the run, several teachers,
 each with its own picture size and context, and over all ranks.
 """
 

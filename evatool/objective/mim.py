@@ -1,6 +1,7 @@
 """Masked image modelling: predict a CLIP teacher's patch features at the places the student does not see.
 
-Source: EVA (arXiv 2211.07636), EVA-02 (arXiv 2303.11331); EVA-02/asuka/engine_for_pretraining.py (eva.md 2.3-2.5).
+Source: EVA (arXiv 2211.07636), EVA-02 (arXiv 2303.11331); EVA-02/asuka/engine_for_pretraining.py
+(docs/reference/eva.md#mim-student, #mim-targets and #mim-loss).
 """
 
 # B this rank's batch, N patches, M masked patches of the batch, T width of the teacher's features
@@ -92,7 +93,8 @@ class MimObjective(nn.Module):
 
     def predict_all(self, batch: Batch) -> Tensor:
         """The student's predictions (B, N, T) at all patches."""
-        return self.model.predict_all(normalize_images(batch.image, dtype=self._dtype), batch.mask)  # type: ignore[operator]
+        # type: ignore[operator]
+        return self.model.predict_all(normalize_images(batch.image, dtype=self._dtype), batch.mask)
 
     def known_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The teacher's features (B, N, T) float32, and where they are known (B, N): everywhere, or only at masked

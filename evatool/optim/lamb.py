@@ -1,6 +1,6 @@
 """LAMB whose trust ratios are those of whole tensors wherever the tensors lie, and an emulation of EVA's released runs.
 
-Source: LAMB (arXiv 1904.00962); DeepSpeed FusedLamb as EVA ran it (eva.md 3.7); timm/optim/lamb.py.
+Source: LAMB (arXiv 1904.00962); DeepSpeed FusedLamb as EVA ran it (docs/reference/eva.md#lamb); timm/optim/lamb.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Parameter groups by tower, layer and decay (eva.md 3.5)."""
+"""Parameter groups by tower, layer and decay (docs/reference/eva.md#parameter-groups)."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def build_param_groups(
         the order in which they came.
     Raises: RecipeError, with all problems, where a section names a tower without parameters, a tower has no section,
         or a block lies beyond the tower's depth.
-    Source: EVA-CLIP/rei/training/optim.py (eva.md 3.5).
+    Source: EVA-CLIP/rei/training/optim.py (docs/reference/eva.md#parameter-groups).
     """
     sections = {"visual": section.visual, "text": section.text, "other": section.other or section.visual}
     depths = {"visual": depth_visual, "text": depth_text, "other": 0}

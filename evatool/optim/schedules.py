@@ -17,7 +17,7 @@ def warmup_cosine(step: int, *, num_steps: int, warmup_steps: int, min_fraction:
     half a cosine from 1 at the first step after it to `min_fraction` just past the last step.
 
     Returns: in (0, 1].
-    Source: EVA-CLIP/rei/training/scheduler.py (eva.md 3.1).
+    Source: EVA-CLIP/rei/training/scheduler.py (docs/reference/eva.md#clip-settings).
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps

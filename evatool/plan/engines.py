@@ -1,7 +1,7 @@
 """What each engine keeps on a rank: weights, gradients, optimiser states, and the buffers that it works with.
 
 Held to running engines on 2 and 4 ranks by tests/dist/test_plan_states.py. Source: evatool/distributed; DeepSpeed
-0.19's defaults; scale.md 2.3.
+0.19's defaults; docs/reference/memory-and-scale.md#states.
 """
 
 # P parameters, N ranks

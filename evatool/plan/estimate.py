@@ -1,4 +1,7 @@
-"""A job's operations and memory. Source: scale.md 2.2 and 2.3."""
+"""A job's operations and memory.
+
+Source: docs/reference/memory-and-scale.md#operations, #states, #activations and #memory-of-the-loss.
+"""
 
 from __future__ import annotations
 

@@ -44,7 +44,8 @@ class Hardware:
         return self.fp32_tflops if numerics == "fp32" else self.bf16_tflops
 
 
-# scale.md 2.5: 29 public CLIP runs on A100 lie between 3 and 30 %; 39 % is the best published figure.
+# docs/reference/memory-and-scale.md#time: 29 public CLIP runs on A100 lie between 3 and 30 %; 39 % is the best
+# published figure.
 _MFU = (0.20, 0.35, 0.45)
 _A100 = "NVIDIA A100 data sheet; 200 Gb/s a GPU between machines is an assumption"
 
@@ -82,9 +83,11 @@ class Assumptions:
     """What no recipe says. Every figure is printed with the plan."""
 
     bytes_per_sample: float = 37_500.0
-    """Picture and caption in the shards: LAION at 384 px (scale.md 2.5); 8,500 at 256 px."""
+    """Picture and caption in the shards: LAION at 384 px (docs/reference/memory-and-scale.md#data); 8,500 at 256 px."""
     samples_per_core_sec: float = 500.0
-    """Samples one core reads, decodes, crops and tokenises; Pillow decodes 537 to 726 pictures (performance.md)."""
+    """Samples one core reads, decodes, crops and tokenises; Pillow decodes 537 to 726 pictures
+    (docs/reference/memory-and-scale.md#data).
+    """
     storage_gb_per_sec: float = 10.0
     """What the shared storage gives the whole job, reading or writing."""
     gpu_hours_per_failure: float = 50_700.0

@@ -1,7 +1,8 @@
 """Bytes on one rank, by part, at the worst moment of a step.
 
 Activations are counted operation by operation: what each keeps for the backward pass, with an attention kernel that
-keeps query, key, value, output and one number a row. Source: scale.md 2.3; held to saved tensors by
+keeps query, key, value, output and one number a row. Source: docs/reference/memory-and-scale.md#activations; held to
+saved tensors by
 tests/plan/test_memory.py. What engines hold is in engines.py.
 """
 
@@ -23,9 +24,9 @@ Checkpointing = Literal["none", "selective", "full"]
 """What blocks keep: everything, the results of matrix products and attention, or only their input."""
 
 CONTEXT_BYTES = 1.5 * GIB
-"""CUDA context and the buffers of NCCL or RCCL: 1 to 2 GiB (scale.md 2.3)."""
+"""CUDA context and the buffers of NCCL or RCCL: 1 to 2 GiB (docs/reference/memory-and-scale.md#what-is-left-over)."""
 FRAGMENTATION = 1.06
-"""What the allocator cannot use: 5 to 8 % (scale.md 2.3)."""
+"""What the allocator cannot use: 5 to 8 % (docs/reference/memory-and-scale.md#what-is-left-over)."""
 TILE_SIDE = 4096
 """Rows and columns of a tile of similarities on a GPU (objective/tiled/tiles.py)."""
 
@@ -215,7 +216,7 @@ def contrastive_bytes(
     Here it goes tile by tile round a ring: features of two ranks with their gradients, scaled pictures, and a few
     tiles, all float32, so the global batch does not matter. A teacher's features go round with the student's, and
     their tiles stand beside its: `teacher_widths` are of those a student learns from. The 16-bit engine is EVA's, with
-    whole rows of logits: 2 b B (q + 8), scale.md 2.3.
+    whole rows of logits: 2 b B (q + 8), docs/reference/memory-and-scale.md#memory-of-the-loss.
     """
     if numerics.name == "bf16":
         return 2 * batch * global_batch * (numerics.compute + 8) + 4 * global_batch * embed_dim * numerics.compute

@@ -1,4 +1,7 @@
-"""A job on a kind of hardware: network, data, disk, time, failures. Source: scale.md 2.4 and 2.5."""
+"""A job on a kind of hardware: network, data, disk, time, failures.
+
+Source: docs/reference/memory-and-scale.md#network, #time, #failures and #data.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ class Traffic:
 
 
 def traffic(job: Job, gpu: Hardware, compute_sec: float) -> Traffic:
-    """Exchanges of one step; ring algorithms, bytes sent and received (scale.md 2.4)."""
+    """Exchanges of one step; ring algorithms, bytes sent and received (docs/reference/memory-and-scale.md#network)."""
     if job.num_gpus == 1:
         return Traffic(0, 0, 0.0, 0.0)
     weight = mem.NUMERICS[job.numerics].weight

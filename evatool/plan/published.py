@@ -1,4 +1,7 @@
-"""What was published of the models and of their training, to hold plans against. Sources: eva.md 1.4, 3.2 and 3.3."""
+"""What was published of the models and of their training, to hold plans against.
+
+Sources: docs/reference/eva.md#parameter-counts, #clip-recipes and #eva-clip-8b-and-18b.
+"""
 
 from __future__ import annotations
 
@@ -48,8 +51,8 @@ class PublishedRun:
     source: str
 
 
-_README = "EVA-CLIP README, released command (eva.md 3.2)"
-_PAPER = "arXiv 2402.04252, Tables 12 and 13 (eva.md 3.3)"
+_README = "EVA-CLIP README, released command (docs/reference/eva.md#clip-recipes)"
+_PAPER = "arXiv 2402.04252, Tables 12 and 13 (docs/reference/eva.md#eva-clip-8b-and-18b)"
 
 PUBLISHED_RUNS = (
     PublishedRun("B/16", "EVA02-CLIP-B-16", "a100-40", 64, 2048, 8_000_000_000, 0.0, 1, True, _README),

@@ -2,7 +2,8 @@
 
 A multiply-add counts as two operations. Norms, softmax, activations and rotations are left out, as
 `torch.utils.flop_counter` leaves them out; attention is counted whole even where it is causal.
-Source: scale.md 2.2. Held to meta builds and to the counter by tests/plan/test_towers.py.
+Source: docs/reference/memory-and-scale.md#operations. Held to meta builds and to the counter by
+tests/plan/test_towers.py.
 """
 
 # D width, h hidden width of the MLP, T tokens, N patches, E embedding

@@ -2,7 +2,7 @@
 
 The image tower of an EVA model is `visual.trunk.*` (a timm `Eva`), that of an OpenAI or LAION CLIP is open_clip's own
 ViT below `visual.*`; then `text.*` and `logit_scale`. A MIM model's own parts keep BAAI's names: `mask_token` and
-`lm_head.*`. Tables: eva.md 5.2 and 5.3.
+`lm_head.*`. Tables: docs/reference/eva.md#names-in-files and #map-to-open_clip-and-timm.
 """
 
 from __future__ import annotations

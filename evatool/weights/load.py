@@ -20,7 +20,8 @@ from evatool.model.vision import restore_buffers
 from evatool.weights.key_mapping import canonical_state, mae_state
 from evatool.weights.resize import PatchResize, resize_patch_kernel, resize_positions
 
-# What starts fresh when a tower comes from another model (eva.md 3.1 and 3.9). Patterns of our names.
+# What starts fresh when a tower comes from another model (docs/reference/eva.md#clip-settings and
+# #start-from-other-models). Patterns of our names.
 IMAGE_PROJECTION = (PROJECTION, f"{TOWER}head.*")
 ATTENTION_NORMS = f"{TOWER}blocks.*.attn.norm.*"
 TEXT_PROJECTION = ("text.text_projection",)
@@ -85,7 +86,7 @@ def init_text_tower(
 ) -> LoadReport:
     """Give `clip` the text tower of a CLIP model, in any naming that `canonical_state` knows; as `init_image_tower`.
 
-    By default the projection keeps its first weights, as in every EVA-CLIP (eva.md 3.1).
+    By default the projection keeps its first weights, as in every EVA-CLIP (docs/reference/eva.md#clip-settings).
     """
     fresh = TEXT_PROJECTION if may_be_fresh is None else may_be_fresh
     return _init_tower(clip, canonical_state(state, where), "text.", fresh, where, "bicubic", sources)

@@ -19,7 +19,7 @@ def resize_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
     """A position table (1, 1 + n, D) for a `grid` of patches: (1, 1 + rows * columns, D) of the same dtype.
 
     The class token's entry is copied; the rest is bicubic with align_corners off and no antialiasing, computed in
-    float32. Source: EVA-CLIP/rei/training/interpolate_patch14_224to336.py (eva.md 2.8).
+    float32. Source: EVA-CLIP/rei/training/interpolate_patch14_224to336.py (docs/reference/eva.md#resizing).
     Raises ValueError if the old grid is no square.
     """
     class_entry, patches = table[:, :1], table[:, 1:]
@@ -37,7 +37,8 @@ def resize_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
 def resize_patch_kernel(kernel: Tensor, patch_size: int, method: PatchResize = "bicubic") -> Tensor:
     """A patch kernel (D, 3, s, s) for another patch side: (D, 3, S, S) of the same dtype.
 
-    `bicubic` is what EVA released (14 to 16): plain interpolation, no rescaling (eva.md 2.8). `pseudo-inverse` is
+    `bicubic` is what EVA released (14 to 16): plain interpolation, no rescaling (docs/reference/eva.md#resizing).
+    `pseudo-inverse` is
     FlexiViT's (arXiv 2212.08013), which keeps the patch features of an image that was resized with its patches.
     """
     size = (patch_size, patch_size)

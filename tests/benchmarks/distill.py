@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 TEACHER = "EVA02-CLIP-bench-teacher"
 LOGITS = {"kind": "distill", "feature_weight": 0.0}  # open_clip's: contrastive loss and logits, each with weight 1
 EVERYTHING = {"kind": "distill", "relation_weight": 1.0, "interactive_weight": 1.0}
-STORED_TARGET = 0.95  # of plain training (performance.md, P12)
+STORED_TARGET = 0.95  # of plain training (docs/benchmarks.md#distill-with-stored-and-live-teacher)
 
 # name: stage, objective, whether embeddings are stored
 OURS: dict[str, tuple[str, dict[str, Any] | None, bool]] = {

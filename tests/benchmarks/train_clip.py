@@ -91,7 +91,8 @@ def make_pictures(folder: Path, count: int, side: int, suffix: str) -> Path:
         pixels = np.asarray(coarse, dtype=np.int16) + rng.integers(-12, 13, (side, side, 3))
         name = f"{number:06d}.{suffix}"
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(images / name, quality=85)
-        # Lengths as of web captions: most short, a tail to the full context (performance.md: mean 15.4 of 77).
+        # Lengths as of web captions: most short, a tail to the full context
+        # (docs/reference/memory-and-scale.md#lengths-of-captions: mean 15.4 of 77).
         length = int(np.clip(rng.lognormal(np.log(7.8), 0.7), 2, 70))
         rows.append(f"{name}\t{' '.join(rng.choice(words, length))} {number}")
     (folder / "captions.tsv").write_text("\n".join(rows))

@@ -1,4 +1,6 @@
-"""Power loss at every moment of a save: what was not flushed is gone, zeroed or there (row R5 of scale.md 5.2)."""
+"""Power loss at every moment of a save: what was not flushed is gone, zeroed or there (row R5 of
+docs/reference/faults.md).
+"""
 
 from __future__ import annotations
 

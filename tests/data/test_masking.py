@@ -14,7 +14,9 @@ from evatool.data.train.masking import BlockMaskGenerator, MaskSpec
 
 
 def released_mask(rng: random.Random, rows: int, columns: int, target: int, min_block: int) -> list[list[int]]:
-    """The released generator written out from its description (eva.md 2.2), cell by cell, without numpy."""
+    """The released generator written out from its description (docs/reference/eva.md#masks), cell by cell, without
+    numpy.
+    """
     mask = [[0] * columns for _ in range(rows)]
     count = 0
     while count < target:

@@ -1,4 +1,4 @@
-"""Row R28 of the fault matrix: loader processes that die or hang."""
+"""Row R28 of docs/reference/faults.md: loader processes that die or hang."""
 
 from __future__ import annotations
 

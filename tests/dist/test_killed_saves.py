@@ -1,4 +1,6 @@
-"""kill -9 while a checkpoint is written beside the training, on each rank (rows R4 and R10 of scale.md 5.2)."""
+"""kill -9 while a checkpoint is written beside the training, on each rank (rows R4 and R10 of
+docs/reference/faults.md).
+"""
 
 from __future__ import annotations
 

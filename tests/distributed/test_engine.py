@@ -145,7 +145,9 @@ def test_offload_with_lamb():
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("offload", ["none", "optimizer", "optimizer-and-weights"])
 def test_deepspeed_knows_every_key_of_its_configuration(monkeypatch, stage, offload):
-    """EVA's file had keys of stage 3 outside of their section, where nothing read them (eva.md 3.6)."""
+    """EVA's file had keys of stage 3 outside of their section, where nothing read them
+    (docs/reference/eva.md#deepspeed-configuration).
+    """
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 

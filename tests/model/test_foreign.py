@@ -91,7 +91,9 @@ def test_remote_code_names_of_eva_clip(name):
 
 
 def remote_code(name, tensor):
-    """Our names -> those of BAAI's remote code for transformers (eva.md 5.5), written down a second time."""
+    """Our names -> those of BAAI's remote code for transformers (docs/reference/eva.md#names-in-transformers), written
+    down a second time.
+    """
     if name in ("logit_scale",):
         return {name: tensor}
     if name == PROJECTION:

@@ -1,4 +1,4 @@
-"""First weights as released (eva.md 1.1 and 1.5), judged by their statistics."""
+"""First weights as released (docs/reference/eva.md#first-weights), judged by their statistics."""
 
 import math
 

@@ -1,4 +1,6 @@
-"""Groups by tower, layer and decay, against the table of eva.md 3.5 written out by hand for a toy EVA-02 CLIP."""
+"""Groups by tower, layer and decay, against the table of docs/reference/eva.md#parameter-groups written out by hand
+for a toy EVA-02 CLIP.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The schedule of eva.md 3.1, step by step."""
+"""The schedule of docs/reference/eva.md#clip-settings, step by step."""
 
 from __future__ import annotations
 

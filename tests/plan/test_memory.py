@@ -116,7 +116,7 @@ def test_offload_moves_states_to_the_host() -> None:
 
 
 def test_sixteen_bit_engine_is_the_published_formula() -> None:
-    """scale.md 2.3: 4P + 12P/N, 2P + 14P/N, 16P/N."""
+    """docs/reference/memory-and-scale.md#states: 4P + 12P/N, 2P + 14P/N, 16P/N."""
     params, ranks, numerics = 4_000_000, 8, NUMERICS["bf16"]
     totals = [states([params], Setup("zero", stage, num_ranks=ranks), numerics).total for stage in (1, 2, 3)]
     assert totals == [4 * params + 12 * params / ranks, 2 * params + 14 * params / ranks, 16 * params / ranks]

@@ -26,7 +26,7 @@ from evatool.recipe.write import to_table
 
 RUNS = {run.name: run for run in PUBLISHED_RUNS}
 ASSUMED = Assumptions()
-# scale.md 2.3, anchors, and finding 6: the same settings by an independent calculation, GiB
+# docs/reference/memory-and-scale.md#published-settings-by-hand: the same settings by an independent calculation, GiB
 REFERENCE = {
     "B/16": 28.9,
     "L/14": 30.8,
@@ -61,7 +61,7 @@ def test_seven_settings_and_four_controls() -> None:
 
 
 def test_18b_takes_about_what_the_reference_predicts() -> None:
-    """scale.md 2.5: 8.4e22 operations, 22 to 29 days on 360 A100 at 40 and 30 %."""
+    """docs/reference/memory-and-scale.md#time: 8.4e22 operations, 22 to 29 days on 360 A100 at 40 and 30 %."""
     run = job_of(RUNS["18B"])
     assert operations(run).model * run.samples_seen == pytest.approx(8.4e22, rel=0.01)
     for mfu, days in ((0.4, 22), (0.3, 29)):
@@ -69,7 +69,7 @@ def test_18b_takes_about_what_the_reference_predicts() -> None:
 
 
 def test_18b_exchanges_what_the_reference_says() -> None:
-    """scale.md 2.4: 109 GB of weights and gradients, 1.3 GB of features."""
+    """docs/reference/memory-and-scale.md#network: 109 GB of weights and gradients, 1.3 GB of features."""
     exchange = traffic(job_of(RUNS["18B"]), hardware("a100-40"), 40.0)
     assert exchange.weights_and_gradients / 1e9 == pytest.approx(109, rel=0.02)
     assert exchange.features / 1e9 == pytest.approx(1.3, rel=0.05)
@@ -77,7 +77,7 @@ def test_18b_exchanges_what_the_reference_says() -> None:
 
 
 def test_small_models_on_many_gpus_wait_for_data() -> None:
-    """scale.md 2.5: L/14 on 256 H100 wants hundreds of loader cores, 18B a few."""
+    """docs/reference/memory-and-scale.md#data: L/14 on 256 H100 wants hundreds of loader cores, 18B a few."""
     small = job_of(RUNS["L/14"], num_gpus=256)
     gpu = replace(hardware("h100"), cores_per_gpu=1)
     assert pace(small, gpu, ASSUMED, 0.45).binding == "data"
@@ -300,7 +300,7 @@ def test_memory_is_for_the_phase_with_most_patches() -> None:
     )
 
 
-PUBLISHED_ON = {  # eva.md 3.2 and 3.3: GPUs and their kind
+PUBLISHED_ON = {  # docs/reference/eva.md#clip-recipes and #eva-clip-8b-and-18b: GPUs and their kind
     "eva01-clip-g-14": (256, "a100-40"),
     "eva01-clip-g-14-plus": (112, "a100-40"),
     "eva02-clip-b-16": (64, "a100-40"),

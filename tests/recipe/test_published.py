@@ -1,4 +1,6 @@
-"""Every recipe of a published model against a table of what was published (eva.md 1.4, 1.5, 2.7 and 3.2 to 3.5)."""
+"""Every recipe of a published model against a table of what was published (docs/reference/eva.md#parameter-counts,
+#mim-recipes, #clip-recipes, #eva-clip-8b-and-18b, #clip-data and #parameter-groups).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ M, B = 10**6, 10**9
 
 
 class Clip(NamedTuple):
-    """One row of eva.md 3.2 or 3.3."""
+    """One row of docs/reference/eva.md#clip-recipes or #eva-clip-8b-and-18b."""
 
     parameters: int
     batch: int
@@ -58,7 +60,7 @@ COMMAND_SAMPLES = {"eva01-clip-g-14-plus": 4 * B, "eva02-clip-e-14-plus": 4 * B}
 
 
 class Mim(NamedTuple):
-    """One row of eva.md 2.7."""
+    """One row of docs/reference/eva.md#mim-recipes."""
 
     parameters: int
     batch: int
@@ -139,7 +141,8 @@ def test_faithful_overlay_is_the_printed_command(name):
     assert (recipe.optim.granularity, recipe.optim.virtual_world_size) == ("flat-shard", GPUS[name])
     assert recipe.train.samples_seen == COMMAND_SAMPLES.get(name, ours.train.samples_seen)
     assert recipe.data.mixing == ("alternating" if len(recipe.data.sources) > 1 else "samples")
-    if "e-14" in name or "g-14-plus" in name:  # the loader passed over OpenCLIP's text towers (eva.md Q2)
+    # the loader passed over OpenCLIP's text towers (docs/reference/eva.md#text-towers-that-are-not-loaded)
+    if "e-14" in name or "g-14-plus" in name:
         assert recipe.model.init.text is None
         assert ours.model.init.text is not None
 

@@ -1,4 +1,4 @@
-"""A run that is resumed with another recipe, or other versions (rows R26 and R31 of scale.md 5.2)."""
+"""A run that is resumed with another recipe, or other versions (rows R26 and R31 of docs/reference/faults.md)."""
 
 from __future__ import annotations
 

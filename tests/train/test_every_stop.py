@@ -1,4 +1,6 @@
-"""Stopped after any of twenty steps and resumed, a run is the uninterrupted one, bit for bit (R1 of scale.md 5.2)."""
+"""Stopped after any of twenty steps and resumed, a run is the uninterrupted one, bit for bit (R1 of
+docs/reference/faults.md).
+"""
 
 from __future__ import annotations
 

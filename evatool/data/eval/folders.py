@@ -52,7 +52,7 @@ def open_birdsnap(folder: Path) -> Opened:
     `species.txt` (id, common, scientific, dir) and `test_images.txt` (path) are tables with a header and tabs between
     columns; pictures lie in `images/<species dir>/`. The suite's expected count guards against other copies.
     Raises: DataError where a table lacks a column, or a path names no species.
-    Source: the readme of the Birdsnap dataset, version 1.1.
+    Source: docs/reference/open-clip-and-clip-benchmark.md#birdsnap.
     """
     species = _table(folder / "species.txt", ("id", "common", "dir"))
     species.sort(key=lambda row: int(row["id"]))

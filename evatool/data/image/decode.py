@@ -119,7 +119,8 @@ def decode_eval_image(
         resize_mode: `shortest`: shorter side to S, then the central square; `squash`: both sides to S.
         decode: `exact`: the bytes of open_clip's transform before `ToTensor`; `fast`: near them.
     Raises: BadImage with the cause.
-    Source: torchvision's Resize and CenterCrop on a Pillow picture, as open_clip's `image_transform` composes them.
+    Source: torchvision/transforms/transforms.py, Resize and CenterCrop on a Pillow picture, as
+    open_clip/transform.py composes them.
     """
     pixels = decode_image(data, mode=decode)
     height, width = pixels.shape[:2]

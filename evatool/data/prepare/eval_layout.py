@@ -3,7 +3,7 @@
     <set>/test/0.tar  <set>/test/nshards.txt  <set>/classnames.txt
     <set>/zeroshot_classification_templates.txt  <set>/dataset_type.txt
 
-Source: clip-benchmark 1.6.2, `datasets/builder.py`. Our own manifest stands beside the tar in `test/`.
+Source: clip_benchmark/datasets/builder.py (1.6.2). Our own manifest stands beside the tar in `test/`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Masks for masked image modelling: blocks, or single patches anywhere.
 
-Source: BEiT's generator of blocks as EVA runs it (eva.md 2.2; EVA-02/asuka/masking_generator.py), with the grid as
-parameter; MAE's random patches for EVA-L (eva.md 2.3).
+Source: BEiT's generator of blocks as EVA runs it (docs/reference/eva.md#masks; EVA-02/asuka/masking_generator.py), with
+the grid as
+parameter; MAE's random patches for EVA-L (docs/reference/eva.md#mim-student).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Which source each position of a run reads from, and which sample of that source it is in turn.
 
 Pure functions of the position, so that any position costs the same and nothing has to be saved. The whole-batch modes
-are EVA's (eva.md 3.4): its released commands take the two parts of Merged-2B in turn, batch by batch.
+are EVA's (docs/reference/eva.md#clip-data): its released commands take the two parts of Merged-2B in turn, batch by
+batch.
 """
 
 from __future__ import annotations

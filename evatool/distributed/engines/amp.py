@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LOSS_SCALE, GOOD_STEPS = "loss_scale", "loss_scale_good_steps"
-INITIAL_SCALE, GROWTH_INTERVAL = 2.0**16, 1000  # as EVA's runs (eva.md 3.6)
+INITIAL_SCALE, GROWTH_INTERVAL = 2.0**16, 1000  # as EVA's runs (docs/reference/eva.md#deepspeed-configuration)
 
 
 @contextmanager

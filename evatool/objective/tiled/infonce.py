@@ -1,6 +1,7 @@
 """InfoNCE over the global batch: the softmax loss of CLIP, tile by tile, with exact gradients.
 
-Source: CLIP (arXiv 2103.00020); EVA-CLIP/rei/training/loss.py (eva.md 3.8). Parity: tests/objective/test_infonce.py.
+Source: CLIP (arXiv 2103.00020); EVA-CLIP/rei/training/loss.py (docs/reference/eva.md#contrastive-loss). Parity:
+tests/objective/test_tiled_losses.py.
 """
 
 # b this rank's samples, N global batch, E embedding, t side of a tile

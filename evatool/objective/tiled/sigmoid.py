@@ -1,6 +1,6 @@
 """Sigmoid loss over the global batch: each pair is a yes-or-no question; tile by tile, with exact gradients.
 
-Source: SigLIP (arXiv 2303.15343), open_clip `SigLipLoss`. Parity: tests/objective/test_sigmoid.py.
+Source: SigLIP (arXiv 2303.15343), open_clip `SigLipLoss`. Parity: tests/objective/test_tiled_losses.py.
 """
 
 # b this rank's samples, N global batch, E embedding, t side of a tile

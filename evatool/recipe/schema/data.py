@@ -82,7 +82,9 @@ class DataPrepareRecipe(Section):
 
 
 class AugmentSection(Section):
-    """Random transforms of a training picture. The defaults are EVA-CLIP's: a crop and nothing else (eva.md 3.4)."""
+    """Random transforms of a training picture. The defaults are EVA-CLIP's: a crop and nothing else
+    (docs/reference/eva.md#clip-data).
+    """
 
     crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.9, 1.0)
     """Area of the random crop as a share of the picture (low, high)."""

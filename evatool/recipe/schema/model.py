@@ -141,4 +141,5 @@ class MimModelSection(Section):
     drop_path_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Stochastic depth at the last block, linear from 0 at the first."""
     patch_embed_grad_scale: Fraction = 0.1
-    """Factor on the gradient of the patch embedding: 0.1 in EVA-02, 1.0 in EVA-01 (eva.md 2.3)."""
+    """Factor on the gradient of the patch embedding: 0.1 in EVA-02, 1.0 in EVA-01 (docs/reference/eva.md#mim-student).
+    """

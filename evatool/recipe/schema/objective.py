@@ -21,11 +21,11 @@ class FixedTemperature(Section):
 
     kind: Literal["fixed"] = "fixed"
     value: Annotated[float, Field(ge=0.01, le=1.0)] = 0.01
-    """What similarities are divided by: 0.01 in EVA-CLIP-8B and 18B (eva.md 3.3)."""
+    """What similarities are divided by: 0.01 in EVA-CLIP-8B and 18B (docs/reference/eva.md#eva-clip-8b-and-18b)."""
 
 
 class InfoNceObjective(Section):
-    """Contrastive loss over the global batch (eva.md 3.8)."""
+    """Contrastive loss over the global batch (docs/reference/eva.md#contrastive-loss)."""
 
     kind: Literal["infonce"] = "infonce"
     positives: Literal["pair", "equal-captions"] = "pair"
@@ -53,7 +53,7 @@ class SigmoidObjective(Section):
 
 
 class MimObjective(Section):
-    """Negative cosine to the teacher's patch features at masked places (eva.md 2.5)."""
+    """Negative cosine to the teacher's patch features at masked places (docs/reference/eva.md#mim-loss)."""
 
     kind: Literal["mim"] = "mim"
     mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.41

@@ -15,7 +15,9 @@ class GroupSection(Section):
     lr: PositiveFloat
     """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.05
-    """Decoupled weight decay of matrices; biases, norms, position and class embeddings have none (eva.md 3.5)."""
+    """Decoupled weight decay of matrices; biases, norms, position and class embeddings have none
+    (docs/reference/eva.md#parameter-groups).
+    """
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Factor on the learning rate per layer away from the head."""
 
@@ -24,7 +26,7 @@ class OptimSection(Section):
     """What all optimisers have: one group per tower, layer and decay."""
 
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
-    """Decay of the first and second moments; EVA's intended values (eva.md Q1)."""
+    """Decay of the first and second moments; EVA's intended values (docs/reference/eva.md#betas-by-name)."""
     eps: PositiveFloat = 1e-6
     """Added to the root of the second moment."""
     grad_clip_norm: PositiveFloat | None = None
@@ -64,7 +66,7 @@ class LambSection(OptimSection):
 
 
 class ScheduleSection(Section):
-    """Linear warm-up from 0, then cosine to `min_lr_fraction` of the peak (eva.md 3.1)."""
+    """Linear warm-up from 0, then cosine to `min_lr_fraction` of the peak (docs/reference/eva.md#clip-settings)."""
 
     kind: Literal["warmup-cosine"] = "warmup-cosine"
     warmup_samples: NonNegative = 0

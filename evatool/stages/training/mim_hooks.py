@@ -149,7 +149,8 @@ def _validation_views(recipe: PretrainMimRecipe, data: MimData) -> Views | None:
 
 
 def fixed_mask(grid: tuple[int, int], masking: str) -> np.ndarray:
-    """A mask bool (N,) that is the same for every picture: every other patch, as EVA's validation (eva.md 2.1); for
+    """A mask bool (N,) that is the same for every picture: every other patch, as EVA's validation
+    (docs/reference/eva.md#mim-images); for
     random masks, of which a masked autoencoder sees 25 %, all but every other patch of every other row."""
     rows, columns = np.indices(grid)
     mask = (rows % 2 + columns % 2 > 0) if masking == "random" else (rows + columns) % 2 == 1

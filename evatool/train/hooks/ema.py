@@ -28,7 +28,7 @@ class WeightAverage(Hook):
     Args:
         decay: of the average.
         saved: the checkpoint that the run goes on from.
-    Source: the rising decay is TensorFlow's `ExponentialMovingAverage` with `num_updates`.
+    Source: the rising decay of tensorflow/tensorflow: tensorflow/python/training/moving_averages.py with `num_updates`.
     """
 
     def __init__(self, decay: float, saved: SavedRun | None = None) -> None:
