@@ -38,6 +38,7 @@ quickstart: $(STAMP)
 reference: $(STAMP)
 	$(VENV)/bin/evatool recipe reference > docs/recipes.md
 	$(VENV)/bin/evatool recipe schema > docs/recipe.schema.json
+	$(PY) docs/map.py
 
 # The runs behind docs/evidence.md, an hour of two cores, and the page. Resumable: a finished run is not repeated.
 evidence: $(STAMP)
