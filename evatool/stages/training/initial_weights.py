@@ -1,4 +1,4 @@
-"""First weights of a CLIP model, from what `[model.init]` names."""
+"""Initial weights of a CLIP model, from what `[model.init]` names."""
 
 from __future__ import annotations
 
