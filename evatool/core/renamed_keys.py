@@ -20,6 +20,9 @@ RECIPE_KEYS = {
 PREDICTION_ARRAYS = {"picture_of_text": "image_of_text"}
 """Arrays of the predictions that an evaluation keeps (`predictions/*/*.npz`)."""
 
+GALLERY_KEYS = {"picture": "image"}
+"""Keys of one query or candidate in kept retrieval examples (`predictions/*/*.gallery.json`, `gallery.json`)."""
+
 
 def rename(found: Mapping[str, Any], table: Mapping[str, str], where: str) -> dict[str, Any]:
     """`found` under today's names. Raises: DataError where a name stands there in both forms."""

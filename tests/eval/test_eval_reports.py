@@ -77,7 +77,7 @@ def demo_of(results: EvalResults, image: bytes, gallery: Gallery | None = None) 
         samples=[CaptionedImage(image, "a squid")],
         data_text="Real drawings.",
         losses=[LossCurve("Teacher", [0, 100, 200], [4.8, 4.0, 3.5], 4.85, "a guess", "first")],
-        mim_pictures=[image],
+        mim_images=[image],
         mim_text="Grey was hidden.",
         gallery=gallery,
         machine="2 CPU cores",
@@ -160,7 +160,7 @@ def test_the_contact_sheet_stands_in_for_single_pictures(tmp_path: Path, results
 
 
 def test_a_missing_picture_leaves_no_report(tmp_path: Path, results: EvalResults) -> None:
-    demo = DemoReport("A demo", "", results, mim_pictures=[tmp_path / "gone.png"])
+    demo = DemoReport("A demo", "", results, mim_images=[tmp_path / "gone.png"])
     with pytest.raises(DataError, match="cannot read a picture"):
         write_demo_report(tmp_path / "report.html", demo)
     assert list(tmp_path.iterdir()) == []

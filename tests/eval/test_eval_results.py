@@ -164,6 +164,14 @@ def test_galleries_read_back_equal(tmp_path: Path, gallery: Gallery) -> None:
     assert read_gallery(tmp_path / "gallery.json") == gallery
 
 
+def test_galleries_of_older_runs_are_read(tmp_path: Path, gallery: Gallery) -> None:
+    write_gallery(tmp_path / "gallery.json", gallery)
+    text = (tmp_path / "gallery.json").read_text().replace('"image":', '"picture":')
+    (tmp_path / "old.json").write_text(text)
+    assert '"picture":' in text
+    assert read_gallery(tmp_path / "old.json") == gallery
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"best": []}'], ids=["cut-off", "list", "half"])
 def test_a_damaged_gallery_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "gallery.json").write_text(content)

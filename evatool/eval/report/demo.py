@@ -93,7 +93,7 @@ def write_demo_report(out: Path, data: DemoReport) -> None:
         notes=model_notes(results.models),
         steps=_timed_steps(data.steps),
         total_time=words.duration(sum(step.seconds for step in data.steps)),
-        samples=[{"picture": data_uri(s.image), "caption": s.caption} for s in data.samples],
+        samples=[{"image": data_uri(s.image), "caption": s.caption} for s in data.samples],
         sheet=data_uri(data.contact_sheet) if data.contact_sheet and not data.samples else None,
         data_text=data.data_text,
         curves=_curves(data.losses, names),

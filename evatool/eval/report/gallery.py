@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from evatool.core.errors import DataError
+from evatool.core.renamed_keys import GALLERY_KEYS, rename
 from evatool.eval.results import write_atomically
 
 if TYPE_CHECKING:
@@ -172,16 +173,21 @@ def read_gallery(path: Path) -> Gallery:
         table = json.loads(path.read_text(encoding="utf-8"))
         best, worst = ([_retrieval(row) for row in table[key]] for key in ("best", "worst"))
         return Gallery(table["model"], table["set"], best, worst)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"cannot read retrieval examples: {error}", where=str(path), fix="run evatool eval") from error
 
 
 def _retrieval(row: dict[str, Any]) -> Retrieval:
     return Retrieval(
         direction=row["direction"],
-        query=Item(**row["query"]),
-        found=[Found(Item(**f["item"]), f["is_right"], f["score"]) for f in row["found"]],
+        query=_item(row["query"]),
+        found=[Found(_item(f["item"]), f["is_right"], f["score"]) for f in row["found"]],
         rank=row["rank"],
         num_candidates=row["num_candidates"],
-        right=Item(**row["right"]) if row["right"] else None,
+        right=_item(row["right"]) if row["right"] else None,
     )
+
+
+def _item(row: dict[str, Any]) -> Item:
+    """An item as it is stored, by today's names of its keys or by those of older evaluations."""
+    return Item(**rename(row, GALLERY_KEYS, "retrieval examples"))
