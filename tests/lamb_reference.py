@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from evatool.core.batch import Batch, LossDict, ParamGroup
+from evatool.core.batch import Batch, LossDict
+from evatool.core.param_group import ParamGroup
 from evatool.distributed.collectives import rank, world_size
 from evatool.distributed.engines.build import build_engine
 from evatool.distributed.engines.optimizer_state import LayerwiseOptimizer

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from evatool.checkpoint.load import Checkpoint, latest_checkpoint, load_checkpoint
 from evatool.checkpoint.save import save_run
-from evatool.core.batch import Batch, LossDict, ParamGroup
+from evatool.core.batch import Batch, LossDict
+from evatool.core.loader import Loader
+from evatool.core.param_group import ParamGroup
 from evatool.distributed.collectives import all_gather_with_grad, rank, world_size
 from evatool.distributed.engines.build import Engine, build_engine
 from evatool.distributed.world import World
@@ -84,7 +86,7 @@ class ToyObjective(nn.Module):
         return {"loss": (to_text + to_image) / 2, "logit_scale": scale.detach()}
 
 
-class ToyLoader:
+class ToyLoader(Loader):
     """This rank's rows of batches of `B` samples over all ranks."""
 
     def __init__(

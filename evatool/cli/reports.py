@@ -7,14 +7,14 @@ from typing import Any
 
 from evatool.cli.console import Report
 from evatool.cli.figures import derived_values
-from evatool.core.batch import Result
 from evatool.recipe.load import Resolved
 from evatool.recipe.write import format_value, to_table, to_toml
+from evatool.runs.result import Result
 
 
 def result_report(result: Result) -> Report:
     """What was made, where, the figures, and the next command."""
-    from evatool.runs.run_dir import result_to_json
+    from evatool.runs.result import result_to_json
 
     table = result.table or ([["metric", "value"], *map(_metric_row, result.metrics.items())] if result.metrics else [])
     lines = [f"{result.stage}: done in {result.run_dir}"]

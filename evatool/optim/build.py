@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from evatool.core.batch import ParamGroup
+from evatool.core.param_group import ParamGroup
 from evatool.optim.lamb import Lamb
 from evatool.recipe.schema import LambSection, OptimSection
 

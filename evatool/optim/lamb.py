@@ -12,8 +12,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from evatool.core.batch import ParamGroup
 from evatool.core.errors import RecipeError
+from evatool.core.param_group import ParamGroup
 from evatool.distributed.collectives import all_reduce_sum
 from evatool.distributed.engines.optimizer_state import MOMENTS, LayerwiseOptimizer, Piece, Pieces
 

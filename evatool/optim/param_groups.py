@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from evatool.core.batch import ParamGroup
 from evatool.core.errors import RecipeError
+from evatool.core.param_group import ParamGroup
 from evatool.recipe.schema import GroupSection, OptimSection
 
 __all__ = ["ParamGroup", "build_param_groups", "decays", "group_table", "layer_of", "tower_of"]

@@ -15,14 +15,13 @@ from types import FrameType
 from typing import Any
 
 from evatool.core import errors
-from evatool.core.batch import Result
 from evatool.core.errors import EvatoolError, ExitCode, RecipeError
 from evatool.recipe.schema import EvalRecipe, Recipe, TrainingRecipe
+from evatool.runs.result import Result, read_result
 from evatool.runs.run_dir import (
     RunOptions,
     check_run_dir,
     first_failure,
-    read_result,
     read_status,
     run_path,
     write_status,

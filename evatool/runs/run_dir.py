@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import platform
 import subprocess
@@ -23,11 +22,11 @@ from typing import Any
 
 import evatool
 from evatool.core import logging as logs
-from evatool.core.batch import Result
 from evatool.core.errors import CheckpointError, ExitCode, RecipeError, UsageError
 from evatool.recipe.load import load_recipe
 from evatool.recipe.schema import Recipe
 from evatool.recipe.write import flatten, format_value, to_table, to_toml
+from evatool.runs.result import Result, read_result, result_to_json
 
 log = logging.getLogger(__name__)
 
@@ -205,30 +204,6 @@ def stored_result(recipe: Recipe, options: RunOptions) -> Result | None:
     return read_result(path)
 
 
-def read_result(path: Path) -> Result:
-    """The result that a finished run left in its folder."""
-    stored = json.loads((path / "result.json").read_text(encoding="utf-8"))
-    return Result(
-        stage=stored["stage"],
-        run_dir=Path(stored["run_dir"]),
-        outputs={name: Path(output) for name, output in stored["outputs"].items()},
-        metrics=stored["metrics"],
-        next_command=stored["next_command"],
-        table=stored["table"],
-    )
-
-
-def result_to_json(result: Result) -> dict[str, Any]:
-    """What `--json` prints for a result."""
-    return {
-        "stage": result.stage,
-        "run_dir": str(result.run_dir),
-        "outputs": {name: str(path) for name, path in result.outputs.items()},
-        "metrics": _finite(result.metrics),
-        "next_command": result.next_command,
-    }
-
-
 # ---------------------------------------------------------------------------------------------------- used folders
 
 
@@ -397,12 +372,3 @@ def _last_logged_step(metrics: Path) -> int | None:
         except (ValueError, KeyError, TypeError):
             continue  # a line cut off by a crash
     return None
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, bool | int | str) or value is None:
-        return value
-    return float(value) if math.isfinite(value) else None

@@ -14,9 +14,9 @@ from pathlib import Path
 from types import FrameType
 
 from evatool.core import logging as logs
-from evatool.core.batch import Result
 from evatool.core.errors import EvatoolError, ExitCode, Preempted
 from evatool.recipe.load import Resolved
+from evatool.runs.result import Result
 from evatool.runs.run_dir import RunDir, RunOptions, check_run_dir, run_path, stored_result
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from evatool.core.batch import Result
 from evatool.core.errors import EvatoolError
 from evatool.core.progress import progress
 from evatool.data.prepare.contact_sheet import draw_contact_sheet
@@ -24,6 +23,7 @@ from evatool.data.prepare.pack import Packed, pack_drawings, pack_folder
 from evatool.data.tar.writer import MANIFEST, sync_folder, write_file
 from evatool.recipe.schema import DataPrepareRecipe
 from evatool.runs.chain import use_data
+from evatool.runs.result import Result
 from evatool.runs.run_dir import RunOptions, open_run_dir
 
 log = logging.getLogger(__name__)

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from evatool.core.batch import Result
 from evatool.core.errors import EvatoolError
 from evatool.eval.report.demo import CaptionedImage, ChainStep, DemoReport, LossCurve, write_demo_report
 from evatool.eval.report.gallery import read_gallery
 from evatool.eval.results import EvalResults, read_results, write_atomically
 from evatool.recipe.load import load_recipe
+from evatool.runs.result import Result
 from evatool.runs.run_dir import RunOptions
 from evatool.stages import run_stage
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from evatool.core.batch import Result
 from evatool.objective.distill import DistillObjective
 from evatool.plan.towers import image_flops, text_flops
 from evatool.recipe.schema import DistillRecipe
 from evatool.runs import chain
+from evatool.runs.result import Result
 from evatool.runs.run_dir import RunOptions
 from evatool.stages.training import build as wiring
 from evatool.stages.training import loop as training_loop

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 import evatool
-from evatool.core.batch import Result
 from evatool.core.errors import DependencyError, EvatoolError, RecipeError
 from evatool.core.progress import progress
 from evatool.distributed.collectives import gather_objects
@@ -23,6 +22,7 @@ from evatool.eval.encode import fail_on_all_ranks
 from evatool.eval.results import EvalResults, Failure, file_name
 from evatool.eval.suite import Suite, SuiteSet, fetch_command, find_sets, load_suite
 from evatool.recipe.schema import EvalRecipe, EvalSection
+from evatool.runs.result import Result
 from evatool.runs.run_dir import RunOptions, open_run_dir
 from evatool.stages.evaluating.measure import Evaluation, measure_set
 from evatool.stages.evaluating.models import load_model

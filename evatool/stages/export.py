@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 import evatool
-from evatool.core.batch import Result
 from evatool.core.errors import UsageError
 from evatool.eval.results import main_metrics, read_results
 from evatool.export.folder import Target
@@ -20,6 +19,7 @@ from evatool.export.model_card import CardFacts
 from evatool.inference.loaded_clip import DTYPES, LoadedClip, UnloadedClip, find_clip, load_clip
 from evatool.model.config import ModelConfig
 from evatool.recipe.schema import ExportRecipe, ExportSection
+from evatool.runs.result import Result
 from evatool.runs.run_dir import RunOptions, open_run_dir
 from evatool.stages.exporting import deepspeed as export_deepspeed
 from evatool.stages.exporting.formats import export_model, round_weights

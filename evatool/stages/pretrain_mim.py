@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from evatool.core.batch import Result
 from evatool.model.mim import build_mim
 from evatool.model.presets import ModelConfig
 from evatool.objective.mim import MimObjective
 from evatool.plan.towers import image_flops, mim_flops
 from evatool.recipe.schema import PretrainMimRecipe
 from evatool.runs import chain
+from evatool.runs.result import Result
 from evatool.runs.run_dir import RunOptions
 from evatool.stages.training import build as wiring
 from evatool.stages.training import loop as training_loop

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evatool.core.batch import Batch, Result
+from evatool.core.batch import Batch
 from evatool.core.errors import UsageError
 from evatool.core.progress import progress
 from evatool.data.feature_store.fill import missing_batches, num_rows
 from evatool.data.train.loader import TrainLoader
 from evatool.distributed.collectives import gather_objects
 from evatool.recipe.schema import DistillRecipe, PretrainMimRecipe, TrainClipRecipe
+from evatool.runs.result import Result
 from evatool.runs.run_dir import RunOptions
 from evatool.stages.training import build as wiring
 

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from evatool.core.batch import ParamGroup
 from evatool.core.errors import CheckpointError
+from evatool.core.param_group import ParamGroup
 from evatool.distributed.engines.build import Engine
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evatool.core.batch import ParamGroup
+from evatool.core.param_group import ParamGroup
 from evatool.distributed.collectives import all_reduce_sum
 
 

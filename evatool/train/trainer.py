@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from evatool.core.batch import Batch, Loader, LossDict, ParamGroup
+from evatool.core.batch import Batch, LossDict
 from evatool.core.errors import Interrupted, NumericalError, Preempted
+from evatool.core.loader import Loader
+from evatool.core.param_group import ParamGroup
 from evatool.distributed.collectives import all_reduce_mean, gather_objects, rank, waited_sec
 from evatool.distributed.engines.build import Engine
 from evatool.train.grad_cache import forward_backward
@@ -194,9 +196,8 @@ class Trainer:
 
     def data_counts(self) -> dict[str, float]:
         """What the loaders of all ranks count (bad samples by cause, spares), summed; every rank must call it."""
-        counted = getattr(self.loader, "figures", dict)  # a plain iterator of batches counts nothing
         total: Counter[str] = Counter()
-        for figures in gather_objects(counted()):
+        for figures in gather_objects(dict(self.loader.counts())):
             total.update(figures)
         return dict(total)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from typer.testing import Result
 
-from evatool.core.batch import Result as StageResult
+from evatool.runs.result import Result as StageResult
 from evatool.runs.run_dir import RunOptions, open_run_dir
 
 Invoke = Callable[..., Result]

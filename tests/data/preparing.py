@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from evatool.core.batch import Result
 from evatool.recipe.load import Resolved
 from evatool.recipe.schema import DataPrepareRecipe
+from evatool.runs.result import Result
 from evatool.runs.run_dir import RunOptions
 from evatool.stages import run_stage
 

@@ -15,7 +15,7 @@ from evatool.distributed.world import World
 from evatool.recipe import schema
 from evatool.train.grad_cache import forward_backward
 from evatool.train.loss_spike import SpikeGate
-from evatool.core.batch import ParamGroup
+from evatool.core.param_group import ParamGroup
 
 pytestmark = pytest.mark.dist
 

@@ -19,7 +19,8 @@ from evatool.objective.tiled.infonce import infonce_loss
 from evatool.objective.mim import MimObjective
 from evatool.objective.tiled.sigmoid import sigmoid_loss
 from evatool.recipe import schema
-from evatool.core.batch import Batch, ParamGroup
+from evatool.core.batch import Batch
+from evatool.core.param_group import ParamGroup
 
 pytestmark = pytest.mark.dist
 

@@ -19,7 +19,7 @@ from evatool.recipe import schema
 from evatool.train.grad_cache import forward_backward
 from evatool.train.loss_spike import SpikeGate
 from evatool.train.hooks.guards import NonFiniteGuard
-from evatool.core.batch import ParamGroup
+from evatool.core.param_group import ParamGroup
 
 pytestmark = pytest.mark.dist
 

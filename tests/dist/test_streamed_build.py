@@ -18,7 +18,8 @@ from evatool.distributed.engines.sharded_state import ShardedState
 from evatool.distributed.world import World
 from evatool.optim.build import build_optimizer
 from evatool.recipe.schema import EngineSection
-from evatool.core.batch import Batch, LossDict, ParamGroup
+from evatool.core.batch import Batch, LossDict
+from evatool.core.param_group import ParamGroup
 
 pytestmark = pytest.mark.dist
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from evatool.core.batch import Result
 from evatool.recipe.load import list_recipes, load_recipe
+from evatool.runs.result import Result
 from evatool.runs.run_dir import RunOptions
 from evatool.stages import run_stage
 

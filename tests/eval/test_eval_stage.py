@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evatool.core.batch import Result
 from evatool.core.errors import CheckpointError, DataError, EvatoolError, ExitCode, RecipeError, UsageError
 from evatool.eval.report.gallery import read_gallery
 from evatool.eval.results import EvalResults, read_results
@@ -21,6 +20,7 @@ from evatool.recipe.schema import (
     FewShotSection,
     LinearProbeSection,
 )
+from evatool.runs.result import Result
 from evatool.runs.run_dir import RunOptions
 from evatool.stages import data_prepare
 from evatool.stages import eval as eval_stage

@@ -8,7 +8,7 @@ from dense_loss import dense_infonce, dense_sigmoid
 from joint_clip import NUM_MASKED, JointParts, joint_parts
 from torch import nn
 
-from evatool.core.batch import ParamGroup
+from evatool.core.param_group import ParamGroup
 from evatool.distributed.engines.build import build_engine
 from evatool.distributed.world import World
 from evatool.model.mim import MimModel, masked_tokens

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from evatool.core.batch import Result
 from evatool.recipe.load import resolve_table
+from evatool.runs.result import Result
 from evatool.runs.run_dir import RunOptions
 from evatool.stages import run_stage
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from evatool.core.batch import Result
 from evatool.core.errors import BadDataLimitError, CheckpointError
+from evatool.runs.result import Result
 from evatool.train.hooks.base import read_metrics
 
 pytestmark = pytest.mark.e2e

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evatool.core.batch import Result
 from evatool.core.errors import DataError, Preempted, RecipeError
 from evatool.inference.loaded_clip import load_clip
 from evatool.recipe.load import resolve_table
 from evatool.recipe.write import to_table
+from evatool.runs.result import Result
 from evatool.runs.run_dir import RunOptions
 from evatool.stages import run_stage
 from evatool.stages.training import teachers

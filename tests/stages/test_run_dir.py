@@ -13,7 +13,6 @@ from types import ModuleType
 import pytest
 
 import evatool.stages
-from evatool.core.batch import Result
 from evatool.core.errors import (
     CheckpointError,
     DataError,
@@ -27,6 +26,7 @@ from evatool.core.errors import (
 from evatool.recipe.load import Resolved, load_recipe
 from evatool.recipe.write import to_toml
 from evatool.runs import run_dir as run_dir_module
+from evatool.runs.result import Result
 from evatool.runs.run_dir import RunDir, RunOptions, open_run_dir, read_status, stored_result, write_text
 from evatool.stages import run_stage
 

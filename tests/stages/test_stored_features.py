@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from test_training_stages import StopAfter
 
 from evatool.cli.store_features import store_features_report
-from evatool.core.batch import Result
 from evatool.core.errors import DataError, Preempted, UsageError
 from evatool.data.feature_store.store import FeatureStore
 from evatool.recipe.load import resolve_table
+from evatool.runs.result import Result
 from evatool.runs.run_dir import RunOptions
 from evatool.stages import run_stage
 from evatool.stages.training import loop as training_loop

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 import evatool
-from evatool.core.batch import Result
 from evatool.core.errors import DependencyError, RecipeError
 from evatool.model.clip import build_clip
 from evatool.model.presets import resolve_preset
 from evatool.optim.locking import lock
 from evatool.recipe.load import resolve_table
+from evatool.runs.result import Result
 from evatool.runs.run_dir import RunOptions
 from evatool.stages import run_stage
 from evatool.stages.training import build as wiring

@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import evatool
-from evatool.core.batch import Result
 from evatool.core.errors import CheckpointError, Preempted, RecipeError, UsageError
 from evatool.recipe.load import load_recipe
+from evatool.runs.result import Result
 from evatool.stages.training import build as wiring
 from evatool.stages.training import loop as training_loop
 from evatool.train.hooks.base import Hook, read_metrics

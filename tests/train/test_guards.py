@@ -12,6 +12,7 @@ import torch
 from toy_run import NUM_STEPS, B, make_trainer
 
 from evatool.core.errors import ExitCode, NumericalError
+from evatool.core.loader import Loader
 from evatool.train.hooks.base import Hook, read_metrics
 from evatool.train.hooks.guards import NonFiniteGuard, StuckAtStart
 from evatool.train.loss_spike import SpikeGate
@@ -24,7 +25,7 @@ def _records_reach_caplog(monkeypatch):
     monkeypatch.setattr(logging.getLogger("evatool"), "propagate", True)
 
 
-class Poisoned:
+class Poisoned(Loader):
     """The trainer's loader, with pictures of `value` in the batches that begin at these positions."""
 
     def __init__(self, trainer: Trainer, positions: set[int], value: float) -> None:

@@ -10,7 +10,8 @@ from tiny_clip import TinyPatchTeacher, TinyStudent, make_batch, tiny_clip
 from tiny_distill import DISTILLATIONS, tiny_distillation
 from torch import nn
 
-from evatool.core.batch import Batch, ParamGroup
+from evatool.core.batch import Batch
+from evatool.core.param_group import ParamGroup
 from evatool.distributed.engines.build import Engine, build_engine
 from evatool.distributed.world import World
 from evatool.model.clip import build_clip

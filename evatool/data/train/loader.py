@@ -16,6 +16,7 @@ from torch.utils.data import Sampler
 
 from evatool.core.batch import Batch
 from evatool.core.errors import CheckpointError, RecipeError
+from evatool.core.loader import Loader
 from evatool.data.feature_store.store import FeatureStore, Views, open_store
 from evatool.data.image.decode import fast_jpeg_decoder
 from evatool.data.image.nonstandard import TrainingImages
@@ -43,7 +44,7 @@ LOCAL_WINDOW, REMOTE_WINDOW = 64, 16
 """Shards shuffled together where the recipe does not say: fewer where each has to be fetched."""
 
 
-class TrainLoader:
+class TrainLoader(Loader):
     """Batches of one rank without end, from `position` on.
 
     Attributes:
@@ -100,7 +101,7 @@ class TrainLoader:
             for line in self.bad.summary():
                 log.warning("data: %s", line)
 
-    def figures(self) -> dict[str, float]:
+    def counts(self) -> dict[str, float]:
         """This rank's counts of bad samples, spares and converted pictures, for the metrics; empty while there are
         none. Rank 0 has those from before a resume, too."""
         return self.bad.figures()

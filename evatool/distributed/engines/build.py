@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from evatool.core.batch import ParamGroup
 from evatool.core.errors import RecipeError
+from evatool.core.param_group import ParamGroup
 from evatool.distributed.engines.base import Bounds as Bounds
 from evatool.distributed.engines.base import Engine as Engine
 from evatool.distributed.engines.blocks import checkpoint_blocks, compile_blocks

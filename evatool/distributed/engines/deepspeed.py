@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from evatool.core.batch import Batch, LossDict, ParamGroup
+from evatool.core.batch import Batch, LossDict
 from evatool.core.errors import DependencyError
+from evatool.core.param_group import ParamGroup
 from evatool.distributed.engines.amp import LossScale, autocast, poisoned_if_not_finite
 from evatool.distributed.engines.base import Bounds, Engine
 from evatool.distributed.engines.blocks import has_no_weights, materialize

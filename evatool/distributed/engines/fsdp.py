@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.utils import get_total_norm
 
-from evatool.core.batch import ParamGroup
+from evatool.core.param_group import ParamGroup
 from evatool.distributed.collectives import all_reduce_sum
 from evatool.distributed.engines.blocks import blocks_of, has_no_weights, materialize
 from evatool.distributed.engines.ddp import DdpEngine

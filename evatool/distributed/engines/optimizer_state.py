@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evatool.core.batch import ParamGroup
 from evatool.core.errors import CheckpointError
+from evatool.core.param_group import ParamGroup
 from evatool.distributed.collectives import rank
 from evatool.distributed.engines.sharded_state import ShardedState, read_piece
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from evatool.core.batch import Result
 from evatool.core.errors import EvatoolError
 from evatool.eval.model_differences import add_averages, add_differences, add_seed_rows
 from evatool.eval.predictions import ClassificationResult
@@ -14,6 +13,7 @@ from evatool.eval.report.gallery import MissedImage, missed_image, write_gallery
 from evatool.eval.report.page import how_measured, text_table, write_eval_report
 from evatool.eval.report.tables import write_csv, write_markdown
 from evatool.eval.results import EvalResults, compared_pairs, main_metrics, read_results, write_results
+from evatool.runs.result import Result
 from evatool.stages.evaluating.measure import Evaluation, open_set
 
 log = logging.getLogger(__name__)

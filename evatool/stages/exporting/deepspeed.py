@@ -9,11 +9,11 @@ from torch import Tensor
 
 from evatool.checkpoint.layout import MODEL_PREFIX
 from evatool.checkpoint.load import latest_checkpoint, load_checkpoint
-from evatool.core.batch import Result
 from evatool.core.errors import UsageError
 from evatool.export.deepspeed_universal import WRITTEN_FOR, write_universal
 from evatool.formats.safetensors import TensorMap, shape_of
 from evatool.recipe.schema import ExportRecipe
+from evatool.runs.result import Result
 from evatool.runs.run_dir import RunOptions, open_run_dir
 
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from evatool.checkpoint.layout import MODEL_PREFIX
 from evatool.checkpoint.load import Checkpoint, latest_checkpoint, load_checkpoint
-from evatool.core.batch import ParamGroup
 from evatool.core.errors import RecipeError
+from evatool.core.param_group import ParamGroup
 from evatool.data.feature_store.store import Views
 from evatool.data.train.loader import TrainLoader, build_train_loader
 from evatool.data.train.masking import MaskSpec

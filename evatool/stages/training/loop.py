@@ -12,7 +12,7 @@ from torch import nn
 from evatool.checkpoint.layout import MODEL_PREFIX
 from evatool.checkpoint.load import Checkpoint, latest_checkpoint, load_checkpoint
 from evatool.checkpoint.save import save_run
-from evatool.core.batch import ParamGroup, Result
+from evatool.core.param_group import ParamGroup
 from evatool.data.train.loader import TrainLoader
 from evatool.distributed.collectives import gather_objects
 from evatool.distributed.engines.build import Engine
@@ -20,6 +20,7 @@ from evatool.model.config import ModelConfig
 from evatool.optim.schedules import build_schedule, warmup_steps_of
 from evatool.recipe.schema import DistillRecipe, TrainClipRecipe
 from evatool.recipe.write import flatten, to_table, to_toml
+from evatool.runs.result import Result
 from evatool.runs.run_dir import RunDir
 from evatool.stages.training import build as wiring
 from evatool.stages.training.build import Job
