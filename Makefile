@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 # One thread a test process: the tests run two at a time, and tiny tensors gain nothing from more.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest
 
-.PHONY: demo test test-full lint format quickstart reference evidence install clean
+.PHONY: demo test test-full lint format quickstart reference docs evidence install clean
 
 demo: $(STAMP)
 	$(VENV)/bin/evatool demo
@@ -40,6 +40,10 @@ reference: $(STAMP)
 	$(VENV)/bin/evatool recipe schema > docs/recipe.schema.json
 	$(PY) docs/map.py
 
+# The API reference from the docstrings, in build/docs/.
+docs: $(STAMP)
+	$(PY) docs/make_reference.py
+
 # The runs behind docs/evidence.md, an hour of two cores, and the page. Resumable: a finished run is not repeated.
 evidence: $(STAMP)
 	$(PY) recipes/evidence/run.py
@@ -60,4 +64,4 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis .test-full.json
+	rm -rf $(VENV) runs build .pytest_cache .ruff_cache .mypy_cache .hypothesis .test-full.json

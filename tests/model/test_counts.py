@@ -89,7 +89,10 @@ def test_teachers_are_open_clips_own_models(name):
     with torch.device("meta"):
         ours = build_clip(resolve_preset(name))
         expected = open_clip.create_model(TEACHERS[name], device="meta", force_custom_text=True)
-    shapes = lambda model: {key: tuple(t.shape) for key, t in model.state_dict().items() if key != "logit_scale"}
+
+    def shapes(model):
+        return {key: tuple(t.shape) for key, t in model.state_dict().items() if key != "logit_scale"}
+
     assert shapes(ours) == shapes(expected)
     assert resolve_preset(name).quick_gelu == theirs.get("quick_gelu", False)
     assert resolve_preset(name).num_heads == theirs["vision_cfg"]["width"] // theirs["vision_cfg"].get("head_width", 64)
