@@ -27,7 +27,7 @@ ARROWS: dict[str, str] = {
     "teachers": "core formats distributed model weights",
     "objective": "core recipe distributed model teachers",
     "optim": "core recipe distributed",
-    "train": "core distributed",
+    "train": "core distributed objective",
     "eval": "core distributed",
     "export": "core formats model weights",
     "inference": "core formats checkpoint data model weights export",

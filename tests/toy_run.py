@@ -18,9 +18,11 @@ from evatool.checkpoint.save import save_run
 from evatool.core.batch import Batch, LossDict
 from evatool.core.loader import Loader
 from evatool.core.param_group import ParamGroup
+from evatool.core.step import StepContext
 from evatool.distributed.collectives import all_gather_with_grad, rank, world_size
 from evatool.distributed.engines.build import Engine, build_engine
 from evatool.distributed.world import World
+from evatool.objective.base import START, Objective
 from evatool.optim.build import build_optimizer
 from evatool.optim.param_groups import build_param_groups
 from evatool.optim.schedules import warmup_cosine
@@ -67,7 +69,7 @@ class ToyClip(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
 
 
-class ToyObjective(nn.Module):
+class ToyObjective(Objective):
     parameter_bounds = {"model.logit_scale": (0.0, math.log(100))}  # noqa: RUF012
 
     def __init__(self, dropout: float = 0.1, has_projection: bool = False) -> None:
@@ -75,7 +77,7 @@ class ToyObjective(nn.Module):
         self.model = ToyClip(dropout)
         self.projection = nn.Linear(E, E) if has_projection else None
 
-    def forward(self, batch: Batch) -> LossDict:
+    def forward(self, batch: Batch, step: StepContext = START) -> LossDict:
         assert batch.tokens is not None
         image, text = F.normalize(self.model.visual(batch.image), dim=-1), self.model.text(batch.tokens)
         text = F.normalize(text if self.projection is None else self.projection(text), dim=-1)
@@ -106,7 +108,7 @@ class ToyLoader(Loader):
 
 
 def toy_engine(
-    objective: nn.Module,
+    objective: Objective,
     groups: list[ParamGroup],
     kind: str = "auto",
     zero_stage: int = 0,
@@ -123,6 +125,7 @@ def toy_engine(
         precision=precision,
         grad_clip_norm=clip,
         optimizer=build_optimizer(optim or toy_optim(), groups),
+        bounds=objective.parameter_bounds,
     )
 
 

@@ -1,7 +1,13 @@
-"""Objectives whose loss compares the samples of a batch: features first, then a loss between them.
+"""The contract of every objective: a batch in, named losses out, and how a batch too large for the device is split.
 
-Divided like this, the loss of a large batch can be had from small ones (GradCache, arXiv 2101.06983): features without
-graph, the loss and its gradient with respect to them once, then each small batch again with that gradient.
+A subclass says by its base class how one optimiser step's batch may go through it in parts:
+
+- `FeatureObjective`, features first: a loss between the samples of a batch needs all of them at once, so the features
+  of every part are made first, then the loss once, then each part again with its features' gradients (GradCache).
+- `SumObjective`, sums: a mean over samples or patches is the weighted sum of its parts' means.
+- `Objective` itself: the batch is taken whole.
+
+Source: GradCache (arXiv 2101.06983).
 """
 
 # B samples of a batch
@@ -9,45 +15,88 @@ graph, the loss and its gradient with respect to them once, then each small batc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from evatool.core.batch import Batch, LossDict
+from evatool.core.step import StepContext
 
 Features = dict[str, Tensor]
 """By name: (B, ...) tensors with one row a sample, and scalars such as the temperature that all samples share."""
 
+START = StepContext()
+"""The first step of a run: what an objective assumes where it is called without a step."""
 
-class FeatureObjective(nn.Module, ABC):
-    """An objective in three parts, of which only `encode` uses parameters."""
+
+class Objective(nn.Module, ABC):
+    """Turns a batch into losses; it never steps, scales, clips or logs.
+
+    Attributes:
+        parameter_bounds: (low, high) of parameters by their names here; the engine holds them there after every step.
+        chance_loss: name of the logged loss that is ln(global batch size) while the features tell nothing apart; None
+            if there is none. A run watches it and says so where it does not move.
+    """
+
+    parameter_bounds: Mapping[str, tuple[float, float]] = MappingProxyType({})
+    chance_loss: str | None = None
+
+    @abstractmethod
+    def forward(self, batch: Batch, step: StepContext = START) -> LossDict:
+        """Losses of this rank's samples; every rank must call it together.
+
+        Args:
+            batch: on this rank's device.
+            step: where the run stands; schedules of losses follow `step.samples_seen`.
+        Returns: scalars with `"loss"` among them, the one to minimise, whose mean over ranks is that of the global
+            batch; the others are only logged, each as a mean over ranks.
+        """
+
+    def changing_weights(self, step: StepContext) -> dict[str, float]:
+        """Weights of losses that are not the same over the whole run, by the loss's name, as they are at this step."""
+        return {}
+
+
+class SumObjective(Objective):
+    """An objective that is a mean over samples or patches, so that its parts' losses add up with known weights."""
+
+    @abstractmethod
+    def shares(self, batches: Sequence[Batch]) -> list[float]:
+        """The weight of each part in the loss of the whole batch; together they are 1."""
+
+
+class FeatureObjective(Objective):
+    """An objective that compares the samples of a batch, in three parts of which only `encode` uses parameters."""
 
     @abstractmethod
     def encode(self, batch: Batch) -> Features:
-        """What the model makes of each sample, and its learned scalars, with gradient; no collective is called."""
+        """Features of each sample and the learned scalars, with gradient; no collective is called."""
 
     def targets(self, batch: Batch) -> Features:
-        """What the features are compared with besides each other, without gradient; nothing unless a subclass says."""
+        """Features without gradient that the model's are compared with, such as a teacher's; none by default."""
         return {}
 
     @abstractmethod
-    def losses(self, features: Features, batch: Batch) -> LossDict:
+    def losses(self, features: Features, batch: Batch, step: StepContext = START) -> LossDict:
         """Losses of this rank's samples against the global batch; all ranks must call it together.
 
         Args:
-            features: of `encode` and `targets` together.
-            batch: the same samples; only what is not a picture or text is looked at.
+            features: those of `encode` and `targets` together.
+            batch: the same samples; their images and texts are not looked at, and may be missing.
+            step: where the run stands.
         """
 
     def forward(
         self,
         batch: Batch,
+        step: StepContext = START,
         part: Literal["loss", "features", "encoding"] = "loss",
         gradients: Mapping[str, Tensor] | None = None,
     ) -> LossDict:
-        """The whole of it, or one part; through one method, since engines watch a module's `forward`.
+        """All three parts, or some; through one method, since engines watch a module's `forward`.
 
         Args:
             part: "loss" for the losses of the batch, "features" for `encode` and `targets`, "encoding" for `encode`.
@@ -55,7 +104,7 @@ class FeatureObjective(nn.Module, ABC):
                 gradient is the loss's own by way of these samples. Scalars that are left out get no gradient.
         """
         if part == "loss":
-            return self.losses(self.encode(batch) | self.targets(batch), batch)
+            return self.losses(self.encode(batch) | self.targets(batch), batch, step)
         encoded = self.encode(batch)
         if part == "features":
             return encoded | self.targets(batch)
@@ -63,7 +112,11 @@ class FeatureObjective(nn.Module, ABC):
 
 
 def surrogate_loss(features: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Tensor:
-    """A scalar whose gradient with respect to the features is `gradients`, and 0 for those without one."""
+    """A scalar whose gradient with respect to the features is `gradients`, and 0 for those without one.
+
+    With L the loss and g_k = dL/df_k known for each feature f_k, the sum S of all g_k f_k has dS/df_k = g_k, so a
+    backward pass through S reaches the parameters as one through L would.
+    """
     total = torch.zeros((), dtype=torch.float32)
     for name, feature in features.items():
         if feature.requires_grad:  # also at gradient 0: every parameter takes part in the pass, as engines expect

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from evatool.core.batch import Batch, LossDict
 from evatool.core.image_norm import normalize_images
+from evatool.core.step import StepContext
 from evatool.model.features import l2_normalize
 from evatool.model.text import encode_text
-from evatool.objective.base import FeatureObjective, Features
+from evatool.objective.base import START, FeatureObjective, Features
 from evatool.objective.tiled.infonce import infonce_loss
 from evatool.objective.tiled.sigmoid import sigmoid_loss
 from evatool.recipe.schema import FixedTemperature, InfoNceObjective, SigmoidObjective
@@ -41,6 +42,7 @@ class ClipObjective(FeatureObjective):
         self.model = model
         self.section = section
         self.parameter_bounds = PARAMETER_BOUNDS
+        self.chance_loss = "loss" if isinstance(section, InfoNceObjective) else None
         match section:
             case SigmoidObjective():
                 set_logit_scale(model, section.initial_scale)
@@ -57,7 +59,7 @@ class ClipObjective(FeatureObjective):
             features["bias"] = self.logit_bias.squeeze()
         return features
 
-    def losses(self, features: Features, batch: Batch) -> LossDict:
+    def losses(self, features: Features, batch: Batch, step: StepContext = START) -> LossDict:
         """Losses of this rank's samples against the global batch; all ranks must call it together.
 
         Returns: `loss` with gradient; for the log `i2t_top1`, `t2i_top1` (accuracy within the batch), `logit_scale`

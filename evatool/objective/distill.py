@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evatool.core.batch import Batch, LossDict
+from evatool.core.step import StepContext
 from evatool.model.features import FeaturePair, l2_normalize
 from evatool.model.text import fit_tokens
-from evatool.objective.base import FeatureObjective, Features
+from evatool.objective.base import START, FeatureObjective, Features
 from evatool.objective.clip import (
     PARAMETER_BOUNDS,
     encode_pair,
@@ -82,6 +83,7 @@ class DistillObjective(FeatureObjective):
             bias = INITIAL_BIAS if section.initial_bias is None else section.initial_bias
             self.logit_bias = nn.Parameter(torch.full((1,), bias))
         self.weights: dict[str, float] = {}
+        self.chance_loss = "contrastive_loss" if section.loss == "infonce" else None
         self.set_samples_seen(0)
 
     def set_samples_seen(self, samples_seen: int) -> None:
@@ -107,7 +109,7 @@ class DistillObjective(FeatureObjective):
             found |= {teacher.key("teacher_image"): image, teacher.key("teacher_text"): text}
         return found
 
-    def losses(self, features: Features, batch: Batch) -> LossDict:
+    def losses(self, features: Features, batch: Batch, step: StepContext = START) -> LossDict:
         """Losses of this rank's samples against the global batch; all ranks must call it together.
 
         Returns: `loss` (the weighted sum, with gradient); unweighted, for the log: `contrastive_loss`, and of those

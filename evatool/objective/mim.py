@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from evatool.core.batch import Batch, LossDict
 from evatool.core.image_norm import normalize_images
+from evatool.core.step import StepContext
+from evatool.objective.base import START, SumObjective
 
 
 class PatchTeacher(Protocol):
@@ -43,7 +45,7 @@ class PatchStore(Protocol):
         ...
 
 
-class MimObjective(nn.Module):
+class MimObjective(SumObjective):
     """A student that sees masked pictures, a teacher that sees whole ones, and the loss between their patch features.
 
     Args:
@@ -63,7 +65,7 @@ class MimObjective(nn.Module):
         """The frozen teacher."""
         return self._teacher[0]
 
-    def forward(self, batch: Batch) -> LossDict:
+    def forward(self, batch: Batch, step: StepContext = START) -> LossDict:
         """Loss of this rank's masked patches; no collective is called.
 
         Returns: `loss` with gradient, in [-1, 1]; `mask_ratio`, the share of patches that was masked.
@@ -73,7 +75,7 @@ class MimObjective(nn.Module):
         return {"loss": masked_feature_loss(prediction, target), "mask_ratio": batch.mask.float().mean()}
 
     def shares(self, batches: Sequence[Batch]) -> list[float]:
-        """What each part of a batch counts in its loss: its share of the masked patches."""
+        """The weight of each part of a batch in its loss: its share of the masked patches."""
         counts = [int(batch.mask.sum()) for batch in batches if batch.mask is not None]
         return [count / sum(counts) for count in counts]
 

@@ -31,9 +31,7 @@ def run(recipe: DistillRecipe, run: RunOptions) -> Result:
         groups = wiring.build_groups(recipe, objective, config)
         engine = wiring.build_job_engine(job, objective, groups)
         state = wiring.start_state(job, engine, groups, data.loader)
-        is_softmax = recipe.objective.loss == "infonce"  # only its loss starts at ln(batch)
-        key = "contrastive_loss" if is_softmax else None
-        hooks = training_loop.build_hooks(job, config, model=model, contrastive_key=key)
+        hooks = training_loop.build_hooks(job, config, model=model, contrastive_key=objective.chance_loss)
         hooks.insert(0, LossWeights(objective, recipe.objective.changing_weights))
         flops = 3 * (image_flops(config, recipe.model.patch_dropout) + text_flops(config))
         flops += sum(image_flops(teacher) + text_flops(teacher) for teacher in data.live)

@@ -27,10 +27,7 @@ def run(recipe: TrainClipRecipe, run: RunOptions) -> Result:
         groups = wiring.build_groups(recipe, objective, config)
         engine = wiring.build_job_engine(job, objective, groups)
         state = wiring.start_state(job, engine, groups, loader)
-        contrastive_key = None
-        if recipe.objective.kind == "infonce":  # only its loss starts at ln(batch)
-            contrastive_key = "contrastive_loss" if mim else "loss"
-        hooks = training_loop.build_hooks(job, config, model=model, contrastive_key=contrastive_key)
+        hooks = training_loop.build_hooks(job, config, model=model, contrastive_key=objective.chance_loss)
         flops = 3 * (image_flops(config, recipe.model.patch_dropout) + text_flops(config))
         if mim:
             flops += joint.joint_flops(config, mim)

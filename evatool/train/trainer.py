@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from evatool.core.batch import Batch, LossDict
 from evatool.core.errors import Interrupted, NumericalError, Preempted
 from evatool.core.loader import Loader
 from evatool.core.param_group import ParamGroup
+from evatool.core.step import StepContext
 from evatool.distributed.collectives import all_reduce_mean, gather_objects, rank, waited_sec
 from evatool.distributed.engines.build import Engine
+from evatool.objective.base import Objective
 from evatool.train.grad_cache import forward_backward
 from evatool.train.loss_spike import SpikeGate
 from evatool.train.signals import SAVE, StopRequests
@@ -56,7 +58,7 @@ class Trainer:
 
     def __init__(
         self,
-        objective: nn.Module,
+        objective: Objective,
         engine: Engine,
         loader: Loader,
         groups: Sequence[ParamGroup],
@@ -128,12 +130,14 @@ class Trainer:
         self._before_sec += data_wait_sec
         state, engine = self.state, self.engine
 
+        context = StepContext(state.step, state.samples_seen, self.num_steps)
         factor = self.schedule(state.step)
         engine.set_lrs([group.lr * group.lr_scale * factor for group in self.groups])
         losses = forward_backward(
             engine,
             self.objective,
             batch,
+            context,
             micro_batch_size=self._micro_batch_size or len(batch.keys),
             seed=step_seed(state.seed, state.step, rank()),
             gate=self.gate,
@@ -152,6 +156,8 @@ class Trainer:
         self._throughput.add(self.global_batch_size, data_wait_sec)
         if self.is_log_step:
             self.record = self._figures(losses, factor)
+            weights = self.objective.changing_weights(context)
+            self.record |= {f"train/weight/{name}": weight for name, weight in weights.items()}
         state.train_sec += time.perf_counter() - start
         for hook in self.hooks:
             hook.after_step(state, losses, self)

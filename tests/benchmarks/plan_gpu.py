@@ -60,6 +60,7 @@ def measured(config: ModelConfig, batch: int, checkpointing: Checkpointing, devi
         precision="bf16",
         grad_clip_norm=1.0,
         optimizer=build_optimizer(section, groups),
+        bounds=objective.parameter_bounds,
     )
     objective.train()
     image = torch.randint(0, 256, (batch, 3, config.image_size, config.image_size), dtype=torch.uint8, device=device)

@@ -57,6 +57,7 @@ def curve(engine_settings: dict[str, Any], precision: str, optim_kind: str) -> C
         precision=precision,
         grad_clip_norm=1.0,
         optimizer=build_optimizer(optim, groups),
+        bounds=objective.parameter_bounds,
     )
     # A float16 scale at which no rank's share of the gradient overflows, whatever their number; others ignore it.
     scale = {"loss_scale": torch.tensor([256.0]), "loss_scale_good_steps": torch.zeros(1, dtype=torch.int32)}

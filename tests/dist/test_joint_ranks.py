@@ -39,6 +39,7 @@ def two_steps(kind: str, zero_stage: int, loss: str, num_chunks: int) -> Outcome
         precision="fp32",
         grad_clip_norm=1.0,
         optimizer=torch.optim.AdamW(groups[0].params, lr=0.0, eps=1e-3, fused=True),
+        bounds=objective.parameter_bounds,
     )
     batch = rows_of(parts.batch, rank(), world_size())
     found = []

@@ -58,7 +58,7 @@ def losses_and_gradients(kind: str) -> tuple[dict[str, float], dict[str, torch.T
     groups = [ParamGroup("all", "other", None, 1e-3, 1.0, 0.0, [p for _, p in named], [name for name, _ in named])]
     world = World(rank(), world_size(), rank(), torch.device("cpu"))
     optimizer = torch.optim.AdamW([param for _, param in named])
-    settings = {"precision": "fp32", "grad_clip_norm": None, "optimizer": optimizer}
+    settings = {"precision": "fp32", "grad_clip_norm": None, "optimizer": optimizer, "bounds": objective.parameter_bounds}
     engine = build_engine(schema.EngineSection(), world, objective, groups, **settings)
     losses = engine.forward(rows_of(batch, rank(), world_size()))
     engine.backward(losses["loss"])

@@ -115,6 +115,7 @@ def held(cell: Cell) -> Held:
         precision="fp32",
         grad_clip_norm=1.0,
         optimizer=build_optimizer(optim, groups),
+        bounds=objective.parameter_bounds,
     )
     seen = watch_buckets(engine)
     objective.train()

@@ -41,6 +41,7 @@ def three_steps(kind: str, zero_stage: int, num_chunks: int) -> Outcome:
         precision="fp32",
         grad_clip_norm=1.0,
         optimizer=optimizer,
+        bounds=objective.parameter_bounds,
     )
     batch = rows_of(make_batch(16), rank(), world_size())
     losses = []

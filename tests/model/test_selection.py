@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from evatool.stages.training.initial_weights import init_clip
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from evatool.model.clip import build_clip
 from evatool.model.config import ModelConfig
 from evatool.model.presets import resolve_preset
 from evatool.recipe import schema
+from evatool.stages.training.initial_weights import init_clip
 from evatool.weights.load import load_clip_weights
 from evatool.weights.select import chosen, select_weights
 

@@ -83,6 +83,7 @@ def losses_and_gradients(parts: JointParts, micro_batch_size: int) -> dict[str, 
         precision="fp32",
         grad_clip_norm=None,
         optimizer=torch.optim.AdamW(groups[0].params, lr=0.0, fused=True),
+        bounds=objective.parameter_bounds,
     )
     losses = forward_backward(
         engine, objective, parts.batch, micro_batch_size=micro_batch_size, seed=3, gate=SpikeGate(None)

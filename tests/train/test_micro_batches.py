@@ -31,7 +31,8 @@ def engine_of(objective: nn.Module) -> Engine:
     optimizer = torch.optim.AdamW(groups[0].params, lr=0.0, fused=True)
     world = World(0, 1, 0, torch.device("cpu"))
     section = schema.EngineSection()
-    return build_engine(section, world, objective, groups, precision="fp32", grad_clip_norm=None, optimizer=optimizer)
+    settings = {"precision": "fp32", "grad_clip_norm": None, "bounds": objective.parameter_bounds}
+    return build_engine(section, world, objective, groups, optimizer=optimizer, **settings)
 
 
 def gradients(objective: nn.Module, batch: Batch, micro_batch_size: int, gate: SpikeGate | None = None) -> Found:

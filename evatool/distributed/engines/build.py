@@ -53,7 +53,7 @@ def build_engine(
     precision: str,
     grad_clip_norm: float | None,
     optimizer: torch.optim.Optimizer,
-    bounds: Bounds | None = None,
+    bounds: Bounds,
 ) -> Engine:
     """The recipe's engine around an objective, which it moves to the rank's device.
 
@@ -62,11 +62,10 @@ def build_engine(
             over ranks, `params` holds this rank's pieces from here on.
         precision: "fp32", "bf16" or "fp16" (autocast; weights, gradients and optimiser stay float32).
         optimizer: of these groups, from `optim.build`.
-        bounds: parameters kept within limits after each step, by their names in `objective`; its attribute
-            `parameter_bounds` when absent, if it has one (for instance {"model.logit_scale": (0, ln 100)}).
+        bounds: parameters kept within limits after each step, by their names in `objective`: its `parameter_bounds`
+            (for instance {"model.logit_scale": (0, ln 100)}).
     Raises: RecipeError where the engine cannot serve this job; DependencyError where its package is missing.
     """
-    bounds = bounds if bounds is not None else getattr(objective, "parameter_bounds", {})
     unknown = set(bounds) - {name for name, _ in objective.named_parameters()}
     assert not unknown, f"bounds of parameters that do not exist: {sorted(unknown)}"
     kind = engine_kind(section, world.world_size)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from evatool.core.batch import Batch, LossDict
 from evatool.core.image_norm import normalize_images
+from evatool.core.step import StepContext
 from evatool.distributed.collectives import all_reduce_mean
-from evatool.objective.base import Features
+from evatool.objective.base import START, Features
 from evatool.objective.clip import ClipObjective
 from evatool.objective.mim import PatchStore, PatchTeacher, masked_targets, patch_cosine
 from evatool.recipe.schema import InfoNceObjective, SigmoidObjective
@@ -66,6 +67,7 @@ class JointObjective(ClipObjective):
         super().__init__(model, section)
         assert section.mim is not None, "the joint objective needs its section"
         self.weight = section.mim.weight
+        self.chance_loss = "contrastive_loss" if isinstance(section, InfoNceObjective) else None
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.mim_head = nn.Linear(width, predict_dim)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -92,12 +94,12 @@ class JointObjective(ClipObjective):
         target[is_place] = rows
         return {"mim_target": target, "mim_is_place": is_place}
 
-    def losses(self, features: Features, batch: Batch) -> LossDict:
+    def losses(self, features: Features, batch: Batch, step: StepContext = START) -> LossDict:
         """As `ClipObjective.losses`, with `contrastive_loss` and `mim_loss` beside their weighted sum.
 
         The mean of `mim_loss` over ranks is the negative cosine averaged over all masked patches of the global batch.
         """
-        losses = super().losses(features, batch)
+        losses = super().losses(features, batch, step)
         is_place = features["mim_is_place"]
         cosine = patch_cosine(features["mim"], features["mim_target"]).masked_fill(~is_place, 0.0)
         # Ranks mask different numbers of patches; each patch of the global batch weighs the same.

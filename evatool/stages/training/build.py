@@ -29,6 +29,7 @@ from evatool.distributed.world import World, close_world, init_world
 from evatool.model.clip import build_clip
 from evatool.model.presets import ModelConfig, resolve_preset
 from evatool.model.vision import restore_buffers
+from evatool.objective.base import Objective
 from evatool.optim.build import build_optimizer
 from evatool.optim.locking import lock
 from evatool.optim.param_groups import build_param_groups, group_table
@@ -257,7 +258,7 @@ def build_groups(recipe: TrainingRecipe, objective: nn.Module, config: ModelConf
     return groups
 
 
-def build_job_engine(job: Job, objective: nn.Module, groups: Sequence[ParamGroup]) -> Engine:
+def build_job_engine(job: Job, objective: Objective, groups: Sequence[ParamGroup]) -> Engine:
     """The recipe's engine around the objective, on this rank's device; the table of groups goes to the run folder.
 
     An objective that was built without its weights gets its first ones here, unless a checkpoint's follow.
@@ -281,6 +282,7 @@ def build_job_engine(job: Job, objective: nn.Module, groups: Sequence[ParamGroup
         precision=job.recipe.train.precision,
         grad_clip_norm=optim.grad_clip_norm,
         optimizer=optimizer,
+        bounds=objective.parameter_bounds,
     )
     if first is not None and job.saved is None:
         engine.load_model_state(first)

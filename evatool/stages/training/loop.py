@@ -17,6 +17,7 @@ from evatool.data.train.loader import TrainLoader
 from evatool.distributed.collectives import gather_objects
 from evatool.distributed.engines.build import Engine
 from evatool.model.config import ModelConfig
+from evatool.objective.base import Objective
 from evatool.optim.schedules import build_schedule, warmup_steps_of
 from evatool.recipe.schema import DistillRecipe, TrainClipRecipe
 from evatool.recipe.write import flatten, to_table, to_toml
@@ -109,7 +110,7 @@ def _model_hooks(
 
 def build_trainer(
     job: Job,
-    objective: nn.Module,
+    objective: Objective,
     engine: Engine,
     loader: TrainLoader,
     groups: Sequence[ParamGroup],
