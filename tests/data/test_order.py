@@ -105,13 +105,13 @@ def test_spares_come_from_the_first_window_of_the_next_epoch() -> None:
     counts = np.full(20, 30)
     source = SourceOrder(5, counts, window=4)
     first_window = set(source.shards_of_window(600))
-    spares = [source.spare(position, 1) for position in range(0, 600, 7)]
+    spares = [source.replacement(position, 1) for position in range(0, 600, 7)]
     assert {draw for draw, _ in spares} == {1}
     assert {source.locate(sample)[0] for _, sample in spares} <= first_window
     assert len({sample for _, sample in spares}) > 60  # 86 spares out of 120 samples
-    assert source.spare(3, 2)[0] == 2
+    assert source.replacement(3, 2)[0] == 2
     whole = SourceOrder(5, counts, window=20)
-    spares = [whole.spare(position, 1)[1] for position in range(600)]
+    spares = [whole.replacement(position, 1)[1] for position in range(600)]
     assert sorted(spares) == list(range(600))  # with one window no two bad samples share a spare
     assert spares == whole(600 + np.arange(600)).tolist()
 
@@ -132,7 +132,7 @@ def test_with_replacement_every_sample_has_the_same_chance(window: int) -> None:
     if window == 3:
         inside = [source.locate(sample)[0] in source.shards_of_window(i) for i, sample in enumerate(found[:300])]
         assert all(inside)
-    draw, spare = source.spare(17, 1)
+    draw, spare = source.replacement(17, 1)
     assert (draw, spare) != (17, int(found[17]))
 
 
