@@ -7,13 +7,7 @@ from typing import Annotated
 
 import typer
 
-from evatool.cli import options as opt
-from evatool.cli.console import Report, execute
-
-EPILOG = (
-    "\b\nExamples:\n  evatool compare runs/eval-a runs/eval-b\n"
-    "  evatool compare runs/seed0 runs/seed1 runs/seed2 --out runs/seeds"
-)
+from evatool.cli.console import Report
 
 
 def compare(
@@ -27,18 +21,12 @@ def compare(
     resamples: Annotated[
         int | None, typer.Option("--resamples", metavar="N", min=1, help="Of the intervals. Default: the first run's.")
     ] = None,
-    json_output: opt.Json = False,
-    debug: opt.Debug = False,
-) -> None:
+) -> Report:
     """Compare evaluated models, sample by sample.
 
     No model is run: evaluations keep their answers. Each model against the first, paired over the same samples;
     models of one recipe also over their seeds.
     """
-    execute(lambda: _compare(runs, out, resamples), json_output=json_output, debug=debug)
-
-
-def _compare(runs: list[Path], out: Path | None, resamples: int | None) -> Report:
     from dataclasses import asdict
 
     from evatool.eval.compare import compare_runs

@@ -1,4 +1,4 @@
-"""Options that commands share, and the form of their examples."""
+"""Every option and argument that more than one command has, the short forms of the stages, and the form of examples."""
 
 from __future__ import annotations
 
@@ -43,6 +43,12 @@ DryRun = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show debug records, and the trace of an error.")]
 
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A .toml file or a shipped recipe's name.")]
+
+# Short forms: options that stand in for a recipe (short_forms.py).
+Captions = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Short form: CSV, TSV or JSONL with columns image and caption.")
+]
 TrainData = Annotated[
     Path | None,
     typer.Option("--data", metavar="DIR", help="Short form: shards, as data-prepare writes them (DIR or DIR/train)."),
@@ -53,4 +59,26 @@ Teacher = Annotated[
 SamplesSeen = Annotated[
     int | None,
     typer.Option("--samples-seen", metavar="N", min=1, help="Short form: length of the run. Default: 1000000."),
+]
+ExportFormat = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FORMAT",
+        help="Short form: open_clip, baai, timm, safetensors, onnx, torch-export or deepspeed. Default: open_clip.",
+    ),
+]
+ModelConfigOfFile = Annotated[
+    str | None,
+    typer.Option(metavar="JSON|PRESET", help="Short form: the model of a weight file that no preset fits."),
+]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(metavar="OWNER/NAME", help="Short form: also upload the verified files to the Hugging Face hub."),
+]
+Suite = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Short form: suite of evaluation sets. Default: drawings.")
+]
+EvalData = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Short form: evaluation sets (DIR or DIR/eval), one folder a set."),
 ]

@@ -1,14 +1,34 @@
-"""`evatool plan`: from a recipe to what it will need, as what `console.execute` prints."""
+"""`evatool plan`: what a training recipe will need, from formulas alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
+import typer
+
+from evatool.cli import options as opt
 from evatool.cli.console import Report, explain
-from evatool.plan.hardware import hardware
-from evatool.plan.job import job_of_recipe
-from evatool.plan.report import make_plan
-from evatool.recipe.load import load_recipe
+
+
+def plan(
+    recipe: opt.RecipeName,
+    gpus: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Ranks. Default: the recipe's engine.processes, else 1.")
+    ] = None,
+    gpu: Annotated[
+        str, typer.Option(metavar="NAME", help="h100, h200, a100-40, a100-80, mi300x or cpu (this machine).")
+    ] = "h100",
+    price: Annotated[
+        float | None, typer.Option("--price-per-gpu-hour", metavar="X", min=0, help="Also print the cost.")
+    ] = None,
+    overrides: opt.Overrides = None,
+) -> Report:
+    """Say what a training recipe will need, or that it cannot fit.
+
+    Memory, time, network, data and disk from formulas (docs/plan.md); nothing is built. What does not fit exits 1.
+    """
+    return plan_report(recipe, overrides or [], gpus, gpu, price)
 
 
 def plan_report(
@@ -18,7 +38,13 @@ def plan_report(
 
     Args:
         num_gpus: ranks; the recipe's `engine.processes`, else 1, when None.
+        price: money for one GPU-hour; no cost is printed when None.
     """
+    from evatool.plan.hardware import hardware
+    from evatool.plan.job import job_of_recipe
+    from evatool.plan.report import make_plan
+    from evatool.recipe.load import load_recipe
+
     gpu = hardware(gpu_name)
     resolved = load_recipe(source, overrides)
     engine = getattr(resolved.recipe, "engine", None)

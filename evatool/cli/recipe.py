@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from evatool.cli import options as opt
-from evatool.cli.console import Report, execute
+from evatool.cli.console import Report
+from evatool.cli.factory import command
 from evatool.core.errors import RecipeError
 
 recipe_app = typer.Typer(
@@ -15,107 +16,79 @@ recipe_app = typer.Typer(
     epilog=opt.examples("evatool recipe list", "evatool recipe show demo/train-clip"),
     no_args_is_help=True,
 )
-Name = Annotated[str, typer.Argument(metavar="RECIPE", help="A .toml file or a shipped recipe's name.")]
 
 
-@recipe_app.command("list", epilog=opt.examples("evatool recipe list", "evatool recipe list --json"))
-def recipe_list(json_output: opt.Json = False, debug: opt.Debug = False) -> None:
+@command(recipe_app, "list", "evatool recipe list", "evatool recipe list --json")
+def recipe_list() -> Report:
     """List the recipes that ship with evatool."""
+    from evatool.cli.reports import recipe_list_report
+    from evatool.recipe.load import list_recipes
 
-    def action() -> Report:
-        from evatool.cli.reports import recipe_list_report
-        from evatool.recipe.load import list_recipes
-
-        return recipe_list_report(list_recipes())
-
-    execute(action, json_output=json_output, debug=debug)
+    return recipe_list_report(list_recipes())
 
 
-@recipe_app.command(
+@command(
+    recipe_app,
     "show",
-    epilog=opt.examples(
-        "evatool recipe show demo/train-clip", "evatool recipe show demo/train-clip --set train.seed=1 --docs"
-    ),
+    "evatool recipe show demo/train-clip",
+    "evatool recipe show demo/train-clip --set train.seed=1 --docs",
 )
 def recipe_show(
-    recipe: Name,
+    recipe: opt.RecipeName,
     overrides: opt.Overrides = None,
     docs: Annotated[bool, typer.Option("--docs", help="Say above each key what it means.")] = False,
-    json_output: opt.Json = False,
-    debug: opt.Debug = False,
-) -> None:
+) -> Report:
     """Print the resolved recipe with the origin of each value."""
+    from evatool.cli.reports import recipe_report
+    from evatool.recipe.load import load_recipe
 
-    def action() -> Report:
-        from evatool.cli.reports import recipe_report
-        from evatool.recipe.load import load_recipe
-
-        return recipe_report(load_recipe(recipe, overrides or []), docs)
-
-    execute(action, json_output=json_output, debug=debug)
+    return recipe_report(load_recipe(recipe, overrides or []), docs)
 
 
-@recipe_app.command(
-    "check", epilog=opt.examples("evatool recipe check mine.toml", "evatool recipe check recipes/demo/*.toml")
-)
+@command(recipe_app, "check", "evatool recipe check mine.toml", "evatool recipe check recipes/demo/*.toml")
 def recipe_check(
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help=".toml files or shipped recipes' names.")],
-    json_output: opt.Json = False,
-    debug: opt.Debug = False,
-) -> None:
+) -> Report:
     """Check recipes and report all their problems at once."""
-    execute(lambda: _check(recipes), json_output=json_output, debug=debug)
+    return _check(recipes)
 
 
-@recipe_app.command(
+@command(
+    recipe_app,
     "diff",
-    epilog=opt.examples(
-        "evatool recipe diff eva02-clip-l-14/train-clip eva02-clip-l-14/train-clip-faithful",
-        "evatool recipe diff demo/train-clip runs/mine/resolved.toml",
-    ),
+    "evatool recipe diff eva02-clip-l-14/train-clip eva02-clip-l-14/train-clip-faithful",
+    "evatool recipe diff demo/train-clip runs/mine/resolved.toml",
 )
-def recipe_diff(first: Name, second: Name, json_output: opt.Json = False, debug: opt.Debug = False) -> None:
+def recipe_diff(first: opt.RecipeName, second: opt.RecipeName) -> Report:
     """Print the keys that two recipes set differently, and where each value comes from."""
+    from evatool.cli.reports import recipe_diff_report
+    from evatool.recipe.load import load_recipe
 
-    def action() -> Report:
-        from evatool.cli.reports import recipe_diff_report
-        from evatool.recipe.load import load_recipe
-
-        return recipe_diff_report(load_recipe(first), load_recipe(second))
-
-    execute(action, json_output=json_output, debug=debug)
+    return recipe_diff_report(load_recipe(first), load_recipe(second))
 
 
-@recipe_app.command("reference", epilog=opt.examples("evatool recipe reference > docs/recipes.md"))
-def recipe_reference(json_output: opt.Json = False, debug: opt.Debug = False) -> None:
+@command(recipe_app, "reference", "evatool recipe reference > docs/recipes.md")
+def recipe_reference() -> Report:
     """Print what every key of every stage means, as Markdown."""
+    from evatool.recipe.reference import reference_page
 
-    def action() -> Report:
-        from evatool.recipe.reference import reference_page
-
-        page = reference_page()
-        return Report(data={"page": page}, text=page.rstrip("\n"))
-
-    execute(action, json_output=json_output, debug=debug)
+    page = reference_page()
+    return Report(data={"page": page}, text=page.rstrip("\n"))
 
 
-@recipe_app.command("schema", epilog=opt.examples("evatool recipe schema > docs/recipe.schema.json"))
-def recipe_schema(json_output: opt.Json = False, debug: opt.Debug = False) -> None:
+@command(recipe_app, "schema", "evatool recipe schema > docs/recipe.schema.json")
+def recipe_schema() -> Report:
     """Print the JSON Schema of recipe files, for editors."""
+    import json
 
-    def action() -> Report:
-        import json
+    from evatool.recipe.reference import json_schema
 
-        from evatool.recipe.reference import json_schema
-
-        schema = json_schema()
-        return Report(data=schema, text=json.dumps(schema, indent=1))
-
-    execute(action, json_output=json_output, debug=debug)
+    schema = json_schema()
+    return Report(data=schema, text=json.dumps(schema, indent=1))
 
 
 def _check(recipes: list[str]) -> Report:
-    from evatool.cli.figures import derived_values
+    from evatool.cli.derived_values import derived_values
     from evatool.recipe.load import load_recipe
 
     good: list[list[str]] = []

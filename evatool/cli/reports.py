@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from evatool.cli.console import Report
-from evatool.cli.figures import derived_values
+from evatool.cli.derived_values import derived_values
 from evatool.recipe.load import Resolved
 from evatool.recipe.write import format_value, to_table, to_toml
 from evatool.runs.result import Result
 
 
 def result_report(result: Result) -> Report:
-    """What was made, where, the figures, and the next command."""
+    """A finished stage: what was made, where, its metrics and the next command."""
     from evatool.runs.result import result_to_json
 
     table = result.table or ([["metric", "value"], *map(_metric_row, result.metrics.items())] if result.metrics else [])
@@ -30,11 +30,11 @@ def recipe_report(resolved: Resolved, docs: bool = False) -> Report:
 
 
 def dry_run_report(resolved: Resolved, run_dir: Path) -> Report:
-    """The resolved recipe, the origin of each value, the run folder and derived figures; still valid TOML."""
-    figures = derived_values(resolved.recipe)
-    comments = [f"# run folder: {run_dir}", *(f"# {name} = {format_value(value)}" for name, value in figures.items())]
+    """The resolved recipe, the origin of each value, the run folder and what follows from it; still valid TOML."""
+    values = derived_values(resolved.recipe)
+    comments = [f"# run folder: {run_dir}", *(f"# {name} = {format_value(value)}" for name, value in values.items())]
     text = to_toml(resolved.recipe, resolved.origins) + "\n" + "\n".join(comments)
-    return Report(data=_recipe_json(resolved) | {"run_dir": str(run_dir), "derived": figures}, text=text)
+    return Report(data=_recipe_json(resolved) | {"run_dir": str(run_dir), "derived": values}, text=text)
 
 
 def recipe_list_report(rows: list[tuple[str, str, str]]) -> Report:

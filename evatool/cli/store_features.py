@@ -1,13 +1,36 @@
-"""`evatool store-features`: a training recipe as a task of its own."""
+"""`evatool store-features`: the teacher features of a training recipe, made ahead of its run."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from evatool.cli import options as opt
 from evatool.cli.console import Report
-from evatool.recipe.load import load_recipe
+
+
+def store_features(
+    source: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe for pretrain-mim or distill with a teacher.store.")
+    ],
+    overrides: opt.Overrides = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option("--run-dir", metavar="DIR", help="Folder of its log. Default: the run's with -store-features."),
+    ] = None,
+    dry_run: opt.DryRun = False,
+    debug: opt.Debug = False,
+) -> Report:
+    """Store what a recipe's teachers say, ahead of time.
+
+    The training run then reads their features and does not load them. Interrupt it and run it again: what is stored
+    is not made again.
+    """
+    return store_features_report(source, overrides or [], run_dir, dry_run, debug)
 
 
 def store_features_report(
@@ -15,6 +38,7 @@ def store_features_report(
 ) -> Report:
     """Fill the stores of a recipe; its log goes to a folder beside the run's own."""
     from evatool.cli.reports import dry_run_report, result_report
+    from evatool.recipe.load import load_recipe
     from evatool.runs.launch import launch_if_needed
     from evatool.runs.run_dir import RunOptions, run_path
     from evatool.stages import run_stage

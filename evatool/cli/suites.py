@@ -8,46 +8,42 @@ from typing import Annotated, Any
 import typer
 
 from evatool.cli import options as opt
-from evatool.cli.console import Report, execute
+from evatool.cli.console import Report
+from evatool.cli.factory import command
 
 suites_app = typer.Typer(
     help="List suites of evaluation sets, and what is present of them.",
-    epilog="\b\nExamples:\n  evatool suites list\n  evatool suites show eva27 --data /data/eval",
+    epilog=opt.examples("evatool suites list", "evatool suites show eva27 --data /data/eval"),
     no_args_is_help=True,
 )
 
 
-@suites_app.command("list", epilog="\b\nExamples:\n  evatool suites list\n  evatool suites list --json")
-def suites_list(json_output: opt.Json = False, debug: opt.Debug = False) -> None:
+@command(suites_app, "list", "evatool suites list", "evatool suites list --json")
+def suites_list() -> Report:
     """List the suites that ship with evatool."""
+    from evatool.eval.suite import list_suites, load_suite
 
-    def action() -> Report:
-        from evatool.eval.suite import list_suites, load_suite
-
-        suites = [load_suite(name) for name in list_suites()]
-        titles = [[*(a.title for a in s.averages), *(g.title for g in s.gaps)] for s in suites]
-        rows = [[s.name, str(len(s.sets)), ", ".join(t), s.about] for s, t in zip(suites, titles, strict=True)]
-        data = [{"name": s.name, "sets": [e.name for e in s.sets], "about": s.about} for s in suites]
-        return Report(data={"suites": data}, table=[["suite", "sets", "over all", "about"], *rows])
-
-    execute(action, json_output=json_output, debug=debug)
+    suites = [load_suite(name) for name in list_suites()]
+    titles = [[*(a.title for a in s.averages), *(g.title for g in s.gaps)] for s in suites]
+    rows = [[s.name, str(len(s.sets)), ", ".join(t), s.about] for s, t in zip(suites, titles, strict=True)]
+    data = [{"name": s.name, "sets": [e.name for e in s.sets], "about": s.about} for s in suites]
+    return Report(data={"suites": data}, table=[["suite", "sets", "over all", "about"], *rows])
 
 
-@suites_app.command(
+@command(
+    suites_app,
     "show",
-    epilog="\b\nExamples:\n  evatool suites show drawings --data runs/demo/data-prepare\n"
-    "  evatool suites show eva27 --data /data/eval --json",
+    "evatool suites show drawings --data runs/demo/data-prepare",
+    "evatool suites show eva27 --data /data/eval --json",
 )
 def suites_show(
     suite: Annotated[str, typer.Argument(metavar="SUITE", help="A suite's name, or the path of a suite file.")],
     data: Annotated[
         Path, typer.Option(metavar="DIR", help="Evaluation sets (DIR or DIR/eval), one folder a set.")
     ] = Path(),
-    json_output: opt.Json = False,
-    debug: opt.Debug = False,
-) -> None:
+) -> Report:
     """Show a suite's sets: variant, expected samples, where it looks, what is present, how to get the others."""
-    execute(lambda: _show(suite, data), json_output=json_output, debug=debug)
+    return _show(suite, data)
 
 
 def _show(name: str, data: Path) -> Report:

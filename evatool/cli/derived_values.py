@@ -1,4 +1,4 @@
-"""What follows from a recipe without building anything: steps, warm-up, samples a rank, token grid. No torch."""
+"""Values that follow from a recipe without building anything: steps, warm-up, samples a rank, token grid. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from evatool.recipe.schema import PretrainMimRecipe, Recipe, TrainingRecipe
 
 
 def derived_values(recipe: Recipe) -> dict[str, Any]:
-    """Figures by name, empty for stages that do not train.
+    """Values by name, as `--dry-run` prints them; empty for stages that do not train.
 
     Raises: RecipeError for an unknown preset, or a batch that does not divide over the ranks.
     """
@@ -28,7 +28,7 @@ def _training_values(recipe: Any) -> dict[str, Any]:
     warmup = warmup_steps_of(recipe.schedule, num_steps=train.num_steps, global_batch_size=train.global_batch_size)
     config = resolve_preset(recipe.model.preset).with_image_size(recipe.model.image_size)
     rows, columns = config.grid
-    figures = {
+    values = {
         "steps": train.num_steps,
         "warmup_steps": warmup,
         "samples_not_used": train.samples_seen - train.num_steps * train.global_batch_size,
@@ -38,8 +38,8 @@ def _training_values(recipe: Any) -> dict[str, Any]:
         "token_grid": [rows, columns],
     }
     if isinstance(recipe, PretrainMimRecipe):
-        figures["masked_patches_at_most"] = round(recipe.objective.mask_ratio * rows * columns)
-    return figures | store_sizes(recipe)
+        values["masked_patches_at_most"] = round(recipe.objective.mask_ratio * rows * columns)
+    return values | store_sizes(recipe)
 
 
 def samples_per_rank(global_batch_size: int, world_size: int) -> int:
