@@ -3,7 +3,7 @@
 Nothing of evatool is imported but its `__main__` and, for `shrink_presets`, the public table of presets: what these
 runs compare must hold while the package's modules move.
 
-    python short_runs.py ARGUMENTS...         `python -m evatool ARGUMENTS...` with the shrunk presets
+    python short_runs.py WORLD_SIZE ARGUMENTS...     `evatool ARGUMENTS...` with the shrunk presets, on so many ranks
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import json
 import logging
 import os
 import runpy
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -187,6 +189,24 @@ def largest_difference(found: Sequence[dict[str, Any]], expected: Sequence[dict[
     return largest
 
 
+def contents_of(run_dir: Path) -> dict[str, dict[str, list[Any]]]:
+    """Of each tensor in the safetensors files of a run's last checkpoint: a digest of its bytes, and its norm."""
+    import torch
+    from safetensors.torch import load_file
+
+    found: dict[str, dict[str, list[Any]]] = {}
+    for file in sorted(max((run_dir / "checkpoints").iterdir()).glob("*.safetensors")):
+        tensors = load_file(file)
+        found[file.name] = {
+            name: [
+                hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:16],
+                float(f"{float(tensor.double().norm()):.9g}"),
+            ]
+            for name, tensor in sorted(tensors.items())
+        }
+    return found
+
+
 # ------------------------------------------------------------------------------------------------- shrunk presets
 
 
@@ -203,7 +223,52 @@ def shrink_presets() -> None:
         )
 
 
+def run_forked(arguments: Sequence[str], world_size: int, before: Callable[[], None] = lambda: None) -> list[int]:
+    """Run `evatool ARGUMENTS...` with the shrunk presets in forked processes; returns the exit status of each rank.
+
+    Torch is imported once for all of them. Only for a process that has run no backward pass: its threads do not
+    survive the fork.
+
+    Args:
+        before: called in each process before the command.
+    """
+    import deepspeed
+    import open_clip
+    import timm
+    import torch
+
+    assert all((deepspeed, open_clip, timm, torch))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(world_size):
+        process = os.fork()
+        if process == 0:
+            torch.set_num_threads(1)
+            if world_size > 1:
+                job = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+                os.environ |= {key: str(value) for key, value in job.items()}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+            os._exit(_run_shrunk(arguments, before))
+        processes.append(process)
+    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+
+
+def _run_shrunk(arguments: Sequence[str], before: Callable[[], None]) -> int:
+    try:
+        shrink_presets()
+        before()
+        sys.argv = ["evatool", *arguments]
+        runpy.run_module("evatool", run_name="__main__")
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    shrink_presets()
-    sys.argv[0] = "evatool"
-    runpy.run_module("evatool", run_name="__main__")
+    os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    sys.exit(max(run_forked(sys.argv[2:], int(sys.argv[1]))))
