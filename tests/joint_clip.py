@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from tiny_clip import make_batch
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 from evatool.core.batch import Batch
 from evatool.model.clip import build_clip
 from evatool.model.config import ModelConfig
-from evatool.model.mim import masked_tokens
 from evatool.model.presets import resolve_preset
-from evatool.objective.terms.joint import JointObjective
+from evatool.objective.build import PatchTargets, build_objective
+from evatool.objective.clip import ClipObjective
 from evatool.recipe import schema
 
 NUM_MASKED = 7
@@ -36,7 +35,7 @@ class LinearTeacher:
 
 @dataclass
 class JointParts:
-    objective: JointObjective
+    objective: ClipObjective
     batch: Batch
     teacher: LinearTeacher
     config: ModelConfig
@@ -51,15 +50,8 @@ def joint_parts(kind: str, weight: float = 1.0) -> JointParts:
     mim = schema.JointMim(weight=weight)
     section = schema.SigmoidObjective(mim=mim) if kind == "sigmoid" else schema.InfoNceObjective(mim=mim)
     model = build_clip(config)
-    objective = JointObjective(
-        model,
-        section,
-        tower=partial(masked_tokens, model.visual.trunk),
-        width=config.width,
-        predict_dim=WIDTH,
-        num_masked=NUM_MASKED,
-        teacher=teacher,
-    ).double()
+    patches = PatchTargets(teacher, predict_dim=WIDTH, num_masked=NUM_MASKED, width=config.width)
+    objective = build_objective(section, model, patches=patches).double()
     batch = make_batch(8, context_length=16, image_size=32)
     generator = torch.Generator().manual_seed(1)
     counts = [NUM_MASKED, 3, 5, 1, NUM_MASKED, 2, 6, 4]

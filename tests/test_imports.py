@@ -45,7 +45,6 @@ HEAVY = {"torch", "timm", "open_clip", "torchvision", "deepspeed", "numpy"}
 KNOWN_CIRCLES: list[set[str]] = [
     {"evatool.model.init", "evatool.model.mim"},
     {"evatool.train.trainer", "evatool.train.hooks.base"},
-    {"evatool.stages.training.distill_data", "evatool.stages.store_features"},
 ]
 
 

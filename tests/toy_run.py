@@ -17,7 +17,7 @@ from evatool.checkpoint.load import Checkpoint, latest_checkpoint, load_checkpoi
 from evatool.checkpoint.save import save_run
 from evatool.core.batch import Batch, LossDict
 from evatool.core.loader import Loader
-from evatool.core.param_group import ParamGroup
+from evatool.core.param_group import ParamGroup, ParamOwner
 from evatool.core.step import StepContext
 from evatool.distributed.collectives import all_gather_with_grad, rank, world_size
 from evatool.distributed.engines.build import Engine, build_engine
@@ -70,12 +70,17 @@ class ToyClip(nn.Module):
 
 
 class ToyObjective(Objective):
+    """The two towers, and a projection of its own if asked for."""
+
     parameter_bounds = {"model.logit_scale": (0.0, math.log(100))}  # noqa: RUF012
 
     def __init__(self, dropout: float = 0.1, has_projection: bool = False) -> None:
         super().__init__()
         self.model = ToyClip(dropout)
         self.projection = nn.Linear(E, E) if has_projection else None
+
+    def parameter_owners(self) -> dict[str, ParamOwner]:
+        return {name: ParamOwner() for name, _ in self.named_parameters() if name.startswith("projection.")}
 
     def forward(self, batch: Batch, step: StepContext = START) -> LossDict:
         assert batch.tokens is not None
@@ -138,8 +143,10 @@ def toy_optim(layer_decay: float = 0.8, has_other: bool = True, kind: str = "ada
     )
 
 
-def toy_groups(objective: nn.Module, section: OptimSection | None = None) -> list[ParamGroup]:
-    return build_param_groups(objective.named_parameters(), section or toy_optim(), depth_visual=2, depth_text=0)
+def toy_groups(objective: Objective, section: OptimSection | None = None) -> list[ParamGroup]:
+    owners = objective.parameter_owners()
+    named = objective.named_parameters()
+    return build_param_groups(named, section or toy_optim(), depth_visual=2, depth_text=0, owners=owners)
 
 
 class LetSavesEnd(Hook):

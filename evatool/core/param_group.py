@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Tower = Literal["visual", "text", "other"]
+"""The part of a model whose `[optim]` section a parameter follows."""
+
+
+@dataclass(frozen=True)
+class ParamOwner:
+    """Where a parameter that belongs to no tower of the model learns: a loss's own, such as a prediction head."""
+
+    tower: Tower = "other"
+    """The section of `[optim]` whose learning rate and weight decay it has."""
+    lr_scale: float = 1.0
+    """A factor on that learning rate."""
 
 
 @dataclass
@@ -22,7 +35,7 @@ class ParamGroup:
     lr: float
     """The tower's peak learning rate."""
     lr_scale: float
-    """The factor of layer decay on it."""
+    """The factor of layer decay, and of the parameters' owner, on it."""
     weight_decay: float
     params: list[Tensor]
     """The parameters; where an engine shards them, this rank's shards."""

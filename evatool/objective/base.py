@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from evatool.core.batch import Batch, LossDict
+from evatool.core.param_group import ParamOwner
 from evatool.core.step import StepContext
 
 Features = dict[str, Tensor]
@@ -55,6 +56,10 @@ class Objective(nn.Module, ABC):
             batch; the others are only logged, each as a mean over ranks.
         """
 
+    def parameter_owners(self) -> dict[str, ParamOwner]:
+        """Where each parameter outside `model` learns, by its name here; those of the model go by its towers."""
+        return {}
+
     def changing_weights(self, step: StepContext) -> dict[str, float]:
         """Weights of losses that are not the same over the whole run, by the loss's name, as they are at this step."""
         return {}
@@ -85,7 +90,7 @@ class FeatureObjective(Objective):
 
         Args:
             features: those of `encode` and `targets` together.
-            batch: the same samples; their images and texts are not looked at, and may be missing.
+            batch: the same samples, of which only `caption_id` may be read: what else a loss needs is a target.
             step: where the run stands.
         """
 

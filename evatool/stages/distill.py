@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from evatool.objective.distill import DistillObjective
-from evatool.plan.towers import image_flops, text_flops
+from evatool.objective.build import build_objective
 from evatool.recipe.schema import DistillRecipe
 from evatool.runs import chain
 from evatool.runs.result import Result
@@ -11,7 +10,6 @@ from evatool.runs.run_dir import RunOptions
 from evatool.stages.training import build as wiring
 from evatool.stages.training import loop as training_loop
 from evatool.stages.training.distill_data import open_distill_data
-from evatool.train.hooks.loss_weights import LossWeights
 
 
 def run(recipe: DistillRecipe, run: RunOptions) -> Result:
@@ -21,20 +19,18 @@ def run(recipe: DistillRecipe, run: RunOptions) -> Result:
         data = open_distill_data(job, recipe, config)
         with wiring.initial_weights(job):
             model = wiring.build_clip_model(config, recipe.model, is_resumed=job.saved is not None, sources=job.sources)
-            objective = DistillObjective(
-                model,
-                data.teachers,
+            objective = build_objective(
                 recipe.objective,
+                model,
+                teachers=data.teachers,
                 context_length=config.context_length,
-                student_width=config.embed_dim or 0,
+                embed_dim=config.embed_dim or 0,
             )
         groups = wiring.build_groups(recipe, objective, config)
         engine = wiring.build_job_engine(job, objective, groups)
         state = wiring.start_state(job, engine, groups, data.loader)
         hooks = training_loop.build_hooks(job, config, model=model, contrastive_key=objective.chance_loss)
-        hooks.insert(0, LossWeights(objective, recipe.objective.changing_weights))
-        flops = 3 * (image_flops(config, recipe.model.patch_dropout) + text_flops(config))
-        flops += sum(image_flops(teacher) + text_flops(teacher) for teacher in data.live)
+        flops = data.flops_per_sample(recipe, config)
         trainer = training_loop.build_trainer(job, objective, engine, data.loader, groups, hooks, state, flops)
         trainer.fit()
         path = job.run_dir.path

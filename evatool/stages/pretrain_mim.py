@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from evatool.model.mim import build_mim
 from evatool.model.presets import ModelConfig
-from evatool.objective.mim import MimObjective
+from evatool.objective.build import build_objective
 from evatool.plan.towers import image_flops, mim_flops
 from evatool.recipe.schema import PretrainMimRecipe
 from evatool.runs import chain
@@ -12,7 +12,7 @@ from evatool.runs.result import Result
 from evatool.runs.run_dir import RunOptions
 from evatool.stages.training import build as wiring
 from evatool.stages.training import loop as training_loop
-from evatool.stages.training.mim_data import STORE, MimData, open_mim_data
+from evatool.stages.training.mim_data import MimData, open_mim_data
 from evatool.stages.training.mim_hooks import ImageSheets, Validation
 
 
@@ -27,7 +27,7 @@ def run(recipe: PretrainMimRecipe, run: RunOptions) -> Result:
                 drop_path_rate=recipe.model.drop_path_rate,
                 patch_embed_grad_scale=recipe.model.patch_embed_grad_scale,
             )
-            objective = MimObjective(model, data.patches, data.loader.stores.get(STORE))
+            objective = build_objective(recipe.objective, model, patches=data.patch_targets)
         groups = wiring.build_groups(recipe, objective, model.config)
         engine = wiring.build_job_engine(job, objective, groups)
         state = wiring.start_state(job, engine, groups, data.loader)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,12 +14,18 @@ from evatool.core.batch import Batch
 from evatool.core.errors import UsageError
 from evatool.core.progress import progress
 from evatool.data.feature_store.fill import missing_batches, num_rows
+from evatool.data.feature_store.store import FeatureStore
 from evatool.data.train.loader import TrainLoader
 from evatool.distributed.collectives import gather_objects
 from evatool.recipe.schema import DistillRecipe, PretrainMimRecipe, TrainClipRecipe
 from evatool.runs.result import Result
 from evatool.runs.run_dir import RunOptions
 from evatool.stages.training import build as wiring
+from evatool.stages.training.clip_data import open_clip_data
+from evatool.stages.training.distill_data import open_distill_data
+from evatool.stages.training.mim_data import STORE, open_mim_data
+from evatool.stages.training.mim_hooks import open_validation
+from evatool.teachers.base import Teacher, teacher_features
 
 COMMAND = "store-features"
 
@@ -80,28 +87,35 @@ def _works(job: wiring.Job, recipe: PretrainMimRecipe | DistillRecipe | TrainCli
     """What is to be stored of the training pictures, first, and of others."""
     match recipe:
         case PretrainMimRecipe() if recipe.teacher.store is not None:
-            from evatool.stages.training.mim_data import STORE, open_mim_data
-            from evatool.stages.training.mim_hooks import open_validation
-
             data = open_mim_data(job, recipe)
             loaders = [data.loader]
             if recipe.validation is not None:
                 loaders.append(open_validation(recipe.validation, job, recipe, data))
             return [StoreWork(each, {STORE: lambda batch: data.patches.visual_tokens(batch.image)}) for each in loaders]
         case TrainClipRecipe() if recipe.teacher is not None and recipe.teacher.store is not None:
-            from evatool.stages.training.joint import open_joint_data
-            from evatool.stages.training.mim_data import STORE
-
-            joint = open_joint_data(job, recipe, wiring.clip_config(recipe.model))
+            joint = open_clip_data(job, recipe, wiring.clip_config(recipe.model)).mim
             assert joint is not None, "the schema lets no teacher through without a joint objective"
             return [StoreWork(joint.loader, {STORE: lambda batch: joint.patches.visual_tokens(batch.image)})]
         case DistillRecipe() if any(section.store for section in recipe.all_teachers.values()):
-            from evatool.stages.training.distill_data import open_store_work
-
-            return [open_store_work(job, recipe)]
+            return [_distill_work(job, recipe)]
         case _:
             raise UsageError(
                 f"this {recipe.stage} recipe stores no teacher's features",
                 expected="a recipe with a teacher and a table [teacher.store]",
                 fix="add it to the recipe, or --set teacher.store.views=1",
             )
+
+
+def _distill_work(job: wiring.Job, recipe: DistillRecipe) -> StoreWork:
+    """All stores of a distillation, which one loader serves."""
+    data = open_distill_data(job, recipe, wiring.clip_config(recipe.model))
+    features: dict[str, Callable[[Batch], Tensor]] = {
+        t.store.spec.name: partial(_embeddings, t) for t in data.teachers if isinstance(t.store, FeatureStore)
+    }
+    sizes = sorted({teacher.image_size for teacher in data.teachers if teacher.image_size is not None})
+    return StoreWork(data.loader, features, sizes)
+
+
+def _embeddings(teacher: Teacher, batch: Batch) -> Tensor:
+    """What a store keeps of a batch: (B, 2, T), image and text embedding of unit length."""
+    return torch.stack(teacher_features(teacher, batch), dim=1)

@@ -19,7 +19,7 @@ from evatool.distributed.world import World
 from evatool.model.clip import build_clip
 from evatool.model.config import ModelConfig
 from evatool.model.presets import resolve_preset
-from evatool.objective.clip import ClipObjective
+from evatool.objective.build import build_objective
 from evatool.optim.build import build_optimizer
 from evatool.optim.param_groups import build_param_groups
 from evatool.plan.advice import step_sec
@@ -47,7 +47,7 @@ def job_of_case(config: ModelConfig, batch: int, checkpointing: Checkpointing) -
 
 def measured(config: ModelConfig, batch: int, checkpointing: Checkpointing, device: torch.device) -> tuple[int, float]:
     """(bytes at the peak, seconds a step)."""
-    objective = ClipObjective(build_clip(config), InfoNceObjective())
+    objective = build_objective(InfoNceObjective(), build_clip(config))
     section = AdamWSection(visual=GroupSection(lr=1e-4), text=GroupSection(lr=1e-4), other=GroupSection(lr=1e-4))
     groups = build_param_groups(
         objective.named_parameters(), section, depth_visual=config.depth, depth_text=config.text_depth

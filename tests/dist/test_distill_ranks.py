@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from dense_distill import dense_interactive, dense_relation, dense_sigmoid_divergence, dense_softmax_divergence
 from dense_loss import dense_infonce, dense_sigmoid
-from tiny_distill import tiny_distillation
+from tiny_distill import section_of, teachers_of, tiny_distillation
 from torch import Tensor
 
 from evatool.model.features import l2_normalize
 from evatool.distributed.collectives import rank, world_size
 from evatool.objective.tiled import tiles
-from evatool.objective.distill import DistillObjective
+from evatool.objective.clip import ClipObjective
 from evatool.core.batch import Batch
 
 pytestmark = pytest.mark.dist
@@ -52,9 +52,9 @@ def with_projections(leaves: list[Tensor]) -> dict[str, Tensor]:
     return {"image": image, "text": text, "scale": scale, "bias": bias, **projected}
 
 
-def module_of(kind: str) -> DistillObjective:
+def module_of(kind: str) -> ClipObjective:
     module = tiny_distillation(kind)
-    module.teachers[1].clip.logit_scale = LARGE_SCALE
+    teachers_of(module)[1].clip.logit_scale = LARGE_SCALE
     return module
 
 
@@ -83,11 +83,11 @@ def dense(kind: str) -> list[Tensor]:
     leaves, teachers, ids = global_batch()
     leaves = [leaf.requires_grad_() for leaf in leaves]
     module, (image, text, scale, bias, *_) = module_of(kind), leaves
-    features, section = with_projections(leaves), module.section
+    features, section = with_projections(leaves), section_of(kind)
     is_sigmoid = section.loss == "sigmoid"
     student = image, text
     total = dense_sigmoid(*student, scale, bias, ids) if is_sigmoid else dense_infonce(*student, scale, ids)
-    for teacher in module.teachers:
+    for teacher in teachers_of(module):
         theirs = teachers[f"teacher_image/{teacher.name}"], teachers[f"teacher_text/{teacher.name}"]
         wide = tuple(features.get(f"projected_{tower}/{teacher.name}", features[tower]) for tower in ("image", "text"))
         known = theirs, teacher.logit_scale

@@ -15,7 +15,7 @@ from evatool.distributed.engines.build import build_engine
 from evatool.distributed.world import World
 from evatool.model.clip import build_clip
 from evatool.model.presets import resolve_preset
-from evatool.objective.clip import ClipObjective
+from evatool.objective.build import build_objective
 from evatool.optim.build import build_optimizer
 from evatool.optim.param_groups import build_param_groups
 from evatool.recipe.schema import EngineSection, InfoNceObjective
@@ -42,7 +42,7 @@ def curve(engine_settings: dict[str, Any], precision: str, optim_kind: str) -> C
     """Mean loss of every step, and all parameters after the last, flat."""
     torch.manual_seed(0)
     config = resolve_preset("EVA02-CLIP-debug")
-    objective = ClipObjective(build_clip(config, patch_dropout=0.5), InfoNceObjective())
+    objective = build_objective(InfoNceObjective(), build_clip(config, patch_dropout=0.5))
     # eps: so that rounding of tiny gradients does not decide the sign of whole updates
     optim = toy_optim(kind=optim_kind).model_copy(update={"eps": 1e-3})
     groups = build_param_groups(

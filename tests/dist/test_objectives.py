@@ -14,7 +14,7 @@ from evatool.distributed.collectives import all_reduce_mean, rank, world_size
 from evatool.distributed.engines.build import build_engine
 from evatool.distributed.world import World
 from evatool.objective.tiled import tiles
-from evatool.objective.clip import ClipObjective
+from evatool.objective.build import build_objective
 from evatool.objective.tiled.infonce import infonce_loss
 from evatool.objective.mim import MimObjective
 from evatool.objective.tiled.sigmoid import sigmoid_loss
@@ -41,14 +41,14 @@ def build(kind: str) -> tuple[nn.Module, Batch]:
         case _ if kind in DISTILLATIONS:
             return tiny_distillation(kind), batch
         case "sigmoid":
-            return ClipObjective(tiny_clip(), schema.SigmoidObjective()).double(), batch
+            return build_objective(schema.SigmoidObjective(), tiny_clip()).double(), batch
         case "sigmoid equal-captions":
-            return ClipObjective(tiny_clip(), schema.SigmoidObjective(positives="equal-captions")).double(), batch
+            return build_objective(schema.SigmoidObjective(positives="equal-captions"), tiny_clip()).double(), batch
         case "fixed temperature":
             section = schema.InfoNceObjective(temperature=schema.FixedTemperature(value=0.02))
-            return ClipObjective(tiny_clip(), section).double(), batch
+            return build_objective(section, tiny_clip()).double(), batch
         case _:
-            return ClipObjective(tiny_clip(), schema.InfoNceObjective(positives=kind)).double(), batch
+            return build_objective(schema.InfoNceObjective(positives=kind), tiny_clip()).double(), batch
 
 
 def losses_and_gradients(kind: str) -> tuple[dict[str, float], dict[str, torch.Tensor]]:

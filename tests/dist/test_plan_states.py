@@ -19,7 +19,7 @@ from evatool.distributed.engines.build import build_engine
 from evatool.distributed.world import World
 from evatool.model.clip import build_clip
 from evatool.model.presets import resolve_preset
-from evatool.objective.clip import ClipObjective
+from evatool.objective.build import build_objective
 from evatool.optim.build import build_optimizer
 from evatool.optim.locking import lock
 from evatool.optim.param_groups import build_param_groups
@@ -95,7 +95,7 @@ class Held:
 def held(cell: Cell) -> Held:
     torch.manual_seed(0)
     config = resolve_preset("EVA02-CLIP-debug")
-    objective = ClipObjective(build_clip(config), InfoNceObjective())
+    objective = build_objective(InfoNceObjective(), build_clip(config))
     named = list(objective.named_parameters())
     if cell.is_locked:
         lock(named, "visual", "all", config.depth)

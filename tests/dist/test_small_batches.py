@@ -14,7 +14,7 @@ from evatool.distributed.collectives import all_reduce_mean, rank, world_size
 from evatool.distributed.engines.build import build_engine
 from evatool.distributed.world import World
 from evatool.core.errors import NumericalError
-from evatool.objective.clip import ClipObjective
+from evatool.objective.build import build_objective
 from evatool.recipe import schema
 from evatool.train.grad_cache import forward_backward
 from evatool.train.loss_spike import SpikeGate
@@ -29,7 +29,7 @@ Outcome = tuple[list[float], dict[str, torch.Tensor]]
 
 def three_steps(kind: str, zero_stage: int, num_chunks: int) -> Outcome:
     """Losses, and the weights after three steps of 16 samples."""
-    objective = ClipObjective(tiny_clip(), schema.SigmoidObjective())
+    objective = build_objective(schema.SigmoidObjective(), tiny_clip())
     named = list(objective.named_parameters())
     groups = [ParamGroup("all", "other", None, 1e-3, 1.0, 0.0, [p for _, p in named], [name for name, _ in named])]
     optimizer = torch.optim.AdamW(groups[0].params, lr=0.0, eps=1e-3, fused=True)

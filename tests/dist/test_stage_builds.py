@@ -17,7 +17,7 @@ from evatool.distributed.world import World
 from evatool.model.clip import build_clip
 from evatool.model.mim import build_mim
 from evatool.model.presets import resolve_preset
-from evatool.objective.clip import ClipObjective
+from evatool.objective.build import build_objective
 from evatool.recipe.load import resolve_table
 from evatool.stages import run_stage
 from evatool.stages.training import build as wiring
@@ -102,7 +102,7 @@ def build_as_a_stage(folder: Path, engine: dict[str, Any]) -> tuple[float, float
     with LiveBytes() as live:
         torch.manual_seed(recipe.train.seed)
         with wiring.initial_weights(job):
-            objective = ClipObjective(build_clip(DEEP), recipe.objective)
+            objective = build_objective(recipe.objective, build_clip(DEEP))
         total = sum(4 * param.numel() for param in objective.parameters())
         before = live.now
         built = wiring.build_job_engine(job, objective, wiring.build_groups(recipe, objective, DEEP))

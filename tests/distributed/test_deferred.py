@@ -14,8 +14,7 @@ from evatool.model.clip import build_clip
 from evatool.model.mim import build_mim
 from evatool.model.presets import PRESETS, resolve_preset
 from evatool.model.vision import restore_buffers
-from evatool.objective.clip import ClipObjective
-from evatool.objective.distill import DistillObjective
+from evatool.objective.build import build_objective
 from evatool.recipe import schema
 from evatool.recipe.schema import SigmoidObjective
 from evatool.teachers.base import Teacher
@@ -55,11 +54,11 @@ def test_objectives_with_weights_of_their_own():
     config = resolve_preset("EVA02-CLIP-debug")
     sigmoid, distill = SigmoidObjective(kind="sigmoid"), schema.DistillObjective(kind="distill", feature_weight=1.0)
     teacher = Teacher(TinyTeacher(tiny_clip(width=7), context_length=8), width=7)
-    widths = {"context_length": 8, "student_width": config.embed_dim or 0}
-    assert_equal(*both(lambda: ClipObjective(build_clip(config), sigmoid)))
-    assert_equal(*both(lambda: DistillObjective(build_clip(config), [teacher], distill, **widths)))
+    given = {"teachers": [teacher], "context_length": 8, "embed_dim": config.embed_dim or 0}
+    assert_equal(*both(lambda: build_objective(sigmoid, build_clip(config))))
+    assert_equal(*both(lambda: build_objective(distill, build_clip(config), **given)))
     taught = schema.DistillObjective(loss="sigmoid", logit_weight=0.0, interactive_weight=1.0)
-    assert_equal(*both(lambda: DistillObjective(build_clip(config), [teacher], taught, **widths)))
+    assert_equal(*both(lambda: build_objective(taught, build_clip(config), **given)))
 
 
 def test_the_stream_of_random_numbers_is_left_alone():

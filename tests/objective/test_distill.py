@@ -5,28 +5,31 @@ from collections.abc import Callable
 import pytest
 import torch
 from tiny_clip import TinyTeacher, make_batch, tiny_clip
-from tiny_distill import EVERYTHING, tiny_distillation
+from tiny_distill import EVERYTHING, section_of, teachers_of, tiny_distillation
 from torch import Tensor
 
 from evatool.core.batch import Batch
+from evatool.core.step import StepContext
 from evatool.model.features import l2_normalize
 from evatool.model.text import fit_tokens
-from evatool.objective.distill import DistillObjective, feature_loss
+from evatool.objective.build import build_objective
+from evatool.objective.clip import ClipObjective
+from evatool.objective.terms.feature import feature_loss
 from evatool.objective.tiled.divergence import softmax_divergence
 from evatool.recipe import schema
 from evatool.teachers.base import Teacher, teacher_features
 
 
 @pytest.fixture
-def objective() -> Callable[..., DistillObjective]:
-    def make(teacher_width: int = 8, **section: object) -> DistillObjective:
+def objective() -> Callable[..., ClipObjective]:
+    def make(teacher_width: int = 8, teacher_scale: float | None = None, **section: object) -> ClipObjective:
         clip = TinyTeacher(tiny_clip(seed=1, width=teacher_width, context_length=9), context_length=9)
-        return DistillObjective(
-            tiny_clip(),
-            [Teacher(clip, teacher_width)],
+        return build_objective(
             schema.DistillObjective(**section),
+            tiny_clip(),
+            teachers=[Teacher(clip, teacher_width, scale=teacher_scale)],
             context_length=12,
-            student_width=8,
+            embed_dim=8,
         )
 
     return make
@@ -62,7 +65,7 @@ def test_all_parts_are_clip_kds_with_its_weights() -> None:
     student, batch = tiny_clip().double(), make_batch(6)
     clip = TinyTeacher(tiny_clip(seed=1, width=6).double(), context_length=12)
     torch.manual_seed(5)
-    module = DistillObjective(student, [Teacher(clip, 6)], section, context_length=12, student_width=8).double()
+    module = build_objective(section, student, teachers=[Teacher(clip, 6)], context_length=12, embed_dim=8).double()
     losses = module(batch)
 
     image, text = (l2_normalize(x) for x in (student.encode_image(pixels(batch)), student.encode_text(batch.tokens)))
@@ -118,22 +121,23 @@ WEIGHTED = {
 
 @pytest.mark.parametrize("section", WEIGHTED.values(), ids=WEIGHTED.keys())
 def test_loss_is_the_weighted_sum_of_what_is_logged(section: dict[str, object], objective) -> None:
-    module = objective(**section)
+    module, weights = objective(**section), schema.DistillObjective(**section).weights
     losses = module(make_batch(6))
-    logged = [name for name in module.section.weights if name in losses]
-    expected = sum(module.section.weights[name] * losses[name] for name in logged)
+    logged = [name for name in weights if name in losses]
+    expected = sum(weights[name] * losses[name] for name in logged)
     assert float(losses["loss"].detach()) == pytest.approx(float(expected), rel=1e-6)
-    used = {name for name, weight in module.section.weights.items() if weight > 0}
+    used = {name for name, weight in weights.items() if weight > 0}
     assert set(logged) == used | {"contrastive_loss"}
     losses["loss"].backward()
     assert all(p.grad is not None for p in module.parameters()), "an unused parameter stops multi-rank engines"
 
 
 def test_each_of_several_teachers_counts_with_its_weight() -> None:
-    module, batch = tiny_distillation("distill, all parts, two teachers"), make_batch(8, num_captions=5)
+    kind = "distill, all parts, two teachers"
+    module, batch = tiny_distillation(kind), make_batch(8, num_captions=5)
     losses = module(batch)
     expected = losses["contrastive_loss"]
-    for name, weight in module.section.weights.items():
+    for name, weight in section_of(kind).weights.items():
         if name != "contrastive_loss":
             expected = expected + weight * (0.5 * losses[f"{name}/small"] + losses[f"{name}/large"])
     assert float(losses["loss"].detach()) == pytest.approx(float(expected), rel=1e-12)
@@ -146,8 +150,7 @@ def test_each_of_several_teachers_counts_with_its_weight() -> None:
 def test_a_teachers_own_temperature_can_be_replaced(objective) -> None:
     batch, found = make_batch(6), {}
     for scale in (None, 50.0, 5.0):
-        module = objective()
-        module.teachers = (Teacher(module.teachers[0].clip, 8, scale=scale),)
+        module = objective(teacher_scale=scale)
         found[scale] = float(module(batch)["logit_loss"])
     assert found[None] == found[50.0] != found[5.0]
 
@@ -156,12 +159,12 @@ def test_weights_follow_the_run(objective) -> None:
     module = objective(feature_weight=((0, 4.0), (100, 2.0), (200, 0.0)), logit_weight=((50, 0.0), (51, 1.0)))
     seen = {}
     for samples_seen in (0, 50, 51, 100, 150, 200, 10**9):
-        module.set_samples_seen(samples_seen)
-        seen[samples_seen] = module.weights["feature_loss"], module.weights["logit_loss"]
-        losses = module(make_batch(6))
-        expected = sum(
-            module.weights[name] * losses[name] for name in ("contrastive_loss", "feature_loss", "logit_loss")
-        )
+        step = StepContext(samples_seen=samples_seen)
+        weights = module.weights(step)
+        seen[samples_seen] = weights["feature_loss"], weights["logit_loss"]
+        assert module.changing_weights(step) == {name: weights[name] for name in ("feature_loss", "logit_loss")}
+        losses = module(make_batch(6), step)
+        expected = sum(weights[name] * losses[name] for name in ("contrastive_loss", "feature_loss", "logit_loss"))
         assert float(losses["loss"].detach()) == pytest.approx(float(expected), rel=1e-6)
     assert seen == {0: (4, 0), 50: (3, 0), 51: (2.98, 1), 100: (2, 1), 150: (1, 1), 200: (0, 1), 10**9: (0, 1)}
     losses["loss"].backward()
@@ -182,12 +185,12 @@ def test_teacher_is_frozen_and_no_part_of_the_module(objective) -> None:
     assert not any("teacher" in name for name in module.state_dict())
     module.train()
     module(make_batch(6))["loss"].backward()
-    assert not module.teachers[0].clip.model.training
-    assert all(p.grad is None for p in module.teachers[0].clip.model.parameters())
+    assert not teachers_of(module)[0].clip.model.training
+    assert all(p.grad is None for p in teachers_of(module)[0].clip.model.parameters())
 
 
 def test_projections_exist_only_where_widths_differ(objective) -> None:
-    def extra(module: DistillObjective) -> dict[str, tuple[int, ...]]:
+    def extra(module: ClipObjective) -> dict[str, tuple[int, ...]]:
         return {k: tuple(v.shape) for k, v in module.state_dict().items() if not k.startswith("model.")}
 
     assert extra(objective(teacher_width=8)) == {}
@@ -201,17 +204,17 @@ def test_projections_exist_only_where_widths_differ(objective) -> None:
 def test_teacher_sees_its_own_view_and_context(objective) -> None:
     module, batch = objective(), make_batch(6)
     other = Batch(**{**vars(batch), "teacher_image": 255 - batch.image})
-    teacher_features(module.teachers[0], batch)
-    teacher_features(module.teachers[0], other)
-    assert torch.equal(module.teachers[0].clip.seen[0], batch.image)
-    assert torch.equal(module.teachers[0].clip.seen[1], other.teacher_image)
+    teacher_features(teachers_of(module)[0], batch)
+    teacher_features(teachers_of(module)[0], other)
+    assert torch.equal(teachers_of(module)[0].clip.seen[0], batch.image)
+    assert torch.equal(teachers_of(module)[0].clip.seen[1], other.teacher_image)
 
 
 def test_a_copy_of_the_teacher_has_nothing_to_learn_from_it() -> None:
     student = tiny_clip(seed=3)
     teacher = Teacher(TinyTeacher(tiny_clip(seed=3), context_length=12, logit_scale=1 / 0.07), 8)
     section = schema.DistillObjective(relation_weight=1.0)
-    objective = DistillObjective(student, [teacher], section, context_length=12, student_width=8)
+    objective = build_objective(section, student, teachers=[teacher], context_length=12, embed_dim=8)
     losses = objective(make_batch(6, context_length=40))  # captions at a longer context than either's
     assert float(losses["feature_loss"]) == pytest.approx(0.0, abs=1e-6)
     assert float(losses["logit_loss"]) == pytest.approx(0.0, abs=1e-5)

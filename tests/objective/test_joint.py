@@ -14,7 +14,8 @@ from evatool.distributed.world import World
 from evatool.model.mim import MimModel, masked_tokens
 from evatool.objective.clip import encode_pair
 from evatool.objective.mim import MimObjective
-from evatool.objective.terms.joint import masked_positions
+from evatool.objective.terms.contrastive import SigmoidTerm
+from evatool.objective.terms.mim import masked_positions
 from evatool.recipe import schema
 from evatool.train.grad_cache import forward_backward
 from evatool.train.loss_spike import SpikeGate
@@ -27,7 +28,7 @@ def parts_apart(parts: JointParts) -> tuple[torch.Tensor, torch.Tensor]:
     objective, batch = parts.objective, parts.batch
     image, text = encode_pair(objective.model, batch)
     scale = objective.model.logit_scale.exp().squeeze()
-    if isinstance(objective.section, schema.SigmoidObjective):
+    if isinstance(objective.terms[0], SigmoidTerm):
         contrastive = dense_sigmoid(image, text, scale, objective.logit_bias.squeeze(), None)
     else:
         contrastive = dense_infonce(image, text, scale, None)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from tiny_clip import TinyPatchTeacher, TinyStudent, make_batch, tiny_clip
-from tiny_distill import DISTILLATIONS, tiny_distillation
+from tiny_distill import DISTILLATIONS, teachers_of, tiny_distillation
 from torch import nn
 
 from evatool.core.batch import Batch
@@ -16,7 +16,7 @@ from evatool.distributed.engines.build import Engine, build_engine
 from evatool.distributed.world import World
 from evatool.model.clip import build_clip
 from evatool.model.presets import resolve_preset
-from evatool.objective.clip import ClipObjective
+from evatool.objective.build import build_objective
 from evatool.objective.mim import MimObjective
 from evatool.recipe import schema
 from evatool.train.grad_cache import forward_backward
@@ -63,10 +63,10 @@ def tiny_objective(kind: str) -> tuple[nn.Module, Batch]:
         case _ if kind in DISTILLATIONS:
             return tiny_distillation(kind), batch
         case "sigmoid":
-            return ClipObjective(tiny_clip(), schema.SigmoidObjective(positives="equal-captions")).double(), batch
+            return build_objective(schema.SigmoidObjective(positives="equal-captions"), tiny_clip()).double(), batch
         case "fixed temperature":
             section = schema.InfoNceObjective(temperature=schema.FixedTemperature(value=0.02))
-            return ClipObjective(tiny_clip(), section).double(), batch
+            return build_objective(section, tiny_clip()).double(), batch
         case "mim":
             teacher = TinyPatchTeacher()
             teacher.head.double()
@@ -75,7 +75,7 @@ def tiny_objective(kind: str) -> tuple[nn.Module, Batch]:
             batch.mask[:, 0] = True
             return MimObjective(TinyStudent(), teacher).double(), batch
         case _:
-            return ClipObjective(tiny_clip(), schema.InfoNceObjective(positives=kind)).double(), batch
+            return build_objective(schema.InfoNceObjective(positives=kind), tiny_clip()).double(), batch
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 4, 6])
@@ -93,7 +93,9 @@ def test_the_teacher_runs_once_and_the_features_once_more() -> None:
     objective, batch = tiny_objective("distill")
     calls = {"student": 0, "teacher": 0}
     objective.model.visual.register_forward_hook(lambda *_: calls.update(student=calls["student"] + 1))
-    objective.teachers[0].clip.model.visual.register_forward_hook(lambda *_: calls.update(teacher=calls["teacher"] + 1))
+    teachers_of(objective)[0].clip.model.visual.register_forward_hook(
+        lambda *_: calls.update(teacher=calls["teacher"] + 1)
+    )
     copied = copy.deepcopy
     try:
         copy.deepcopy = lambda x: x  # the hooks count on this very objective
@@ -110,7 +112,7 @@ def eva_objective(dtype: torch.dtype) -> nn.Module:
     config = resolve_preset("EVA02-CLIP-debug")
     torch.manual_seed(0)
     model = build_clip(config, patch_dropout=0.5, drop_path_rate=0.3)
-    return ClipObjective(model, schema.InfoNceObjective()).to(dtype)
+    return build_objective(schema.InfoNceObjective(), model).to(dtype)
 
 
 def eva_batch(size: int) -> Batch:

@@ -244,10 +244,14 @@ def patch_dropouts(model: nn.Module) -> list[nn.Module]:
 # --------------------------------------------------------------------------------------------------- optim, engine
 
 
-def build_groups(recipe: TrainingRecipe, objective: nn.Module, config: ModelConfig) -> list[ParamGroup]:
+def build_groups(recipe: TrainingRecipe, objective: Objective, config: ModelConfig) -> list[ParamGroup]:
     """The optimiser's groups; their table goes to the log. Raises: RecipeError where `[optim]` does not fit."""
     groups = build_param_groups(
-        objective.named_parameters(), recipe.optim, depth_visual=config.depth, depth_text=config.text_depth
+        objective.named_parameters(),
+        recipe.optim,
+        depth_visual=config.depth,
+        depth_text=config.text_depth,
+        owners=objective.parameter_owners(),
     )
     counts: dict[str, int] = {}
     for group in groups:

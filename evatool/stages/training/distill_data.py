@@ -4,24 +4,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
-import torch
-from torch import Tensor
-
-from evatool.core.batch import Batch
 from evatool.core.errors import RecipeError
-from evatool.data.feature_store.store import FeatureStore, StoreSpec, Views
+from evatool.data.feature_store.store import StoreSpec, Views
 from evatool.data.train.loader import TrainLoader
 from evatool.model.config import ModelConfig
+from evatool.plan.towers import image_flops, text_flops
 from evatool.recipe.schema import DistillRecipe, DistillTeacherSection
 from evatool.recipe.schema.distill import EMBEDDINGS
-from evatool.stages.store_features import StoreWork
 from evatool.stages.training import build as wiring
 from evatool.stages.training.teachers import LazyTeacher, open_clip_teacher, required_store_path, views_of
-from evatool.teachers.base import Teacher, teacher_features
+from evatool.teachers.base import Teacher
 
 
 @dataclass
@@ -32,7 +26,12 @@ class DistillData:
     loader: TrainLoader
     views: Views | None
     live: list[ModelConfig]
-    """Of the teachers that run at every step."""
+    """The configurations of the teachers that run at every step."""
+
+    def flops_per_sample(self, recipe: DistillRecipe, config: ModelConfig) -> int:
+        """Model FLOPs of a sample's forward and backward pass, and of the teachers' forward passes."""
+        flops = 3 * (image_flops(config, recipe.model.patch_dropout) + text_flops(config))
+        return flops + sum(image_flops(teacher) + text_flops(teacher) for teacher in self.live)
 
 
 def open_distill_data(job: wiring.Job, recipe: DistillRecipe, config: ModelConfig) -> DistillData:
@@ -59,21 +58,6 @@ def open_distill_data(job: wiring.Job, recipe: DistillRecipe, config: ModelConfi
     teachers = [_teacher(name, sections[name], clip, loader) for name, clip in opened.items()]
     live = [clip.config for name, clip in opened.items() if sections[name].store is None]
     return DistillData(teachers, loader, views, live)
-
-
-def open_store_work(job: wiring.Job, recipe: DistillRecipe) -> StoreWork:
-    """For filling the recipe's stores ahead of time."""
-    data = open_distill_data(job, recipe, wiring.clip_config(recipe.model))
-    features: dict[str, Callable[[Batch], Tensor]] = {
-        t.store.spec.name: partial(_rows, t) for t in data.teachers if isinstance(t.store, FeatureStore)
-    }
-    sizes = sorted({teacher.image_size for teacher in data.teachers if teacher.image_size is not None})
-    return StoreWork(data.loader, features, sizes)
-
-
-def _rows(teacher: Teacher, batch: Batch) -> Tensor:
-    """What a store keeps of a batch: (B, 2, T), image and text embedding of unit length."""
-    return torch.stack(teacher_features(teacher, batch), dim=1)
 
 
 def _spec(name: str, section: DistillTeacherSection, clip: LazyTeacher) -> StoreSpec:

@@ -171,8 +171,7 @@ def training_result(job: Job, trainer: Trainer, *, next_command: str, images: di
         "parameters": _count_parameters(trainer),
     }
     metrics |= {key: value for key, value in record.items() if key.startswith(("train/", "val/")) and value is not None}
-    kinds = job.recipe.objective.kind, getattr(job.recipe.objective, "loss", None)
-    if isinstance(job.recipe, TrainClipRecipe | DistillRecipe) and "sigmoid" not in kinds:
+    if trainer.objective.chance_loss is not None:
         metrics["stuck_at_start"] = int("stuck_at_start" in state.notes)
     metrics |= {key.replace("data/", ""): int(count) for key, count in trainer.data_counts().items()}
     if state.notes:

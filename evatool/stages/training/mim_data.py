@@ -9,6 +9,7 @@ from evatool.data.feature_store.store import StoreSpec, Views
 from evatool.data.train.loader import TrainLoader
 from evatool.data.train.masking import MaskSpec
 from evatool.model.presets import ModelConfig, resolve_preset
+from evatool.objective.build import PatchTargets
 from evatool.recipe import schema
 from evatool.recipe.schema import PretrainMimRecipe
 from evatool.stages.training import build as wiring
@@ -36,6 +37,17 @@ class MimData:
     """The teacher on the student's grid."""
     views: Views | None
     loader: TrainLoader
+
+    @property
+    def patch_targets(self) -> PatchTargets:
+        """What the objective needs of all this."""
+        return PatchTargets(
+            teacher=self.patches,
+            predict_dim=self.teacher.facts.width,
+            num_masked=self.mask.generator().num_masked,
+            width=self.shape.width,
+            store=self.loader.stores.get(STORE),
+        )
 
 
 def open_mim_data(job: wiring.Job, recipe: PretrainMimRecipe) -> MimData:
