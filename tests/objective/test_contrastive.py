@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_clip import make_batch, tiny_clip
 
-from evatool.objective.terms import contrastive
 from evatool.objective.build import build_objective
 from evatool.objective.clip import encode_pair
+from evatool.objective.terms import contrastive
 from evatool.recipe.schema import FixedTemperature, InfoNceObjective, SigmoidObjective
 
 
