@@ -23,14 +23,14 @@ ARROWS: dict[str, str] = {
     "checkpoint": "core formats distributed",
     "data": "core recipe",
     "model": "core distributed",
-    "weights": "core formats model",
+    "weights": "core formats checkpoint model",
     "teachers": "core formats distributed model weights",
     "objective": "core recipe distributed model teachers",
     "optim": "core recipe distributed",
     "train": "core distributed objective",
     "eval": "core distributed",
     "export": "core formats model weights",
-    "inference": "core formats checkpoint data model weights export",
+    "inference": "core formats data model weights",
     "plan": "core recipe model",
     "runs": "core recipe",
     "stages": "core formats recipe distributed checkpoint data model weights teachers objective optim train eval "
@@ -43,7 +43,6 @@ TORCH_FREE_FILES = ("core/errors", "core/logging", "core/batch", "core/progress"
 HEAVY = {"torch", "timm", "open_clip", "torchvision", "deepspeed", "numpy"}
 # Circles of files that stand for now; the list may only become shorter.
 KNOWN_CIRCLES: list[set[str]] = [
-    {"evatool.model.init", "evatool.model.mim"},
     {"evatool.train.trainer", "evatool.train.hooks.base"},
 ]
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from evatool.core.errors import RecipeError
-from evatool.formats.mapped_tensors import MappedTensors, Source
 from evatool.formats.safetensors import TensorMap
 from evatool.model.config import TEXT_DEFAULTS, VISION_DEFAULTS, ModelConfig
 from evatool.weights.key_mapping import baai_name
-from evatool.weights.open import MergedMap
+from evatool.weights.mapped_tensors import merged_tensors, renamed_tensors
 
 # N patches, C head width
 
@@ -40,14 +39,14 @@ def baai_state(tensors: Mapping[str, Tensor], config: ModelConfig) -> TensorMap:
     rename = lambda name: baai_name(  # noqa: E731
         name, separate_qkv=vision["subln"], swiglu=vision["naiveswiglu"] or vision["swiglu"]
     )
-    state = MappedTensors(tensors, {rename(name): Source((name,)) for name in tensors})
+    state = renamed_tensors(tensors, {rename(name): name for name in tensors})
     tables: dict[str, Tensor] = {}
     if vision["rope"] and "visual.pos_embed" in state:
         dtype = state.dtype("visual.pos_embed")
         cos, sin = (table.to(dtype) for table in rope_tables(config))
         for owner in ("visual.rope", *(f"visual.blocks.{i}.attn.rope" for i in range(config.depth))):
             tables |= {f"{owner}.freqs_cos": cos, f"{owner}.freqs_sin": sin}
-    return MergedMap(dict.fromkeys(state, state) | dict.fromkeys(tables, tables))
+    return merged_tensors([state, tables])
 
 
 def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,10 @@ from evatool.export.verify import (
     our_outputs,
 )
 from evatool.formats.safetensors import write_safetensors
+from evatool.weights.source import OPEN_CLIP_CONFIG as CONFIG
+from evatool.weights.source import OPEN_CLIP_WEIGHTS as WEIGHTS
 
-WEIGHTS, TIMM_CONFIG, CARD, CONFIG = "open_clip_model.safetensors", "config.json", "README.md", "open_clip_config.json"
+TIMM_CONFIG, CARD = "config.json", "README.md"
 
 # Run in the folder after it was moved. One line, so that it can be copied from the card.
 PATH_FIX = (

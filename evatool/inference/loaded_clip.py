@@ -1,17 +1,14 @@
-"""What other people's Python imports: a trained model of any origin, ready to encode.
+"""A trained CLIP model of any origin, ready to encode.
 
 import evatool
 clip = evatool.load_clip("runs/demo/distill")
-features = clip.encode_image(clip.preprocess(picture)[None])
+features = clip.encode_image(clip.preprocess(image)[None])
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,26 +20,18 @@ from open_clip import CustomTextCLIP
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 
-from evatool.checkpoint import load as checkpoints
-from evatool.checkpoint.layout import AVERAGE
-from evatool.core.errors import CheckpointError, RecipeError, UsageError
+from evatool.core.errors import RecipeError, UsageError
 from evatool.core.image_norm import CLIP_MEAN, CLIP_STD, normalize_images
 from evatool.data.tokenizer import Tokenizer, build_tokenizer
-from evatool.export.open_clip import CONFIG as OPEN_CLIP_CONFIG
-from evatool.export.open_clip import WEIGHTS as OPEN_CLIP_WEIGHTS
-from evatool.formats.safetensors import dtype_of, shape_of
+from evatool.formats.fingerprint import weights_fingerprint
 from evatool.model.clip import build_clip, visual_tokens
 from evatool.model.config import ModelConfig, fingerprint_text
-from evatool.model.presets import resolve_preset
+from evatool.model.presets import resolve_config, resolve_preset
 from evatool.model.registration import register
 from evatool.model.vision import match_key_biases
-from evatool.weights.detect_preset import fitting_presets
-from evatool.weights.key_mapping import canonical_state
-from evatool.weights.load import SCALARS, FittedMap, fitted_clip_weights, load_clip_weights
-from evatool.weights.open import NO_WEIGHTS, open_weights
+from evatool.weights.fit import SCALARS
+from evatool.weights.load import clip_only, find_clip
 from evatool.weights.resize import PatchResize
-
-__all__ = ["LoadedClip", "Weights", "load_clip", "read_weights", "register"]
 
 log = logging.getLogger(__name__)
 
@@ -50,15 +39,6 @@ log = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass
-class Weights:
-    """Weights as they were found, and what is known about their model."""
-
-    state: Mapping[str, Tensor]
-    configs: list[ModelConfig]  # what the source says it is, else every preset of its shapes: none, one or more
-    source: str  # the file or folder that was read
 
 
 @dataclass(eq=False)
@@ -127,12 +107,7 @@ class LoadedClip:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the configuration and all weights: equal if and only if two models are the same."""
-        digest = hashlib.sha256(fingerprint_text(self.config).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return weights_fingerprint(fingerprint_text(self.config), sorted(self.model.state_dict().items()))
 
     def _pixels(self, image: Tensor) -> Tensor:
         dtype = next(self.model.visual.parameters()).dtype
@@ -164,19 +139,14 @@ def load_clip(
     Raises: CheckpointError if the weights are missing, damaged or of another model; UsageError if `source` is neither
     a path nor a preset.
     """
-    register()
-    config = None if model_config is None else _as_config(model_config)
-    path = Path(source).expanduser()
-    stored_dtype = torch.float32
-    if path.exists():
-        weights = read_weights(path)
-        config = _resized(config or _only_config(weights), image_size, patch_size)
-        clip = _build_loaded(weights, config, patch_resize, DTYPES[precision])
-        stored_dtype = _stored_dtype(weights)
-        origin = weights.source
+    if Path(source).expanduser().exists():
+        found = find_clip(source, model_config, image_size=image_size, patch_size=patch_size, patch_resize=patch_resize)
+        clip, config = found.load(DTYPES[precision]), found.config
+        origin, stored_dtype = found.source, found.stored_dtype
     else:
-        config = _resized(config or _preset_or_usage_error(str(source)), image_size, patch_size)
-        clip = _cast(build_clip(_clip_only(config, str(source))), DTYPES[precision])
+        given = _preset_or_usage_error(str(source)) if model_config is None else resolve_config(model_config)
+        config = clip_only(given.with_sides(image_size, patch_size), str(source))
+        clip, stored_dtype = _random_clip(config, DTYPES[precision]), torch.float32
         origin = f"random weights of {config.name}"
         log.warning("%s is a preset: its weights are random", source)
     match_key_biases(clip)
@@ -193,205 +163,6 @@ def load_clip(
     )
 
 
-def _resized(config: ModelConfig, image_size: int | None, patch_size: int | None) -> ModelConfig:
-    """Both at once: either alone may not be whole patches."""
-    if patch_size is not None and image_size is not None:
-        vision = {**config.vision, "patch_size": patch_size, "image_size": image_size}
-        return ModelConfig.from_json(config.to_json() | {"vision_cfg": vision})
-    return config.with_image_size(image_size).with_patch_size(patch_size)
-
-
-@dataclass
-class UnloadedClip:
-    """A CLIP model on disk whose tensors are read one at a time: for conversions of models larger than the memory."""
-
-    tensors: FittedMap  # under our names, resized where asked for
-    config: ModelConfig
-    source: str
-    stored_dtype: torch.dtype
-
-
-def find_clip(
-    source: str | Path,
-    model_config: ModelConfig | Mapping[str, Any] | str | Path | None = None,
-    *,
-    image_size: int | None = None,
-    patch_size: int | None = None,
-    patch_resize: PatchResize = "bicubic",
-) -> UnloadedClip:
-    """As `load_clip`, for what is on disk, without loading it. Raises: CheckpointError as `load_clip`."""
-    register()
-    weights = read_weights(source)
-    config = _only_config(weights) if model_config is None else _as_config(model_config)
-    config = _clip_only(_resized(config, image_size, patch_size), weights.source)
-    with torch.device("meta"):
-        clip = build_clip(config)
-    with _suggesting_presets(weights, config):
-        tensors = fitted_clip_weights(clip, weights.state, where=weights.source, patch_resize=patch_resize)
-    return UnloadedClip(tensors, config, weights.source, _stored_dtype(weights))
-
-
-def _stored_dtype(weights: Weights) -> torch.dtype:
-    """The dtype of the matrices: the temperature, and some norms, may be kept in a wider one."""
-    matrix = next(name for name in weights.state if len(shape_of(weights.state, name)) > 1)
-    return dtype_of(weights.state, matrix)
-
-
-def read_weights(source: str | Path) -> Weights:
-    """The weights of a CLIP or MIM model from anything on disk that `load_clip` reads, by content.
-
-    Raises: CheckpointError where there are none, or where they are damaged.
-    """
-    path = Path(source).expanduser()
-    if not path.exists():
-        raise CheckpointError("there is no such file or folder", where=str(path))
-    if path.is_file():
-        # A checkpoint's moving average has the configuration of the model beside it.
-        is_average = path.name == AVERAGE and path.with_name("model_config.json").is_file()
-        return _read_checkpoint(path.parent, AVERAGE) if is_average else _read_foreign(path)
-    if (path / OPEN_CLIP_CONFIG).is_file():
-        return _read_open_clip_folder(path)
-    if (path / "model_config.json").is_file():
-        is_checkpoint = (path / "train_state.json").is_file() or (path / "MANIFEST.json").is_file()
-        return _read_checkpoint(path) if is_checkpoint else _read_described(path)
-    checkpoint = checkpoints.latest_checkpoint(path)
-    if checkpoint is not None:
-        return _read_checkpoint(checkpoint)
-    try:
-        return _read_foreign(path)
-    except CheckpointError as error:
-        if error.what != NO_WEIGHTS:
-            raise
-    raise CheckpointError(
-        "this folder holds no model",
-        where=str(path),
-        expected="a run folder with checkpoints, a checkpoint (ours or DeepSpeed's), an exported open_clip folder, or "
-        "a folder as the Hugging Face hub has them",
-        fix="if its run was interrupted before the first checkpoint, run it again with --resume",
-    )
-
-
-def _read_checkpoint(path: Path, name: str = "model.safetensors") -> Weights:
-    checkpoints.verify(path)
-    config = ModelConfig.from_json(_read_json(path / "model_config.json"))
-    return Weights(open_weights(path / name), [config], str(path if name == "model.safetensors" else path / name))
-
-
-def _read_described(path: Path) -> Weights:
-    """A weight file with its configuration beside it, as our exports in BAAI's and our own names are."""
-    config = ModelConfig.from_json(_read_json(path / "model_config.json"))
-    return Weights(open_weights(path), [config], str(path))
-
-
-def _read_open_clip_folder(path: Path) -> Weights:
-    table = _read_json(path / OPEN_CLIP_CONFIG)
-    if "evatool" not in table:
-        return _read_foreign(path)
-    weights = path / OPEN_CLIP_WEIGHTS
-    if not weights.is_file():
-        raise CheckpointError(f"{OPEN_CLIP_WEIGHTS} is missing", where=str(path), fix="export the model again")
-    return Weights(open_weights(weights), [ModelConfig.from_json(table["evatool"]["model"])], str(path))
-
-
-def _read_foreign(path: Path) -> Weights:
-    """Weights that do not say what they are: every preset of their shapes and, where something tells, activation."""
-    state = open_weights(path)
-    configs = fitting_presets(canonical_state(state, str(path)))
-    quick_gelu = _tells_quick_gelu(path, state)
-    if quick_gelu is not None and len(configs) > 1:
-        configs = [config for config in configs if config.quick_gelu == quick_gelu]
-    return Weights(state, configs, str(path))
-
-
-def _tells_quick_gelu(path: Path, state: Mapping[str, Tensor]) -> bool | None:
-    """Whether a CLIP was trained with QuickGELU: its weights do not show it, what lies beside them may."""
-    if "input_resolution" in state:  # only OpenAI's own archives hold it
-        return True
-    folder = path if path.is_dir() else path.parent
-    if (folder / OPEN_CLIP_CONFIG).is_file():
-        model_cfg = _read_json(folder / OPEN_CLIP_CONFIG).get("model_cfg", {})
-        return bool(model_cfg.get("quick_gelu", False))
-    if (folder / "config.json").is_file():
-        activation = _read_json(folder / "config.json").get("text_config", {}).get("hidden_act")
-        return None if activation is None else activation == "quick_gelu"
-    return None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path.name} cannot be read: {error}", where=str(path)) from error
-    if not isinstance(table, dict):
-        raise CheckpointError(f"{path.name} is no JSON object", where=str(path))
-    return table
-
-
-def _only_config(weights: Weights) -> ModelConfig:
-    if not weights.configs:
-        raise CheckpointError(
-            "no preset has the shapes of these weights",
-            where=weights.source,
-            fix="name the model: model_config = a JSON file with embed_dim, vision_cfg and text_cfg, or a preset",
-        )
-    if len(weights.configs) > 1:
-        raise CheckpointError(
-            f"{len(weights.configs)} presets have the shapes of these weights, and nothing beside them tells which",
-            where=weights.source,
-            fix="name one: model_config = "
-            + " or ".join(f"{c.name} ({'QuickGELU' if c.quick_gelu else 'GELU'})" for c in weights.configs),
-        )
-    return weights.configs[0]
-
-
-def _build_loaded(
-    weights: Weights, config: ModelConfig, patch_resize: PatchResize, dtype: torch.dtype
-) -> CustomTextCLIP:
-    with torch.device("meta"):
-        clip = build_clip(_clip_only(config, weights.source))
-    with _suggesting_presets(weights, config):
-        report = load_clip_weights(clip, weights.state, where=weights.source, patch_resize=patch_resize, dtype=dtype)
-    log.log(logging.INFO if report.resized else logging.DEBUG, "%s: %s", weights.source, report)
-    return clip
-
-
-@contextmanager
-def _suggesting_presets(weights: Weights, config: ModelConfig) -> Iterator[None]:
-    """A refusal of the weights also says which presets they would fit."""
-    try:
-        yield
-    except CheckpointError as error:
-        if weights.configs and config not in weights.configs:
-            error.fix = f"these weights fit the preset {' or '.join(c.name for c in weights.configs)}"
-        raise
-
-
-def _clip_only(config: ModelConfig, where: str) -> ModelConfig:
-    if config.task != "clip":
-        raise CheckpointError(
-            f"{config.name} is a MIM model: it has an image tower and no text tower",
-            where=where,
-            expected="a CLIP model",
-            fix="train a CLIP model from it: evatool train-clip with model.init.kind = 'image-tower'",
-        )
-    return config
-
-
-def _as_config(given: ModelConfig | Mapping[str, Any] | str | Path) -> ModelConfig:
-    if isinstance(given, ModelConfig):
-        return given
-    if isinstance(given, Mapping):
-        return ModelConfig.from_json(given)
-    path = Path(given)
-    if path.suffix != ".json":
-        return resolve_preset(str(given))
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"the model configuration cannot be read: {error}", where=str(path)) from error
-    return ModelConfig.from_json(table, name=path.stem)
-
-
 def _preset_or_usage_error(source: str) -> ModelConfig:
     try:
         return resolve_preset(source)
@@ -403,13 +174,14 @@ def _preset_or_usage_error(source: str) -> ModelConfig:
         ) from error
 
 
-def _cast(clip: CustomTextCLIP, dtype: torch.dtype) -> CustomTextCLIP:
-    """Weights in `dtype`, except the temperature; buffers (RoPE tables) stay as they are."""
-    if dtype == torch.float32:
-        return clip
-    for name, parameter in clip.named_parameters():
-        if name not in SCALARS:
-            parameter.data = parameter.data.to(dtype)
+def _random_clip(config: ModelConfig, dtype: torch.dtype) -> CustomTextCLIP:
+    """A model with the first weights of a training, in `dtype`; the temperature and buffers (RoPE) stay float32."""
+    register()
+    clip = build_clip(config)
+    if dtype != torch.float32:
+        for name, parameter in clip.named_parameters():
+            if name not in SCALARS:
+                parameter.data = parameter.data.to(dtype)
     return clip
 
 

@@ -16,6 +16,11 @@ from evatool.model.vision import has_head_bias, timm_name
 
 # B batch, S input side in pixels, N patches, E embedding
 
+TOWER = "visual.trunk."
+"""Prefix of an EVA image tower's parameters."""
+PROJECTION = "visual.head.proj.weight"
+"""The image projection where it has no bias: open_clip's linear layer then, and timm's head otherwise."""
+
 
 def open_clip_model_config(config: ModelConfig) -> dict[str, Any]:
     """`config` in open_clip's vocabulary, as its JSON files and `local-dir:` folders hold it.

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from evatool.core.errors import RecipeError
 
 Task = Literal["clip", "mim"]
+TowerKind = Literal["eva", "clip-vit"]
 
 VISION_DEFAULTS: dict[str, Any] = {
     "tower": "eva",  # ours: eva, or clip-vit for the ViT of OpenAI's and LAION's CLIP
@@ -125,6 +126,12 @@ class ModelConfig:
         return self.width // self.vision["head_width"]
 
     @property
+    def has_inner_attn_norm(self) -> bool:
+        """Whether a norm stands before the attention's output projection: `inner_attn_ln`, as `subln` when None."""
+        inner = self.vision["inner_attn_ln"]
+        return bool(self.vision["subln"] if inner is None else inner)
+
+    @property
     def text_depth(self) -> int:
         """Blocks of the text tower; 0 without one."""
         return self.text["layers"] if self.text else 0
@@ -145,6 +152,15 @@ class ModelConfig:
         if patch_size is None or patch_size == self.patch_size:
             return self
         return _checked(replace(self, vision={**self.vision, "patch_size": patch_size}))
+
+    def with_sides(self, image_size: int | None, patch_size: int | None) -> ModelConfig:
+        """This model at another input and patch side; both change at once, since either alone may not be whole patches.
+
+        Raises: RecipeError if patches do not fit.
+        """
+        if patch_size is not None and image_size is not None:
+            return _checked(replace(self, vision={**self.vision, "patch_size": patch_size, "image_size": image_size}))
+        return self.with_image_size(image_size).with_patch_size(patch_size)
 
     def with_depth(self, layers: int) -> ModelConfig:
         """The same model with another number of blocks in its image tower."""

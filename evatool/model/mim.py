@@ -91,5 +91,5 @@ def build_mim(
     if config.decoder is not None:
         return MaeModel(config, predict_dim, drop_path_rate)
     model = MimModel(build_trunk(config, drop_path_rate=drop_path_rate), config, predict_dim, patch_embed_grad_scale)
-    init_mim(model)
+    init_mim(model.visual, model.lm_head, model.mask_token, config.vision)
     return model

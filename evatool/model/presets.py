@@ -7,13 +7,16 @@ Widths, depths and ratios of the released models: docs/reference/eva.md#image-to
 from __future__ import annotations
 
 import difflib
+import json
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from evatool.core.errors import RecipeError
 from evatool.model.config import ModelConfig, mim_config
 
-__all__ = ["PRESETS", "ModelConfig", "mim_config", "resolve_preset"]
+__all__ = ["PRESETS", "ModelConfig", "mim_config", "resolve_config", "resolve_preset"]
 
 _EVA01 = {"patch_size": 14, "layers": 40, "width": 1408, "head_width": 88, "mlp_ratio": 4.3637}
 _EVA02 = {
@@ -207,3 +210,22 @@ def resolve_preset(name: str) -> ModelConfig:
         expected="one of " + ", ".join(PRESETS),
         fix=f"did you mean {' or '.join(suggestions)}?" if suggestions else "see docs/models.md for the names",
     )
+
+
+def resolve_config(given: ModelConfig | Mapping[str, Any] | str | Path) -> ModelConfig:
+    """A configuration from itself, a mapping or a JSON file in BAAI's vocabulary, or a preset's name.
+
+    Raises: RecipeError where the file cannot be read, holds no configuration, or no preset has this name.
+    """
+    if isinstance(given, ModelConfig):
+        return given
+    if isinstance(given, Mapping):
+        return ModelConfig.from_json(given)
+    path = Path(given)
+    if path.suffix != ".json":
+        return resolve_preset(str(given))
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"the model configuration cannot be read: {error}", where=str(path)) from error
+    return ModelConfig.from_json(table, name=path.stem)

@@ -57,14 +57,23 @@ def encode_text(
 
 def _encode_group(tower: nn.Module, tokens: Tensor, embedded: Tensor) -> Tensor:
     """Features (b, E) of (b, l) tokens whose embeddings (b l, D) are there already."""
-    length = tokens.shape[1]
     own = tower.token_embedding
     tower.token_embedding = _Given(embedded.view(*tokens.shape, -1))
     try:
-        # open_clip slices the position table to the text but not the causal mask, so the mask is handed in sliced.
-        return functional_call(tower, {"attn_mask": tower.attn_mask[:length, :length]}, (tokens,))  # type: ignore[index]
+        return encode_cut_tokens(tower, tokens)
     finally:
         tower.token_embedding = own
+
+
+def encode_cut_tokens(tower: nn.Module, tokens: Tensor) -> Tensor:
+    """Features (B, E) of tokens (B, L) of any L up to the context, through the tower's own call.
+
+    Args:
+        tower: one that `is_trimmable`.
+    """
+    length = tokens.shape[1]
+    # open_clip slices the position table to the text but not the causal mask, so the mask is handed in sliced.
+    return functional_call(tower, {"attn_mask": tower.attn_mask[:length, :length]}, (tokens,))  # type: ignore[index]
 
 
 class _Given(nn.Module):

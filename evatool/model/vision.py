@@ -44,7 +44,6 @@ def eva_arguments(config: ModelConfig) -> dict[str, Any]:
     Source: EVA-CLIP/rei/eva_clip/eva_vit_model.py (docs/reference/eva.md#image-towers), names translated to timm's.
     """
     vision = config.vision
-    inner_norm = vision["subln"] if vision["inner_attn_ln"] is None else vision["inner_attn_ln"]
     arguments: dict[str, Any] = {
         "img_size": vision["image_size"],
         "patch_size": vision["patch_size"],
@@ -56,7 +55,7 @@ def eva_arguments(config: ModelConfig) -> dict[str, Any]:
         "qkv_fused": not vision["subln"],
         "swiglu_mlp": vision["naiveswiglu"] or vision["swiglu"],
         "scale_mlp": vision["naiveswiglu"],
-        "scale_attn_inner": inner_norm,
+        "scale_attn_inner": config.has_inner_attn_norm,
         "use_rot_pos_emb": vision["rope"],
         "use_post_norm": vision["postnorm"],
         "init_values": vision["ls_init_value"],

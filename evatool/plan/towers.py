@@ -86,7 +86,6 @@ def image_blocks(config: ModelConfig) -> Blocks:
     }
     if not config.is_eva or config.decoder is not None:
         return Blocks(**shape, is_text=not config.is_eva, has_quick_gelu=config.quick_gelu)
-    has_inner_norm = vision["subln"] if vision["inner_attn_ln"] is None else vision["inner_attn_ln"]
     gated: Literal["none", "packed", "separate"] = "none"
     if vision["naiveswiglu"] or vision["swiglu"]:
         gated = "separate" if vision["naiveswiglu"] else "packed"
@@ -94,7 +93,7 @@ def image_blocks(config: ModelConfig) -> Blocks:
         **shape,
         gated=gated,
         has_mlp_norm=bool(vision["naiveswiglu"]),
-        has_inner_norm=bool(has_inner_norm),
+        has_inner_norm=config.has_inner_attn_norm,
         has_rms_norm=bool(vision["use_rms_norm"]),
         has_fused_qkv=not vision["subln"],
         qkv_biases=2 if vision["qkv_bias"] else 0,

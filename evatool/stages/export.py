@@ -16,7 +16,7 @@ from evatool.eval.results import main_metrics, read_results
 from evatool.export.folder import Target
 from evatool.export.hub import check_credentials, push_to_hub
 from evatool.export.model_card import CardFacts
-from evatool.inference.loaded_clip import DTYPES, LoadedClip, UnloadedClip, find_clip, load_clip
+from evatool.inference.loaded_clip import DTYPES, LoadedClip, load_clip
 from evatool.model.config import ModelConfig
 from evatool.recipe.schema import ExportRecipe, ExportSection
 from evatool.runs.result import Result
@@ -24,6 +24,7 @@ from evatool.runs.run_dir import RunOptions, open_run_dir
 from evatool.stages.exporting import deepspeed as export_deepspeed
 from evatool.stages.exporting.formats import export_model, round_weights
 from evatool.stages.exporting.streamed import export_unloaded, needs_streaming
+from evatool.weights.load import UnloadedClip, find_clip
 
 log = logging.getLogger(__name__)
 

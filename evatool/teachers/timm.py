@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from functools import cached_property
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from evatool.core.errors import CheckpointError, RecipeError
 from evatool.core.image_norm import normalize_images
+from evatool.formats.fingerprint import weights_fingerprint
 from evatool.formats.safetensors import shape_of
 from evatool.weights.open import open_weights
 
@@ -49,11 +49,8 @@ class TimmTeacher:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of architecture, layer, pixel statistics and all weights."""
-        digest = hashlib.sha256(repr((self.name, self.layer, self.mean, self.std)).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        about = repr((self.name, self.layer, self.mean, self.std))
+        return weights_fingerprint(about, sorted(self.model.state_dict().items()))
 
     @torch.no_grad()
     def _features(self, image: Tensor) -> Tensor:

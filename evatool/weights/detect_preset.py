@@ -6,9 +6,10 @@ import math
 import re
 from dataclasses import dataclass, replace
 
-from evatool.formats.mapped_tensors import PROJECTION, TOWER, MappedTensors, TowerKind
-from evatool.model.config import ModelConfig
+from evatool.model.clip import PROJECTION, TOWER
+from evatool.model.config import ModelConfig, TowerKind
 from evatool.model.presets import PRESETS
+from evatool.weights.mapped_tensors import MappedTensors
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,6 @@ class Signature:
 def signature_of(config: ModelConfig) -> Signature:
     """The signature that `config`'s weights have."""
     vision, text = config.vision, config.text
-    inner = vision["subln"] if vision["inner_attn_ln"] is None else vision["inner_attn_ln"]
     return Signature(
         tower=vision["tower"],
         width=config.width,
@@ -42,7 +42,7 @@ def signature_of(config: ModelConfig) -> Signature:
         mlp="subln" if vision["naiveswiglu"] else "packed" if vision["swiglu"] else "gelu",
         separate_qkv=vision["subln"],
         qkv_bias=vision["qkv_bias"],
-        inner_norm=inner,
+        inner_norm=config.has_inner_attn_norm,
         rms_norm=vision["use_rms_norm"],
         embed_dim=config.embed_dim,
         text=(text["width"], text["layers"], text["context_length"], text["vocab_size"]) if text else None,

@@ -13,8 +13,10 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from evatool.core.errors import CheckpointError
-from evatool.formats.mapped_tensors import PROJECTION, TOWER, MappedTensors, Source, TowerKind
-from evatool.weights.key_mapping_hf import is_transformers, transformers_sources
+from evatool.model.clip import PROJECTION, TOWER
+from evatool.model.config import TowerKind
+from evatool.weights.key_mapping_hf import is_transformers, transformers_origins
+from evatool.weights.mapped_tensors import MappedTensors, TensorOrigin
 
 MIM_PARTS = ("mask_token", "lm_head.weight", "lm_head.bias")
 
@@ -49,32 +51,32 @@ def canonical_state(state: Mapping[str, Tensor], where: str = "state dict") -> M
     keys = [key for key in state if not _RECOMPUTED.search(_without_wrapper(key))]
     names = {_without_wrapper(key) for key in keys}
     if is_transformers(names):
-        return MappedTensors(state, *transformers_sources({_without_wrapper(key): key for key in keys}))
+        return MappedTensors(state, *transformers_origins({_without_wrapper(key): key for key in keys}))
     is_vit = names >= _VIT_PARTS
     tower: TowerKind = "clip-vit" if is_vit else "eva"
     rename: Callable[[str], str] = _shared_name if is_vit else _EvaNames(names, where)
-    sources: dict[str, Source] = {}
+    origins: dict[str, TensorOrigin] = {}
     for key in keys:
         ours = rename(_without_wrapper(key))
-        if ours in sources:
+        if ours in origins:
             raise CheckpointError(
-                f"{key} and {sources[ours].keys[0]} are both {ours}", where=where, expected="one tensor a parameter"
+                f"{key} and {origins[ours].keys[0]} are both {ours}", where=where, expected="one tensor a parameter"
             )
-        sources[ours] = Source((key,))
-    return MappedTensors(state, sources, tower)
+        origins[ours] = TensorOrigin((key,))
+    return MappedTensors(state, origins, tower)
 
 
 def mae_state(state: Mapping[str, Tensor]) -> MappedTensors:
     """EVA-L's weights under our names, from BAAI's file (MAE's names) or our checkpoint, without fixed positions."""
-    sources = {}
+    origins = {}
     for key in state:
         name = _without_wrapper(key)
         if name in ("pos_embed", "decoder_pos_embed"):
             continue
         name = name.replace("decoder_pred.", "lm_head.")
         is_shared = name == "mask_token" or name.startswith(("decoder_", "lm_head.", "visual."))
-        sources[name if is_shared else f"visual.{name}"] = Source((key,))
-    return MappedTensors(state, sources)
+        origins[name if is_shared else f"visual.{name}"] = TensorOrigin((key,))
+    return MappedTensors(state, origins)
 
 
 def _without_wrapper(key: str) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
-from evatool.formats.mapped_tensors import PROJECTION, TOWER, Source, TowerKind
+from evatool.model.clip import PROJECTION, TOWER
+from evatool.model.config import TowerKind
+from evatool.weights.mapped_tensors import TensorOrigin
 
 _LAYER = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)")
 _IN_BLOCK = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj"}
@@ -43,7 +45,7 @@ def is_transformers(names: set[str]) -> bool:
     return f"{_VISION}embeddings.patch_embedding.weight" in names
 
 
-def transformers_sources(keys: Mapping[str, str]) -> tuple[dict[str, Source], TowerKind]:
+def transformers_origins(keys: Mapping[str, str]) -> tuple[dict[str, TensorOrigin], TowerKind]:
     """Our names -> where their tensors come from, and the kind of image tower.
 
     OpenAI's ViT has a norm before its blocks, EVA's has none. Attention's three matrices are one in our models.
@@ -53,27 +55,27 @@ def transformers_sources(keys: Mapping[str, str]) -> tuple[dict[str, Source], To
     """
     is_vit = f"{_VISION}pre_layrnorm.weight" in keys
     vision = _VIT if is_vit else _EVA
-    sources: dict[str, Source] = {}
+    origins: dict[str, TensorOrigin] = {}
     for name, key in keys.items():
         layer = _LAYER.fullmatch(name)
         if layer:
             ours = _layer_name(*layer.groups(), is_vit=is_vit)
-            sources[ours] = Source((*sources.get(ours, Source(())).keys, key))
+            origins[ours] = TensorOrigin((*origins.get(ours, TensorOrigin(())).keys, key))
         elif name == "text_projection.weight":
-            sources["text.text_projection"] = Source((key,), transposed=True)
+            origins["text.text_projection"] = TensorOrigin((key,), transposed=True)
         elif name == "visual_projection.weight":
-            sources["visual.proj" if is_vit else PROJECTION] = Source((key,), transposed=is_vit)
+            origins["visual.proj" if is_vit else PROJECTION] = TensorOrigin((key,), transposed=is_vit)
         elif name in _TEXT:
-            sources[_TEXT[name]] = Source((key,))
+            origins[_TEXT[name]] = TensorOrigin((key,))
         elif name.startswith(_VISION) and name.removeprefix(_VISION) in vision:
-            sources[vision[name.removeprefix(_VISION)]] = Source((key,))
+            origins[vision[name.removeprefix(_VISION)]] = TensorOrigin((key,))
         elif not is_vit and name == f"{_VISION}embeddings.class_embedding":
-            sources[f"{TOWER}cls_token"] = Source((key,), lead=2)
+            origins[f"{TOWER}cls_token"] = TensorOrigin((key,), lead=2)
         elif not is_vit and name == f"{_VISION}embeddings.position_embedding.weight":
-            sources[f"{TOWER}pos_embed"] = Source((key,), lead=1)
+            origins[f"{TOWER}pos_embed"] = TensorOrigin((key,), lead=1)
         else:
-            sources[name] = Source((key,))  # has no place in the model: named when it is loaded
-    return _in_qkv_order(sources), "clip-vit" if is_vit else "eva"
+            origins[name] = TensorOrigin((key,))  # has no place in the model: named when it is loaded
+    return _in_qkv_order(origins), "clip-vit" if is_vit else "eva"
 
 
 def _layer_name(tower: str, number: str, rest: str, *, is_vit: bool) -> str:
@@ -88,10 +90,10 @@ def _layer_name(tower: str, number: str, rest: str, *, is_vit: bool) -> str:
 _PREFIX = {"vision": "visual.", "text": "text."}
 
 
-def _in_qkv_order(sources: dict[str, Source]) -> dict[str, Source]:
+def _in_qkv_order(origins: dict[str, TensorOrigin]) -> dict[str, TensorOrigin]:
     """Files hold the three matrices in any order (transformers writes k, v, q)."""
     order: Callable[[str], int] = lambda key: next(i for i, part in enumerate("qkv") if f".{part}_proj." in key)  # noqa: E731
     return {
-        name: Source(tuple(sorted(source.keys, key=order))) if len(source.keys) > 1 else source
-        for name, source in sources.items()
+        name: TensorOrigin(tuple(sorted(origin.keys, key=order))) if len(origin.keys) > 1 else origin
+        for name, origin in origins.items()
     }

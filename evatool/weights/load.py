@@ -1,129 +1,163 @@
-"""Weights into models, exactly: what is missing, left over or of another shape is refused and listed."""
+"""The one way from any source to a model: find its weights, name its configuration, check them, read them.
+
+    find_clip(source)  = read_weights -> one configuration -> model on the meta device -> fit_clip_weights
+    .load(dtype)       = the tensors, one at a time, into the model
+
+Weights of another model start a tower (`init_image_tower`, `init_text_tower`); `load_clip_weights` and
+`load_mim_weights` fill a model that is there already.
+"""
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase as fnmatch
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
 
 import torch
 from open_clip import CustomTextCLIP
-from torch import Tensor, nn
+from torch import Tensor
 
 from evatool.core.errors import CheckpointError
-from evatool.formats.mapped_tensors import PROJECTION, TOWER, MappedTensors
-from evatool.formats.safetensors import TensorMap, dtype_of, shape_of
+from evatool.formats.safetensors import dtype_of, shape_of
+from evatool.model.clip import PROJECTION, TOWER, build_clip
+from evatool.model.config import ModelConfig
 from evatool.model.mae import MaeModel
 from evatool.model.mim import MimModel
-from evatool.model.vision import restore_buffers
+from evatool.model.presets import resolve_config
+from evatool.model.registration import register
+from evatool.weights.fit import FittedMap, FittedWeights, LoadReport, fit_weights
 from evatool.weights.key_mapping import canonical_state, mae_state
-from evatool.weights.resize import PatchResize, resize_patch_kernel, resize_positions
+from evatool.weights.resize import PatchResize
+from evatool.weights.source import SourceWeights, read_weights
+
+log = logging.getLogger(__name__)
 
 # What starts fresh when a tower comes from another model (docs/reference/eva.md#clip-settings and
 # #start-from-other-models). Patterns of our names.
 IMAGE_PROJECTION = (PROJECTION, f"{TOWER}head.*")
 ATTENTION_NORMS = f"{TOWER}blocks.*.attn.norm.*"
 TEXT_PROJECTION = ("text.text_projection",)
-SCALARS = ("logit_scale", "logit_bias")  # one number each: a scalar in published files, (1,) in training
 DEFAULT_FRESH = (*IMAGE_PROJECTION, ATTENTION_NORMS, *TEXT_PROJECTION)
 
 Sources = dict[str, Callable[[], Tensor]]
 """By parameter name, what reads its tensor, in its shape."""
 
 
+# ------------------------------------------------------------------------------------------------- a source, whole
+
+
 @dataclass
-class LoadReport:
-    """What loading did, in our names."""
+class UnloadedClip:
+    """A CLIP model on disk: checked against its configuration, and not read yet."""
 
-    loaded: int = 0
-    fresh: list[str] = field(default_factory=list)  # parameters that keep their first weights
-    unused: list[str] = field(default_factory=list)  # tensors of the source with no place here, as expected
-    resized: list[str] = field(default_factory=list)
+    fitted: FittedWeights
+    config: ModelConfig
+    source: str
+    """The file or folder that the tensors come from."""
+    stored_dtype: torch.dtype
+    """Dtype of the weights there."""
+    skeleton: CustomTextCLIP
+    """The model on the meta device."""
 
-    def __str__(self) -> str:
-        parts = [f"{self.loaded} tensors loaded"]
-        parts += [f"{len(self.fresh)} fresh ({_short(self.fresh)})"] if self.fresh else []
-        parts += [f"{len(self.unused)} not used ({_short(self.unused)})"] if self.unused else []
-        parts += [f"resized {', '.join(self.resized)}"] if self.resized else []
-        return "; ".join(parts)
+    @property
+    def tensors(self) -> FittedMap:
+        """Every parameter under our names, resized where that was asked for, read when asked for."""
+        return self.fitted.tensors
+
+    def load(self, dtype: torch.dtype = torch.float32) -> CustomTextCLIP:
+        """The model with its weights in memory, in `dtype`; the temperature is float32."""
+        clip = copy.deepcopy(self.skeleton)
+        report = self.fitted.fill(clip, dtype=dtype)
+        log.log(logging.INFO if report.resized else logging.DEBUG, "%s: %s", self.source, report)
+        return clip
 
 
-def init_image_tower(
-    clip: CustomTextCLIP,
-    state: Mapping[str, Tensor],
+def find_clip(
+    source: str | Path,
+    model_config: ModelConfig | Mapping[str, Any] | str | Path | None = None,
     *,
-    where: str = "state dict",
-    may_be_fresh: Sequence[str] | None = None,
+    image_size: int | None = None,
+    patch_size: int | None = None,
     patch_resize: PatchResize = "bicubic",
-    sources: Sources | None = None,
-) -> LoadReport:
-    """Give `clip` the image tower of a MIM or CLIP model, in any naming that `canonical_state` knows.
+) -> UnloadedClip:
+    """The CLIP model that is on disk at `source`, without its weights in memory; arguments as `load_clip`'s.
 
-    Positions and the patch kernel are resized to `clip`'s. What else is missing, left over or of another shape raises
-    CheckpointError, and `clip` is unchanged.
+    Raises: CheckpointError if the weights are missing, damaged or of another model.
+    """
+    register()
+    weights = read_weights(source)
+    config = _only_config(weights) if model_config is None else resolve_config(model_config)
+    config = clip_only(config.with_sides(image_size, patch_size), weights.source)
+    with torch.device("meta"):
+        skeleton = build_clip(config)
+    with _suggesting_presets(weights, config):
+        fitted = fit_clip_weights(skeleton, weights.state, where=weights.source, patch_resize=patch_resize)
+    return UnloadedClip(fitted, config, weights.source, _stored_dtype(weights), skeleton)
 
-    Args:
-        may_be_fresh: patterns (`*` for anything) of our names that keep their first weights. By default the projection
-            and, where the source has none of them, the norms inside the attention (EVA-02's MIM models).
-        patch_resize: how a patch kernel of another size is resized.
-        sources: as in `load_parameters`.
+
+def clip_only(config: ModelConfig, where: str) -> ModelConfig:
+    """`config` itself. Raises: CheckpointError where it is of a MIM model."""
+    if config.task != "clip":
+        raise CheckpointError(
+            f"{config.name} is a MIM model: it has an image tower and no text tower",
+            where=where,
+            expected="a CLIP model",
+            fix="train a CLIP model from it: evatool train-clip with model.init.kind = 'image-tower'",
+        )
+    return config
+
+
+def _only_config(weights: SourceWeights) -> ModelConfig:
+    if not weights.configs:
+        raise CheckpointError(
+            "no preset has the shapes of these weights",
+            where=weights.source,
+            fix="name the model: model_config = a JSON file with embed_dim, vision_cfg and text_cfg, or a preset",
+        )
+    if len(weights.configs) > 1:
+        raise CheckpointError(
+            f"{len(weights.configs)} presets have the shapes of these weights, and nothing beside them tells which",
+            where=weights.source,
+            fix="name one: model_config = "
+            + " or ".join(f"{c.name} ({'QuickGELU' if c.quick_gelu else 'GELU'})" for c in weights.configs),
+        )
+    return weights.configs[0]
+
+
+@contextmanager
+def _suggesting_presets(weights: SourceWeights, config: ModelConfig) -> Iterator[None]:
+    """A refusal of the weights also says which presets they would fit."""
+    try:
+        yield
+    except CheckpointError as error:
+        if weights.configs and config not in weights.configs:
+            error.fix = f"these weights fit the preset {' or '.join(c.name for c in weights.configs)}"
+        raise
+
+
+def _stored_dtype(weights: SourceWeights) -> torch.dtype:
+    """The dtype of the matrices: the temperature, and some norms, may be kept in a wider one."""
+    matrix = next(name for name in weights.state if len(shape_of(weights.state, name)) > 1)
+    return dtype_of(weights.state, matrix)
+
+
+# --------------------------------------------------------------------------------------- all weights of a model
+
+
+def fit_clip_weights(
+    clip: CustomTextCLIP, state: Mapping[str, Tensor], *, where: str, patch_resize: PatchResize = "bicubic"
+) -> FittedWeights:
+    """All weights of a CLIP model, checked against `clip`, which may be on the meta device.
+
+    Raises: CheckpointError unless every parameter has its tensor and every tensor its place.
     """
     source = canonical_state(state, where)
-    if may_be_fresh is None:
-        has_norms = any(fnmatch(name, ATTENTION_NORMS) for name in source)
-        may_be_fresh = IMAGE_PROJECTION if has_norms else (*IMAGE_PROJECTION, ATTENTION_NORMS)
-    return _init_tower(clip, source, "visual.", may_be_fresh, where, patch_resize, sources)
-
-
-def init_text_tower(
-    clip: CustomTextCLIP,
-    state: Mapping[str, Tensor],
-    *,
-    where: str = "state dict",
-    may_be_fresh: Sequence[str] | None = None,
-    sources: Sources | None = None,
-) -> LoadReport:
-    """Give `clip` the text tower of a CLIP model, in any naming that `canonical_state` knows; as `init_image_tower`.
-
-    By default the projection keeps its first weights, as in every EVA-CLIP (docs/reference/eva.md#clip-settings).
-    """
-    fresh = TEXT_PROJECTION if may_be_fresh is None else may_be_fresh
-    return _init_tower(clip, canonical_state(state, where), "text.", fresh, where, "bicubic", sources)
-
-
-def _init_tower(
-    clip: CustomTextCLIP,
-    source: MappedTensors,
-    prefix: str,
-    may_be_fresh: Sequence[str],
-    where: str,
-    patch_resize: PatchResize,
-    sources: Sources | None,
-) -> LoadReport:
-    """Take what lies below `prefix`, less what stays fresh: a fresh parameter is not taken even where it fits."""
-    stays_fresh = lambda name: any(fnmatch(name, pattern) for pattern in may_be_fresh)  # noqa: E731
-    ours = [name for name, _ in clip.named_parameters() if name.startswith(prefix)]
-    without_effect = [p for p in may_be_fresh if p not in DEFAULT_FRESH and not any(fnmatch(n, p) for n in ours)]
-    if without_effect:
-        raise CheckpointError(
-            f"no parameter of the model matches {', '.join(without_effect)}",
-            where=where,
-            expected=f"patterns of names such as {', '.join(ours[:3])}",
-        )
-    take = {name for name in source if name.startswith(prefix) and not stays_fresh(name)}
-    report = load_parameters(
-        clip,
-        source,
-        only=lambda name: name.startswith(prefix),
-        take=take,
-        may_be_fresh=may_be_fresh,
-        where=where,
-        patch_resize=patch_resize,
-        sources=sources,
-    )
-    report.unused = [name for name in source if name not in take]
-    return report
+    return fit_weights(clip, source, take=set(source), where=where, patch_resize=patch_resize)
 
 
 def load_clip_weights(
@@ -133,186 +167,128 @@ def load_clip_weights(
     where: str = "state dict",
     patch_resize: PatchResize = "bicubic",
     dtype: torch.dtype = torch.float32,
-    sources: Sources | None = None,
 ) -> LoadReport:
-    """All weights of a CLIP model, in any naming that `canonical_state` knows; image positions and the patch kernel are
-    resized to fit.
+    """Give `clip` all weights of a CLIP model, in any naming that `canonical_state` knows; returns what was done.
 
-    Raises CheckpointError, leaving `clip` unchanged, unless every parameter has its tensor and every tensor its place.
+    Image positions and the patch kernel are resized to `clip`'s. Where anything does not fit, `clip` is unchanged.
 
     Args:
+        where: what errors call the source.
+        patch_resize: how a patch kernel of another size is resized.
         dtype: of parameters that are on the meta device and get their memory here; the temperature's is float32.
-        sources: as in `load_parameters`.
+    Raises: CheckpointError unless every parameter has its tensor and every tensor its place.
     """
-    source = canonical_state(state, where)
-    return load_parameters(
-        clip, source, take=set(source), where=where, patch_resize=patch_resize, dtype=dtype, sources=sources
-    )
-
-
-class FittedMap(TensorMap):
-    """A file's tensors as a model's parameters need them: under our names, in their shapes, read when asked for."""
-
-    def __init__(
-        self, source: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], patch_resize: PatchResize
-    ) -> None:
-        self._source, self._shapes, self._patch_resize = source, dict(shapes), patch_resize
-        self.gives_copies = getattr(source, "gives_copies", False)
-
-    def __getitem__(self, name: str) -> Tensor:
-        shape = self._shapes[name]
-        return _fitted(self._source[name], name, shape, self._patch_resize).reshape(shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the parameter."""
-        return self._shapes[name]
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype in the file."""
-        return dtype_of(self._source, name)
-
-
-def fitted_clip_weights(
-    clip: CustomTextCLIP, state: Mapping[str, Tensor], *, where: str, patch_resize: PatchResize = "bicubic"
-) -> FittedMap:
-    """What `load_clip_weights` would give `clip` (which may be on the meta device), without giving it.
-
-    Raises: CheckpointError as `load_clip_weights`.
-    """
-    source = canonical_state(state, where)
-    parameters = dict(clip.named_parameters())
-    missing = [name for name in parameters if name not in source]
-    _refuse_differences(parameters, source, take=set(source), missing=missing, where=where)
-    return FittedMap(source, {name: tuple(p.shape) for name, p in parameters.items()}, patch_resize)
+    return fit_clip_weights(clip, state, where=where, patch_resize=patch_resize).fill(clip, dtype=dtype)
 
 
 def load_mim_weights(
     model: MimModel | MaeModel, state: Mapping[str, Tensor], *, where: str = "state dict"
 ) -> LoadReport:
-    """All weights of a MIM model from our checkpoint or a file of BAAI's. Raises CheckpointError as above."""
+    """Give a MIM model all its weights from our checkpoint or a file of BAAI's; returns what was done.
+
+    Raises: CheckpointError as `load_clip_weights`.
+    """
     if isinstance(model, MaeModel):
         ours = mae_state(state)
-        return load_parameters(model, ours, take=set(ours), where=where)
-    source = canonical_state(state, where)
-    ours = source.renamed({name: "visual." + name.removeprefix(TOWER) for name in source if name.startswith(TOWER)})
-    return load_parameters(model, ours, take=set(ours), where=where)
+    else:
+        source = canonical_state(state, where)
+        plain = {name: f"visual.{name.removeprefix(TOWER)}" for name in source if name.startswith(TOWER)}
+        ours = source.renamed(plain)
+    return fit_weights(model, ours, take=set(ours), where=where).fill(model)
 
 
-def load_parameters(
-    module: nn.Module,
-    source: Mapping[str, Tensor],
+# ----------------------------------------------------------------------------------- a tower from another model
+
+
+def fit_image_tower(
+    clip: CustomTextCLIP,
+    state: Mapping[str, Tensor],
     *,
-    take: set[str],
-    only: Callable[[str], bool] = lambda name: True,
-    may_be_fresh: Sequence[str] = (),
-    where: str = "state dict",
+    where: str,
+    may_be_fresh: Sequence[str] | None = None,
     patch_resize: PatchResize = "bicubic",
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    sources: Sources | None = None,
-) -> LoadReport:
-    """Copy the tensors named in `take` into the parameters of `module` that `only` selects, one at a time.
+) -> FittedWeights:
+    """The image tower of a MIM or CLIP model, checked against `clip`'s; arguments as `init_image_tower`'s."""
+    source = canonical_state(state, where)
+    if may_be_fresh is None:
+        has_norms = any(fnmatchcase(name, ATTENTION_NORMS) for name in source)
+        may_be_fresh = IMAGE_PROJECTION if has_norms else (*IMAGE_PROJECTION, ATTENTION_NORMS)
+    return _fit_tower(clip, source, "visual.", may_be_fresh, where, patch_resize)
 
-    Parameters on the meta device are given memory of their own on `device`, of `dtype` (the temperature: float32); then
-    buffers that no checkpoint holds are recomputed. Shapes are checked before anything is written.
+
+def fit_text_tower(
+    clip: CustomTextCLIP, state: Mapping[str, Tensor], *, where: str, may_be_fresh: Sequence[str] | None = None
+) -> FittedWeights:
+    """The text tower of a CLIP model, checked against `clip`'s; arguments as `init_text_tower`'s."""
+    fresh = TEXT_PROJECTION if may_be_fresh is None else may_be_fresh
+    return _fit_tower(clip, canonical_state(state, where), "text.", fresh, where, "bicubic")
+
+
+def init_image_tower(
+    clip: CustomTextCLIP,
+    state: Mapping[str, Tensor],
+    *,
+    where: str = "state dict",
+    may_be_fresh: Sequence[str] | None = None,
+    patch_resize: PatchResize = "bicubic",
+) -> LoadReport:
+    """Give `clip` the image tower of a MIM or CLIP model, in any naming that `canonical_state` knows.
+
+    Positions and the patch kernel are resized to `clip`'s. Where anything does not fit, `clip` is unchanged.
 
     Args:
-        may_be_fresh: patterns (`*` for anything) of parameters that may be missing from `source`.
-        sources: where it is given, the module stays as it is, and this is told how to read each tensor that it would
-            have been given.
+        where: what errors call the source.
+        may_be_fresh: patterns (`*` for anything) of our names that keep their first weights. By default the projection
+            and, where the source has none of them, the norms inside the attention (EVA-02's MIM models).
+        patch_resize: how a patch kernel of another size is resized.
+    Raises: CheckpointError for what else is missing, left over or of another shape.
     """
-    parameters = {name: p for name, p in module.named_parameters() if only(name)}
-    missing = [name for name in parameters if name not in take]
-    fresh = [name for name in missing if any(fnmatch(name, pattern) for pattern in may_be_fresh)]
-    _refuse_differences(
-        parameters, source, take=take, missing=[name for name in missing if name not in fresh], where=where
+    fitted = fit_image_tower(clip, state, where=where, may_be_fresh=may_be_fresh, patch_resize=patch_resize)
+    return fitted.fill(clip)
+
+
+def init_text_tower(
+    clip: CustomTextCLIP,
+    state: Mapping[str, Tensor],
+    *,
+    where: str = "state dict",
+    may_be_fresh: Sequence[str] | None = None,
+) -> LoadReport:
+    """Give `clip` the text tower of a CLIP model, in any naming that `canonical_state` knows.
+
+    By default the projection keeps its first weights, as in every EVA-CLIP (docs/reference/eva.md#clip-settings).
+    Arguments and errors are those of `init_image_tower`.
+    """
+    return fit_text_tower(clip, state, where=where, may_be_fresh=may_be_fresh).fill(clip)
+
+
+def _fit_tower(
+    clip: CustomTextCLIP,
+    source: Mapping[str, Tensor],
+    prefix: str,
+    may_be_fresh: Sequence[str],
+    where: str,
+    patch_resize: PatchResize,
+) -> FittedWeights:
+    """Take what lies below `prefix`, less what stays fresh: a fresh parameter is not taken even where it fits."""
+    ours = [name for name, _ in clip.named_parameters() if name.startswith(prefix)]
+    without_effect = [p for p in may_be_fresh if p not in DEFAULT_FRESH and not any(fnmatchcase(n, p) for n in ours)]
+    if without_effect:
+        raise CheckpointError(
+            f"no parameter of the model matches {', '.join(without_effect)}",
+            where=where,
+            expected=f"patterns of names such as {', '.join(ours[:3])}",
+        )
+    stays_fresh = {name for name in source if any(fnmatchcase(name, pattern) for pattern in may_be_fresh)}
+    take = {name for name in source if name.startswith(prefix)} - stays_fresh
+    fitted = fit_weights(
+        clip,
+        source,
+        take=take,
+        only=lambda name: name.startswith(prefix),
+        may_be_fresh=may_be_fresh,
+        where=where,
+        patch_resize=patch_resize,
     )
-    report = LoadReport(loaded=len(take), fresh=fresh)
-    for name in take:
-        if tuple(shape_of(source, name)) != tuple(parameters[name].shape) and parameters[name].ndim > 1:
-            report.resized.append(name)
-    if sources is not None:
-        fitted = FittedMap(source, {name: tuple(parameters[name].shape) for name in take}, patch_resize)
-        sources.update({name: partial(fitted.__getitem__, name) for name in take})
-        return report
-    may_keep = getattr(source, "gives_copies", False)
-    for name in take:
-        target = parameters[name]
-        tensor = _fitted(source[name], name, tuple(target.shape), patch_resize)
-        tensor = tensor.reshape(target.shape)
-        if target.is_meta:
-            # what was read for this parameter alone becomes its memory: nothing is held twice
-            tensor = tensor.to(device, torch.float32 if name in SCALARS else dtype, copy=not may_keep)
-        _place(module, name, tensor)
-    still_meta = [name for name in fresh if parameters[name].is_meta]
-    assert not still_meta, f"fresh parameters without memory: {still_meta}"
-    restore_buffers(module, device)
-    return report
-
-
-def _place(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Copy into a parameter that has memory; give `tensor`'s to one on the meta device."""
-    parent_name, _, leaf = name.rpartition(".")
-    parent = module.get_submodule(parent_name)
-    parameter = getattr(parent, leaf)
-    if parameter.is_meta:
-        setattr(parent, leaf, nn.Parameter(tensor.contiguous(), requires_grad=parameter.requires_grad))
-    else:
-        with torch.no_grad():
-            parameter.copy_(tensor)
-
-
-def _fitted(tensor: Tensor, name: str, shape: tuple[int, ...], patch_resize: PatchResize) -> Tensor:
-    if name.endswith("pos_embed") and tuple(tensor.shape) != shape:
-        side = round((shape[1] - 1) ** 0.5)
-        return resize_positions(tensor, (side, side))
-    if name.endswith("patch_embed.proj.weight"):
-        return resize_patch_kernel(tensor, shape[-1], patch_resize)
-    return tensor
-
-
-def _refuse_differences(
-    parameters: Mapping[str, Tensor], source: Mapping[str, Tensor], *, take: set[str], missing: list[str], where: str
-) -> None:
-    unexpected = sorted(name for name in take if name not in parameters)
-    misfits = []
-    for name in sorted(take - set(unexpected)):
-        theirs, ours = tuple(shape_of(source, name)), tuple(parameters[name].shape)
-        if not _can_fit(name, theirs, ours):
-            misfits.append(f"{name} is {theirs}, the model has {ours}")
-        elif not dtype_of(source, name).is_floating_point:
-            misfits.append(f"{name} holds {str(dtype_of(source, name)).removeprefix('torch.')}, not floating point")
-    if not (missing or unexpected or misfits):
-        return
-    if not set(parameters) & take:
-        what = "nothing in this file matches the model"
-    else:
-        counts = {"missing": len(missing), "unexpected": len(unexpected), "of another shape or kind": len(misfits)}
-        what = "the weights do not fit the model: " + ", ".join(f"{n} {word}" for word, n in counts.items() if n)
-    lines = [f"missing: {_short(missing)}"] if missing else []
-    lines += [f"unexpected: {_short(unexpected)}"] if unexpected else []
-    lines += misfits[:8] + ([f"... and {len(misfits) - 8} more"] if len(misfits) > 8 else [])
-    raise CheckpointError("\n  ".join([what, *lines]), where=where, fix="name the model this file was made with")
-
-
-def _can_fit(name: str, theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
-    if theirs == ours:
-        return True
-    if name in SCALARS:
-        return len(theirs) <= 1 and len(ours) <= 1  # open_clip has both forms of one number
-    if name.endswith("pos_embed"):
-        return len(theirs) == 3 and theirs[::2] == ours[::2] and round((theirs[1] - 1) ** 0.5) ** 2 == theirs[1] - 1
-    if name.endswith("patch_embed.proj.weight"):
-        return len(theirs) == 4 and theirs[:2] == ours[:2] and theirs[2] == theirs[3]
-    return False
-
-
-def _short(names: list[str], limit: int = 6) -> str:
-    shown = ", ".join(names[:limit])
-    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    fitted.report.unused = [name for name in source if name not in take]
+    return fitted

@@ -1,21 +1,21 @@
 """Weights on disk, of any kind, as lazy mappings: a tensor is read when asked for, so that nothing is held twice.
 
-No pickle is ever executed: torch archives are parsed with a closed table of inert stand-ins (`pickles.py`).
+No pickle is ever executed: `formats/torch_pickle.py` parses torch archives with a closed table of inert stand-ins.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from evatool.core.errors import CheckpointError
 from evatool.formats.deepspeed_checkpoint import deepspeed_folder, open_deepspeed
-from evatool.formats.safetensors import SafetensorsMap, TensorMap, dtype_of, shape_of
+from evatool.formats.safetensors import SafetensorsMap
 from evatool.formats.torch_pickle import open_torch_archive
+from evatool.weights.mapped_tensors import MergedMap
 
 # Names of a folder's only weight file, in the order in which libraries prefer them.
 _SINGLE_FILES = (
@@ -26,34 +26,6 @@ _SINGLE_FILES = (
     "open_clip_pytorch_model.bin",
     "pytorch_model.bin",
 )
-
-
-NO_WEIGHTS = "this folder holds no weights"
-
-
-class MergedMap(TensorMap):
-    """The tensors of several files as one mapping."""
-
-    def __init__(self, owners: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self._owners = dict(owners)
-        self.gives_copies = all(getattr(owner, "gives_copies", False) for owner in self._owners.values())
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._owners[name][name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._owners)
-
-    def __len__(self) -> int:
-        return len(self._owners)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape in its file."""
-        return shape_of(self._owners[name], name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype in its file."""
-        return dtype_of(self._owners[name], name)
 
 
 def open_weights(path: Path) -> Mapping[str, Tensor]:
@@ -85,22 +57,30 @@ def open_weights(path: Path) -> Mapping[str, Tensor]:
     )
 
 
-def _open_folder(path: Path) -> Mapping[str, Tensor]:
-    deepspeed = deepspeed_folder(path)
+def weights_in(folder: Path) -> Path | None:
+    """The folder of a DeepSpeed checkpoint, the index of shards or the weight file in `folder`; None without one.
+
+    Raises: CheckpointError where `latest` names a DeepSpeed checkpoint that is not there.
+    """
+    deepspeed = deepspeed_folder(folder)
     if deepspeed is not None:
-        return open_deepspeed(deepspeed)
-    indices = sorted(path.glob("*.index.json"))
+        return deepspeed
+    indices = sorted(folder.glob("*.index.json"))
     if indices:
         preferred = [index for index in indices if index.name.endswith(".safetensors.index.json")]
-        return _open_index((preferred or indices)[0])
-    for name in _SINGLE_FILES:
-        if (path / name).is_file():
-            return open_weights(path / name)
-    raise CheckpointError(
-        NO_WEIGHTS,
-        where=str(path),
-        expected="a DeepSpeed checkpoint, an index of shards, or one of " + ", ".join(_SINGLE_FILES),
-    )
+        return (preferred or indices)[0]
+    return next((folder / name for name in _SINGLE_FILES if (folder / name).is_file()), None)
+
+
+def _open_folder(path: Path) -> Mapping[str, Tensor]:
+    found = weights_in(path)
+    if found is None:
+        raise CheckpointError(
+            "this folder holds no weights",
+            where=str(path),
+            expected="a DeepSpeed checkpoint, an index of shards, or one of " + ", ".join(_SINGLE_FILES),
+        )
+    return open_deepspeed(found) if found.is_dir() else open_weights(found)
 
 
 def _open_index(index: Path) -> MergedMap:

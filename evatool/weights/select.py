@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from evatool.core.errors import CheckpointError
-from evatool.formats.mapped_tensors import PROJECTION, TOWER, MappedTensors, Source
 from evatool.formats.safetensors import TensorMap, dtype_of, shape_of
+from evatool.model.clip import PROJECTION, TOWER
 from evatool.model.config import ModelConfig
 from evatool.weights.key_mapping import canonical_state
+from evatool.weights.mapped_tensors import MappedTensors, TensorOrigin
 
 Rule = Literal["even", "first"]
 Axis = Literal["all", "width", "heads", "qkv", "hidden", "packed", "embed", "positions"]
@@ -169,7 +170,7 @@ def select_weights(
     if "logit_scale" in known and len(towers) > 1:
         taken["logit_scale"] = ("logit_scale", [None] * len(shape_of(known, "logit_scale")))
     selected = SelectedMap(known, taken)
-    return MappedTensors(selected, {name: Source((name,)) for name in selected}, known.tower)
+    return MappedTensors(selected, {name: TensorOrigin((name,)) for name in selected}, known.tower)
 
 
 def _visual_shapes(state: Mapping[str, Tensor], source: ModelConfig, target: ModelConfig) -> tuple[_Shape, _Shape]:

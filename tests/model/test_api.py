@@ -19,6 +19,7 @@ from evatool.distributed.engines.sharded_state import ShardedState
 from evatool.model.clip import build_clip
 from evatool.model.mim import build_mim
 from evatool.model.presets import PRESETS, resolve_preset
+from evatool.weights.source import read_weights
 
 DEBUG = resolve_preset("EVA02-CLIP-debug")
 
@@ -149,7 +150,7 @@ def test_a_mim_run_is_not_a_clip(tmp_path):
     write_run(tmp_path, model, model.config)
     with pytest.raises(CheckpointError, match="MIM model"):
         evatool.load_clip(tmp_path)
-    weights = evatool.inference.loaded_clip.read_weights(tmp_path)
+    weights = read_weights(tmp_path)
     assert weights.configs == [model.config]
 
 

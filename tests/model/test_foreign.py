@@ -12,16 +12,15 @@ from safetensors.torch import load_file, save_file
 import evatool
 from evatool.core.errors import CheckpointError
 from evatool.formats.deepspeed_checkpoint import deepspeed_folder, open_deepspeed
-from evatool.formats.mapped_tensors import PROJECTION, TOWER
 from evatool.formats.safetensors import dtype_of, shape_of
-from evatool.inference import loaded_clip as api
-from evatool.model.clip import build_clip
+from evatool.model.clip import PROJECTION, TOWER, build_clip
 from evatool.model.config import ModelConfig
 from evatool.model.presets import resolve_preset
 from evatool.weights.detect_preset import fitting_presets
 from evatool.weights.key_mapping import canonical_state
 from evatool.weights.load import init_text_tower, load_clip_weights
 from evatool.weights.open import open_weights
+from evatool.weights.source import tells_quick_gelu
 
 ASSETS = Path(__file__).parents[1] / "assets"
 DEEPSPEED = sorted(folder.name for folder in (ASSETS / "deepspeed").iterdir() if folder.is_dir())
@@ -70,7 +69,7 @@ def test_quick_gelu_is_told_by_what_lies_beside(tmp_path):
 
     state = canonical_state(Shapes(shapes))
     assert {c.name for c in fitting_presets(state)} == {"OpenAI-CLIP-B-16", "OpenCLIP-B-16"}
-    tells = api._tells_quick_gelu
+    tells = tells_quick_gelu
     assert tells(tmp_path, state) is None
     assert tells(tmp_path, {"input_resolution": torch.tensor(224)}) is True
     assert tells(ASSETS / "foreign" / "transformers", state) is True

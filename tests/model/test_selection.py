@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from evatool.core.errors import CheckpointError
-from evatool.inference.loaded_clip import register
 from evatool.model.clip import build_clip
 from evatool.model.config import ModelConfig
 from evatool.model.presets import resolve_preset
+from evatool.model.registration import register
 from evatool.recipe import schema
 from evatool.stages.training.initial_weights import init_clip
 from evatool.weights.load import load_clip_weights

@@ -7,9 +7,8 @@ import torch
 from golden import CLIP_FILES, read_golden, relative
 
 from evatool.core.errors import CheckpointError
-from evatool.formats.mapped_tensors import TOWER
 from evatool.formats.safetensors import SafetensorsMap, write_safetensors
-from evatool.model.clip import build_clip
+from evatool.model.clip import TOWER, build_clip
 from evatool.model.mim import build_mim
 from evatool.model.presets import ModelConfig, resolve_preset
 from evatool.weights.key_mapping import baai_name, canonical_state

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from evatool.core.errors import DependencyError, UsageError
 from evatool.core.image_norm import CLIP_MEAN, CLIP_STD, normalize_images
@@ -21,13 +19,15 @@ from evatool.distributed.engines.shard_weights import call_with_full_weights, sh
 from evatool.distributed.world import World
 from evatool.eval.cache import FingerprintCache
 from evatool.eval.results import ModelRecord
-from evatool.inference.loaded_clip import DTYPES, LoadedClip, UnloadedClip, find_clip, load_clip
+from evatool.formats.fingerprint import weights_fingerprint
+from evatool.inference.loaded_clip import DTYPES, LoadedClip, load_clip
 from evatool.model.clip import build_clip
 from evatool.model.config import fingerprint_text
-from evatool.model.text import is_trimmable
+from evatool.model.text import encode_cut_tokens, is_trimmable
 from evatool.model.vision import match_key_biases, restore_buffers
 from evatool.recipe.schema import EvalSection
 from evatool.stages.evaluating.training_recipes import recipe_of
+from evatool.weights.load import UnloadedClip, find_clip
 
 log = logging.getLogger(__name__)
 
@@ -162,12 +162,7 @@ def _fingerprint(clip: LoadedClip, precision: str, cache: Path | None) -> str:
 
 def _digest(clip: LoadedClip) -> str:
     """As `LoadedClip.fingerprint`, also of divided weights; every rank must call it then."""
-    digest = hashlib.sha256(fingerprint_text(clip.config).encode())
-    for name, tensor in whole_state(clip.model):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return weights_fingerprint(fingerprint_text(clip.config), whole_state(clip.model))
 
 
 def _encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -175,11 +170,7 @@ def _encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
     together there."""
     tower = model.text
     assert isinstance(tower, nn.Module)
-    length = tokens.shape[1]
-    if not is_trimmable(tower):
-        return tower(tokens)
-    # open_clip slices the position table to the text but not the causal mask, so the mask is handed in sliced
-    return functional_call(tower, {"attn_mask": tower.attn_mask[:length, :length]}, (tokens,))  # type: ignore[index]
+    return encode_cut_tokens(tower, tokens) if is_trimmable(tower) else tower(tokens)
 
 
 def _files(source: str) -> list[Path]:
@@ -223,11 +214,7 @@ def _open_clip_model(name: str, source: str, section: EvalSection, world: World)
     size = preprocess["size"] if isinstance(preprocess["size"], int) else preprocess["size"][0]
     mean, std = preprocess.get("mean") or CLIP_MEAN, preprocess.get("std") or CLIP_STD
     dtype = DTYPES[section.precision]
-    digest = hashlib.sha256(architecture.encode())
-    for key, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    fingerprint = digest.hexdigest()
+    fingerprint = weights_fingerprint(architecture, sorted(model.state_dict().items()))
     record = ModelRecord(
         name=name,
         source=source,

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-from torch import Tensor
 
 from evatool.checkpoint.layout import MODEL_PREFIX
 from evatool.checkpoint.load import latest_checkpoint, load_checkpoint
 from evatool.core.errors import UsageError
 from evatool.export.deepspeed_universal import WRITTEN_FOR, write_universal
-from evatool.formats.safetensors import TensorMap, shape_of
 from evatool.recipe.schema import ExportRecipe
 from evatool.runs.result import Result
 from evatool.runs.run_dir import RunOptions, open_run_dir
+from evatool.weights.mapped_tensors import renamed_tensors
 
 
 def run(recipe: ExportRecipe, run: RunOptions) -> Result:
@@ -37,8 +34,8 @@ def run(recipe: ExportRecipe, run: RunOptions) -> Result:
     files = write_universal(
         run_dir.path,
         path.name,
-        weights=_Renamed(saved.objective_state, {plain(name): name for name in saved.objective_state}),
-        moments=_Renamed(saved.optimizer_state, {_plain_moment(name): name for name in saved.optimizer_state}),
+        weights=renamed_tensors(saved.objective_state, {plain(name): name for name in saved.objective_state}),
+        moments=renamed_tensors(saved.optimizer_state, {_plain_moment(name): name for name in saved.optimizer_state}),
         groups=[group | {"parameters": [plain(name) for name in group["parameters"]]} for group in saved.groups],
         step=saved.step,
         samples_seen=saved.train_state["samples_seen"],
@@ -64,23 +61,3 @@ def run(recipe: ExportRecipe, run: RunOptions) -> Result:
 def _plain_moment(name: str) -> str:
     moment, dot, parameter = name.partition(f".{MODEL_PREFIX}")
     return f"{moment}.{parameter}" if dot else name
-
-
-class _Renamed(TensorMap):
-    """Tensors of files under other names."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
-        self._tensors, self._names = tensors, names
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[self._names[name]]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Without reading."""
-        return shape_of(self._tensors, self._names[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)

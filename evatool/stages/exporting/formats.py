@@ -19,14 +19,13 @@ from evatool.export.model_card import CardFacts
 from evatool.export.open_clip import OpenClipDescription, export_open_clip
 from evatool.export.tensors import export_baai, export_safetensors
 from evatool.export.timm import export_timm
-from evatool.formats.mapped_tensors import TOWER
 from evatool.formats.safetensors import TensorMap, shape_of
 from evatool.inference.loaded_clip import LoadedClip, load_clip
-from evatool.model.clip import open_clip_model_config
+from evatool.model.clip import TOWER, open_clip_model_config
 from evatool.model.config import ModelConfig
 from evatool.model.vision import STOCK_NAMES, has_head_bias, timm_config
 from evatool.recipe.schema.export import ExportSection
-from evatool.weights.load import SCALARS
+from evatool.weights.fit import SCALARS
 
 
 class CastMap(TensorMap):

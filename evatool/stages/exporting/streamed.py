@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,14 @@ from evatool.export.open_clip import card_of as open_clip_card
 from evatool.export.open_clip import config_of as open_clip_config
 from evatool.export.streamed import BlockOutput, ReadBack, StreamedFormat, export_streamed
 from evatool.export.tensors import BAAI_NOTE, SAFETENSORS_NOTE, card_of
-from evatool.formats.mapped_tensors import TOWER
 from evatool.formats.safetensors import SafetensorsMap, TensorMap, write_safetensors
 from evatool.formats.torch_zip import write_torch_archive
-from evatool.inference.loaded_clip import UnloadedClip
+from evatool.model.clip import TOWER
 from evatool.model.vision import build_trunk, restore_buffers
 from evatool.recipe.schema.export import ExportSection
 from evatool.stages.exporting.formats import CastMap, open_clip_description
+from evatool.weights.load import UnloadedClip
+from evatool.weights.mapped_tensors import tensors_below
 
 STREAMABLE = ("open_clip", "safetensors", "baai")
 _HEADROOM = 1.3  # of the float32 weights: activations, and the copy that a library makes on reading
@@ -67,7 +68,7 @@ def export_unloaded(
 ) -> Exported:
     """Write and verify `clip` in the section's format. Raises: as `export_streamed`."""
     prefix = {"image": "visual.", "text": "text.", None: ""}[section.tower]
-    tensors: TensorMap = CastMap(_Selected(clip.tensors, prefix), dtype)
+    tensors: TensorMap = CastMap(tensors_below(clip.tensors, prefix), dtype)
     if section.format == "baai":
         tensors = baai_state(tensors, clip.config)
     layout = _layout(clip, section, facts, target)
@@ -80,31 +81,6 @@ def export_unloaded(
         lambda read: _block_output(clip, _exported_block(clip, section, read)),
         target,
     )
-
-
-class _Selected(TensorMap):
-    """The tensors whose names begin with a prefix."""
-
-    def __init__(self, tensors: TensorMap, prefix: str) -> None:
-        self._tensors = tensors
-        self._names = {name: tensors.shape(name) for name in tensors if name.startswith(prefix)}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape at the source."""
-        return self._names[name]
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype at the source."""
-        return self._tensors.dtype(name)
 
 
 class LibraryMap(ReadBack):

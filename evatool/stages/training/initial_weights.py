@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from open_clip import CustomTextCLIP
 from torch import Tensor
 
 from evatool.core.errors import CheckpointError
-from evatool.inference.loaded_clip import read_weights
 from evatool.model.config import ModelConfig
 from evatool.recipe.schema import (
     ClipModelSection,
     ImageTowerInit,
-    ImageTowerSource,
     SelectSection,
-    TextTowerSource,
     TowersInit,
     WholeModelInit,
 )
-from evatool.weights.load import Sources, init_image_tower, init_text_tower, load_clip_weights
+from evatool.weights.fit import FittedWeights
+from evatool.weights.load import Sources, fit_clip_weights, fit_image_tower, fit_text_tower
 from evatool.weights.select import describe_selection, select_weights
+from evatool.weights.source import read_weights
 
 log = logging.getLogger(__name__)
 
@@ -34,42 +33,39 @@ def init_clip(
 
     Args:
         config: of `clip`.
-        sources: where it is given, nothing is read but noted there.
+        sources: where it is given, no tensor is read; how to read each is noted there.
     Raises: CheckpointError where the source's weights do not fit.
     """
+    for what, path, fitted in _fitted(clip, config, section):
+        if sources is None:
+            fitted.fill(clip)
+        else:
+            sources.update(fitted.readers())
+        log.info("%s from %s: %s", what, path, fitted.report)
+
+
+def _fitted(
+    clip: CustomTextCLIP, config: ModelConfig, section: ClipModelSection
+) -> Iterator[tuple[str, Path, FittedWeights]]:
+    """What is taken, in words, from where, and its tensors checked against `clip`."""
     match section.init:
         case ImageTowerInit(path=path):
-            report = init_image_tower(clip, read_weights(path).state, where=str(path), sources=sources)
-            log.info("image tower from %s: %s", path, report)
+            yield "image tower", path, fit_image_tower(clip, read_weights(path).state, where=str(path))
         case TowersInit(image=image, text=text):
-            _init_towers(clip, config, image, text, sources)
+            if image is not None:
+                state = _read(image.path, image.select, config, ("visual",))
+                fresh, patch_resize = image.fresh, image.patch_resize
+                fitted = fit_image_tower(
+                    clip, state, where=str(image.path), may_be_fresh=fresh, patch_resize=patch_resize
+                )
+                yield "image tower", image.path, fitted
+            if text is not None:
+                state = _read(text.path, text.select, config, ("text",))
+                fitted = fit_text_tower(clip, state, where=str(text.path), may_be_fresh=text.fresh)
+                yield "text tower", text.path, fitted
         case WholeModelInit(path=path, select=select):
             state = _read(path, select, config, ("visual", "text"))
-            report = load_clip_weights(clip, state, where=str(path), sources=sources)
-            log.info("all weights from %s: %s", path, report)
-
-
-def _init_towers(
-    clip: CustomTextCLIP,
-    config: ModelConfig,
-    image: ImageTowerSource | None,
-    text: TextTowerSource | None,
-    sources: Sources | None,
-) -> None:
-    if image is not None:
-        report = init_image_tower(
-            clip,
-            _read(image.path, image.select, config, ("visual",)),
-            where=str(image.path),
-            may_be_fresh=image.fresh,
-            patch_resize=image.patch_resize,
-            sources=sources,
-        )
-        log.info("image tower from %s: %s", image.path, report)
-    if text is not None:
-        state = _read(text.path, text.select, config, ("text",))
-        report = init_text_tower(clip, state, where=str(text.path), may_be_fresh=text.fresh, sources=sources)
-        log.info("text tower from %s: %s", text.path, report)
+            yield "all weights", path, fit_clip_weights(clip, state, where=str(path))
 
 
 def _read(
