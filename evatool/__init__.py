@@ -1,26 +1,121 @@
 """evatool: the EVA training pipeline, from image-text data to a released model.
 
-`import evatool` stays free of torch; what needs it is imported on first use:
+The names listed here are the public face; docs/api.md says what each is and what may change. `import evatool` is free
+of torch: a name is imported on first use.
 
     import evatool
     clip = evatool.load_clip("runs/demo/distill")
-    features = clip.encode_image(clip.preprocess(picture)[None])
+    features = clip.encode_image(clip.preprocess(image)[None])
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from evatool.inference.loaded_clip import LoadedClip, load_clip, register
+if TYPE_CHECKING:  # what type checkers and editors see; `_HOMES` below is the same list
+    from evatool.core.batch import Batch
+    from evatool.core.errors import EvatoolError
+    from evatool.core.step import StepContext
+    from evatool.data.eval.sets import open_eval_set
+    from evatool.data.image.eval_transforms import EvalTransform
+    from evatool.data.tokenizer import build_tokenizer
+    from evatool.data.train.masking import MaskSpec
+    from evatool.distributed.engines.base import Engine
+    from evatool.distributed.engines.build import build_engine
+    from evatool.inference.loaded_clip import LoadedClip, load_clip
+    from evatool.model.clip import build_clip
+    from evatool.model.config import ModelConfig
+    from evatool.model.mim import build_mim
+    from evatool.model.presets import PRESETS, resolve_preset
+    from evatool.model.registration import register
+    from evatool.model.vision import eva_arguments
+    from evatool.objective.base import Objective
+    from evatool.objective.clip import ClipObjective
+    from evatool.objective.mim import MimObjective
+    from evatool.optim.build import build_optimizer
+    from evatool.optim.param_groups import build_param_groups
+    from evatool.optim.schedules import build_schedule
+    from evatool.train.hooks.base import Hook
+    from evatool.train.trainer import Trainer
+    from evatool.weights.key_mapping import canonical_state
+    from evatool.weights.load import load_clip_weights, load_mim_weights
+    from evatool.weights.open import open_weights
 
 __version__ = "0.1.0"
-__all__ = ["LoadedClip", "__version__", "load_clip", "register"]
+__all__ = [
+    "PRESETS",
+    "Batch",
+    "ClipObjective",
+    "Engine",
+    "EvalTransform",
+    "EvatoolError",
+    "Hook",
+    "LoadedClip",
+    "MaskSpec",
+    "MimObjective",
+    "ModelConfig",
+    "Objective",
+    "StepContext",
+    "Trainer",
+    "__version__",
+    "build_clip",
+    "build_engine",
+    "build_mim",
+    "build_optimizer",
+    "build_param_groups",
+    "build_schedule",
+    "build_tokenizer",
+    "canonical_state",
+    "eva_arguments",
+    "load_clip",
+    "load_clip_weights",
+    "load_mim_weights",
+    "open_eval_set",
+    "open_weights",
+    "register",
+    "resolve_preset",
+]
+
+# The module below `evatool` that each public name lives in.
+_HOMES = {
+    "core.batch": "Batch",
+    "core.errors": "EvatoolError",
+    "core.step": "StepContext",
+    "data.eval.sets": "open_eval_set",
+    "data.image.eval_transforms": "EvalTransform",
+    "data.tokenizer": "build_tokenizer",
+    "data.train.masking": "MaskSpec",
+    "distributed.engines.base": "Engine",
+    "distributed.engines.build": "build_engine",
+    "inference.loaded_clip": "LoadedClip load_clip",
+    "model.clip": "build_clip",
+    "model.config": "ModelConfig",
+    "model.mim": "build_mim",
+    "model.presets": "PRESETS resolve_preset",
+    "model.registration": "register",
+    "model.vision": "eva_arguments",
+    "objective.base": "Objective",
+    "objective.clip": "ClipObjective",
+    "objective.mim": "MimObjective",
+    "optim.build": "build_optimizer",
+    "optim.param_groups": "build_param_groups",
+    "optim.schedules": "build_schedule",
+    "train.hooks.base": "Hook",
+    "train.trainer": "Trainer",
+    "weights.key_mapping": "canonical_state",
+    "weights.load": "load_clip_weights load_mim_weights",
+    "weights.open": "open_weights",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("LoadedClip", "load_clip", "register"):
-        from evatool.inference import loaded_clip as api
+    from importlib import import_module
 
-        return getattr(api, name)
+    for module, names in _HOMES.items():
+        if name in names.split():
+            return getattr(import_module(f"evatool.{module}"), name)
     raise AttributeError(f"module 'evatool' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
