@@ -63,3 +63,11 @@ def rename_recipe_keys(table: dict[str, Any]) -> tuple[list[tuple[str, str]], li
         inner.update(items)
         renamed.append((old, new))
     return renamed, refused
+
+
+def first_recipe_key(key: str) -> str:
+    """A dotted recipe key under the first name it had; digests of recipes are of these, and outlast a new name."""
+    for old, new in reversed(RECIPE_KEYS.items()):
+        if key == new or key.startswith(f"{new}."):
+            key = old + key[len(new) :]
+    return key

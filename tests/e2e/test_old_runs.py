@@ -136,7 +136,6 @@ def test_kept_predictions_of_an_evaluation_are_used(shared: Path, shrunk: None) 
     assert {name: found[name] for name in expected} == expected
 
 
-@pytest.mark.xfail(strict=True, reason="the digest is of today's recipe keys, and some were renamed since b034c17")
 def test_an_older_run_keeps_the_digest_of_its_recipe(shared: Path, shrunk: None) -> None:
     """By it results.json tells repetitions of one recipe; one written today must match those written before."""
     expected = json.loads((shared / "eval-expected.json").read_text())
