@@ -20,7 +20,8 @@ from evatool.core.errors import EvatoolError
 from evatool.core.progress import progress
 from evatool.data.prepare.contact_sheet import draw_contact_sheet
 from evatool.data.prepare.pack import Packed, pack_drawings, pack_folder
-from evatool.data.tar.writer import MANIFEST, sync_folder, write_file
+from evatool.data.tar.manifest import MANIFEST
+from evatool.data.tar.writer import sync_folder, write_file
 from evatool.recipe.schema import DataPrepareRecipe
 from evatool.runs.chain import use_data
 from evatool.runs.result import Result

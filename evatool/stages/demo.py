@@ -250,7 +250,7 @@ def _loss_curve(step: Step, result: Result) -> LossCurve | None:
 
 def _samples(train: Path) -> list[CaptionedImage]:
     """Training pictures spread over the shards, as they are stored."""
-    from evatool.data.tar.writer import ShardIndex
+    from evatool.data.tar.manifest import ShardIndex
 
     index = ShardIndex(train)
     stride = max(1, len(index) // NUM_SAMPLE_PICTURES)

@@ -147,14 +147,14 @@ def psnr(shard: str, decode: str) -> list[float]:
     from evatool.data.image.decode import decode_image
     from evatool.data.image.train_transforms import TrainTransform, crop_boxes
     from evatool.data.tar.scan import scan_tar
-    from evatool.data.train import shuffle as order
+    from evatool.data.train import shuffle
     from evatool.recipe.schema import AugmentSection
 
     section = AugmentSection()
     transform = TrainTransform(section, [IMAGE_SIZE], decode)
     data = Path(shard).read_bytes()
     members = [m for m in scan_tar(data).members if m.name.endswith(".jpg")]
-    keys = order.sample_keys(1, np.zeros(len(members), dtype=np.int64), np.arange(len(members)))
+    keys = shuffle.sample_keys(1, np.zeros(len(members), dtype=np.int64), np.arange(len(members)))
     files = [data[m.offset : m.offset + m.size] for m in members]
     decoded = [decode_image(f, mode=decode, min_side=transform.min_side) for f in files]
     (images,) = transform([torch.from_numpy(d).permute(2, 0, 1) for d in decoded], keys)

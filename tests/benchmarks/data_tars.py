@@ -58,27 +58,29 @@ def by_webdataset(folder: str) -> Iterator[Members]:
 def by_evatool(folder: str) -> Iterator[Members]:
     """The training loader's reader, each shard opened anew."""
     reader, counts = build_reader(folder)
-    for shard, count in enumerate(counts):
-        for number in range(count):
-            yield reader.read(shard, number)
+    for index in range(sum(counts)):
+        yield reader.read(index, FIELDS)
 
 
 STATE: dict[str, Any] = {}
+FIELDS = frozenset({"jpg", "json", "txt"})
 
 
 def build_reader(folder: str) -> tuple[Any, list[int]]:
     """A reader that has opened no shard yet, and the number of samples of each."""
     from evatool.data.sources.cache import ShardCache
     from evatool.data.sources.fetch import Patience
-    from evatool.data.sources.shard_list import open_source
-    from evatool.data.tar.reader import ShardReader
+    from evatool.data.sources.shard_list import open_shard_list
+    from evatool.data.sources.tar_source import TarSource
 
     patience = Patience(1, 30.0, 1.0)
     cache = ShardCache(None, 2**30, patience)
     if folder not in STATE:  # shards are counted once, when a run starts
-        STATE[folder] = open_source("bench", f"{folder}/*.tar", cache=cache, patience=patience, max_bad_fraction=0.0)
+        STATE[folder] = open_shard_list(
+            "bench", f"{folder}/*.tar", cache=cache, patience=patience, max_bad_fraction=0.0
+        )
     shards = STATE[folder]
-    return ShardReader(shards, cache, patience, {"jpg", "json", "txt"}.__contains__), shards.counts.tolist()
+    return TarSource(shards, cache, patience), shards.counts.tolist()
 
 
 READERS = {"baseline": by_webdataset, "ours": by_evatool}

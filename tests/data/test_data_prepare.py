@@ -13,6 +13,7 @@ from preparing import prepare
 from evatool.core.errors import EvatoolError, RecipeError, UsageError
 from evatool.data.prepare import pack
 from evatool.data.tar import writer as sharding
+from evatool.data.tar.manifest import ShardIndex
 from evatool.data.tar.writer import ShardWriter
 
 TINY = {"kind": "drawings", "max_concepts": 12, "num_unseen": 2}
@@ -56,7 +57,7 @@ def test_the_same_recipe_makes_the_same_bytes(tmp_path: Path) -> None:
     # Another shuffle seed makes another order of the same samples; another split seed another split.
     prepare(tmp_path / "c", TINY, {"shuffle_seed": 1})
     prepare(tmp_path / "d", {**TINY, "split_seed": 1})
-    keys = {run: sharding.ShardIndex(tmp_path / run / "train").keys for run in "acd"}
+    keys = {run: ShardIndex(tmp_path / run / "train").keys for run in "acd"}
     assert keys["a"] != keys["c"]
     assert sorted(keys["a"]) == sorted(keys["c"]) != sorted(keys["d"])
 
@@ -161,7 +162,7 @@ def test_a_training_picture_equal_to_an_evaluation_picture_is_dropped(
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     (dropped,) = manifest["split"]["dropped_equal_to_eval"]
     assert dropped.startswith("noto_")
-    assert dropped not in sharding.ShardIndex(tmp_path / "run" / "train").keys
+    assert dropped not in ShardIndex(tmp_path / "run" / "train").keys
 
 
 def test_no_concept_left_to_train_on_is_a_recipe_error(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from evatool.data.image.decode import decode_eval_image, decode_image, fast_jpeg
 from evatool.data.image.header import BadImage
 from evatool.data.image.train_transforms import TrainTransform, crop_boxes
 from evatool.data.prepare.drawings import Drawings
-from evatool.data.train import shuffle as order
+from evatool.data.train import shuffle
 from evatool.recipe.schema import AugmentSection, DrawingsSource
 
 
@@ -259,7 +259,7 @@ def test_exact_training_crops_are_those_of_the_release() -> None:
 
     section = AugmentSection()
     files = [jpeg(90 + 7 * i, 200 - 11 * i) for i in range(8)]
-    keys = order.sample_keys(0, np.zeros(8, dtype=np.int64), np.arange(8))
+    keys = shuffle.sample_keys(0, np.zeros(8, dtype=np.int64), np.arange(8))
     images = [torch.from_numpy(decode_image(f, mode="exact")).permute(2, 0, 1) for f in files]
     shapes = np.array([p.shape[1:] for p in images])
     boxes = crop_boxes(shapes, keys, section.crop_scale, section.crop_ratio).tolist()
@@ -281,7 +281,7 @@ def test_a_scaled_decode_leaves_enough_pixels_for_the_crop() -> None:
     data = encode(natural(300, 400), "JPEG", quality=85)
     scaled = decode_image(data, mode="scaled", min_side=transform.min_side)
     assert scaled.shape == (75, 100, 3)
-    keys = order.sample_keys(0, np.zeros(1, dtype=np.int64), np.arange(1))
+    keys = shuffle.sample_keys(0, np.zeros(1, dtype=np.int64), np.arange(1))
     found, _ = transform([torch.from_numpy(scaled).permute(2, 0, 1)], keys)
     ((top, left, height, width),) = crop_boxes(
         np.array([[75, 100]]), keys, section.crop_scale, section.crop_ratio

@@ -12,7 +12,7 @@ from preparing import prepare
 from sample_pictures import BAD_CAUSES, BAD_PICTURES, image
 
 from evatool.core.errors import BadDataLimitError, DataError, EvatoolError, ExitCode, RecipeError
-from evatool.data.tar.writer import ShardIndex
+from evatool.data.tar.manifest import ShardIndex
 
 Rows = Sequence[tuple[str, str]]
 

@@ -16,7 +16,8 @@ from sample_pictures import BAD_PICTURES, image
 
 from evatool.core.batch import Batch
 from evatool.core.errors import BadDataLimitError, DataError, RecipeError
-from evatool.data.tar.writer import Sample, ShardIndex, ShardWriter
+from evatool.data.tar.manifest import ShardIndex
+from evatool.data.tar.writer import Sample, ShardWriter
 from evatool.data.tokenizer import build_tokenizer
 from evatool.data.train import loader as loading
 from evatool.data.train.dataset import caption_id

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evatool.core.errors import RecipeError
-from evatool.data.train import shuffle as order
+from evatool.data.train import shuffle
 from evatool.data.train.masking import BlockMaskGenerator, MaskSpec
 
 
@@ -62,8 +62,8 @@ def test_masks_keyed_by_sample_have_the_released_distribution() -> None:
     """A loader draws each mask from a generator of its own, the release all from one: the distribution is the same."""
     num = 4000
     generator = MaskSpec((16, 16), 0.41, 0.0625).generator()
-    keys = order.sample_keys(3, np.zeros(num, dtype=np.int64), np.arange(num))
-    seeds = order.random_bits(keys, order.STREAM_MASK, 1)[:, 0].tolist()
+    keys = shuffle.sample_keys(3, np.zeros(num, dtype=np.int64), np.arange(num))
+    seeds = shuffle.random_bits(keys, shuffle.STREAM_MASK, 1)[:, 0].tolist()
     ours = np.stack([generator(random.Random(seed)) for seed in seeds])
     one = random.Random(11)
     theirs = np.stack([np.array(released_mask(one, 16, 16, 105, 16), dtype=bool).reshape(-1) for _ in range(num)])

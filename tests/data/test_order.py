@@ -7,10 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evatool.data.train import shuffle as order
-from evatool.data.train.shuffle import SourceOrder, permute
+from evatool.data.train import shuffle
+from evatool.data.train.shuffle import ShuffledOrder, permute
 
 COUNTS = st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(lambda counts: sum(counts) > 0)
+
+
+def locate(order: ShuffledOrder, sample: int) -> tuple[int, int]:
+    """The shard of a sample and its number there, as `Source.locate` has them."""
+    ends = np.cumsum(order.counts)
+    shard = int(np.searchsorted(ends, sample, side="right"))
+    return shard, sample - int(ends[shard] - order.counts[shard])
 
 
 @given(size=st.integers(1, 3000), key=st.lists(st.integers(-(2**63), 2**64), min_size=1, max_size=3))
@@ -52,22 +59,22 @@ def test_permutations_are_even_and_without_pattern() -> None:
 )
 @settings(max_examples=150, deadline=None)
 def test_every_epoch_has_every_sample_once(counts: list[int], window: int, streams: int, seed: int, epoch: int) -> None:
-    source = SourceOrder(seed, np.array(counts), window=window, streams=streams)
+    source = ShuffledOrder(seed, np.array(counts), window=window, streams=streams)
     n = sum(counts)
     positions = epoch * n + np.arange(n)
     found = source(positions)
     assert sorted(found.tolist()) == list(range(n))
     assert source.draws(positions).tolist() == [epoch] * n
     for position, sample in zip(positions.tolist()[:10], found.tolist(), strict=False):
-        shard, number = source.locate(sample)
+        shard, number = locate(source, sample)
         assert sum(counts[:shard]) + number == sample
         assert 0 <= number < counts[shard]
         assert shard in source.shards_of_window(position)
 
 
 def test_shuffling_stays_inside_a_window_of_shards() -> None:
-    source = SourceOrder(3, np.full(40, 25), window=8)
-    shards = np.array([source.locate(sample)[0] for sample in source(np.arange(1000)).tolist()])
+    source = ShuffledOrder(3, np.full(40, 25), window=8)
+    shards = np.array([locate(source, sample)[0] for sample in source(np.arange(1000)).tolist()])
     windows = [set(shards[start : start + 200].tolist()) for start in range(0, 1000, 200)]
     assert all(len(window) == 8 for window in windows)
     assert len(set().union(*windows)) == 40
@@ -78,19 +85,19 @@ def test_shuffling_stays_inside_a_window_of_shards() -> None:
 
 def test_a_stream_reads_its_own_stretch() -> None:
     counts = np.full(64, 10)
-    source = SourceOrder(1, counts, window=4, streams=4)
+    source = ShuffledOrder(1, counts, window=4, streams=4)
     samples = source(np.arange(640))
-    shards_of = [{source.locate(s)[0] for s in samples[stream::4].tolist()} for stream in range(4)]
+    shards_of = [{locate(source, s)[0] for s in samples[stream::4].tolist()} for stream in range(4)]
     assert [len(shards) for shards in shards_of] == [16] * 4
     assert len(set().union(*shards_of)) == 64
 
 
 def test_order_is_fixed_for_all_versions() -> None:
     # A resumed run must go on in the order it began with, whatever numpy is installed by then.
-    assert order.ORDER_VERSION == 2
+    assert shuffle.ORDER_VERSION == 2
     assert permute(np.arange(8), 8, 0, 0).tolist() == FIXED[0]
-    assert SourceOrder(1, np.array([3, 4, 5]), window=2)(np.arange(24)).tolist() == FIXED[1]
-    drawn = SourceOrder(1, np.array([3, 4, 5]), window=2, with_replacement=True)
+    assert ShuffledOrder(1, np.array([3, 4, 5]), window=2)(np.arange(24)).tolist() == FIXED[1]
+    drawn = ShuffledOrder(1, np.array([3, 4, 5]), window=2, with_replacement=True)
     assert drawn(np.arange(12)).tolist() == FIXED[2]
 
 
@@ -103,14 +110,14 @@ FIXED = [
 
 def test_spares_come_from_the_first_window_of_the_next_epoch() -> None:
     counts = np.full(20, 30)
-    source = SourceOrder(5, counts, window=4)
+    source = ShuffledOrder(5, counts, window=4)
     first_window = set(source.shards_of_window(600))
     spares = [source.replacement(position, 1) for position in range(0, 600, 7)]
     assert {draw for draw, _ in spares} == {1}
-    assert {source.locate(sample)[0] for _, sample in spares} <= first_window
+    assert {locate(source, sample)[0] for _, sample in spares} <= first_window
     assert len({sample for _, sample in spares}) > 60  # 86 spares out of 120 samples
     assert source.replacement(3, 2)[0] == 2
-    whole = SourceOrder(5, counts, window=20)
+    whole = ShuffledOrder(5, counts, window=20)
     spares = [whole.replacement(position, 1)[1] for position in range(600)]
     assert sorted(spares) == list(range(600))  # with one window no two bad samples share a spare
     assert spares == whole(600 + np.arange(600)).tolist()
@@ -119,7 +126,7 @@ def test_spares_come_from_the_first_window_of_the_next_epoch() -> None:
 @pytest.mark.parametrize("window", [3, 40])
 def test_with_replacement_every_sample_has_the_same_chance(window: int) -> None:
     counts = np.array([5, 10, 15, 20] * 10)
-    source = SourceOrder(2, counts, window=window, with_replacement=True)
+    source = ShuffledOrder(2, counts, window=window, with_replacement=True)
     found = source(np.arange(200_000))
     assert (source.draws(np.arange(5)) == np.arange(5)).all()
     hits = np.bincount(found, minlength=500)
@@ -130,7 +137,7 @@ def test_with_replacement_every_sample_has_the_same_chance(window: int) -> None:
     assert abs(np.array(shares) / 200_000 - counts / 500).max() < 0.01
     assert len(set(found[:500].tolist())) < 450  # some twice
     if window == 3:
-        inside = [source.locate(sample)[0] in source.shards_of_window(i) for i, sample in enumerate(found[:300])]
+        inside = [locate(source, sample)[0] in source.shards_of_window(i) for i, sample in enumerate(found[:300])]
         assert all(inside)
     draw, spare = source.replacement(17, 1)
     assert (draw, spare) != (17, int(found[17]))
@@ -140,7 +147,7 @@ def test_seeking_in_two_billion_samples_takes_no_time() -> None:
     counts = np.full(200_000, 10_000)
     counts[::7] -= 13
     start = time.process_time()
-    source = SourceOrder(0, counts, window=16, streams=8)
+    source = ShuffledOrder(0, counts, window=16, streams=8)
     assert 1.99e9 < source.num_samples < 2e9
     at_five_billion = source(5_000_000_000 + np.arange(512))
     seconds = time.process_time() - start
@@ -153,7 +160,7 @@ def test_seeking_in_two_billion_samples_takes_no_time() -> None:
 def test_epochs_and_seeds_differ() -> None:
     counts = np.array([20, 30])
     orders = {
-        SourceOrder(seed, counts, window=2)(epoch * 50 + np.arange(50)).tobytes()
+        ShuffledOrder(seed, counts, window=2)(epoch * 50 + np.arange(50)).tobytes()
         for seed in range(5)
         for epoch in range(5)
     }
@@ -162,17 +169,17 @@ def test_epochs_and_seeds_differ() -> None:
 
 def test_random_numbers_depend_on_the_sample_and_not_on_its_company() -> None:
     epochs, samples = np.arange(6) // 3, np.array([4, 5, 6, 4, 5, 6])
-    keys = order.sample_keys(3, epochs, samples)
+    keys = shuffle.sample_keys(3, epochs, samples)
     assert len(set(keys.tolist())) == 6
-    alone = order.sample_keys(3, epochs[4:5], samples[4:5])
-    assert (order.uniforms(keys, 2, 7)[4] == order.uniforms(alone, 2, 7)[0]).all()
-    assert (order.uniforms(keys, 2, 3) == order.uniforms(keys, 2, 7)[:, :3]).all()
-    assert not (order.uniforms(keys, 2, 7) == order.uniforms(keys, 1, 7)).any()
+    alone = shuffle.sample_keys(3, epochs[4:5], samples[4:5])
+    assert (shuffle.uniforms(keys, 2, 7)[4] == shuffle.uniforms(alone, 2, 7)[0]).all()
+    assert (shuffle.uniforms(keys, 2, 3) == shuffle.uniforms(keys, 2, 7)[:, :3]).all()
+    assert not (shuffle.uniforms(keys, 2, 7) == shuffle.uniforms(keys, 1, 7)).any()
 
 
 def test_random_numbers_are_uniform_and_independent() -> None:
-    keys = order.sample_keys(0, np.repeat(np.arange(20), 1000), np.tile(np.arange(1000), 20))
-    draws = np.concatenate([order.uniforms(keys, stream, 2) for stream in (0, 1, 6)], axis=1)
+    keys = shuffle.sample_keys(0, np.repeat(np.arange(20), 1000), np.tile(np.arange(1000), 20))
+    draws = np.concatenate([shuffle.uniforms(keys, stream, 2) for stream in (0, 1, 6)], axis=1)
     assert draws.min() >= 0
     assert draws.max() < 1
     # 20,000 draws a column: standard errors are 0.002 of the mean and 0.007 of a correlation

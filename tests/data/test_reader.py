@@ -15,21 +15,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_shards import add_member, keys, loader, plain_samples, take, write_prepared, write_tar
 
+from evatool.data.sources import tar_source as reading
 from evatool.data.sources.cache import ShardCache
 from evatool.data.sources.fetch import Patience
-from evatool.data.sources.shard_list import open_source
-from evatool.data.tar import reader as reading
+from evatool.data.sources.shard_list import open_shard_list
+from evatool.data.sources.tar_source import TarSource
 from evatool.data.tar.index import group_members, index_json, read_index, scan_file
-from evatool.data.tar.reader import ShardReader
 from evatool.data.tar.scan import TarScan
 from evatool.data.train import dataset as steps
 
+FIELDS = frozenset({"png", "txt"})
 
-def open_reader(folder: Path, cache: Path) -> ShardReader:
+
+def open_reader(folder: Path, cache: Path) -> TarSource:
     patience = Patience(1, 1.0, 0.0)
     shard_cache = ShardCache(cache, 10**8, patience)
-    shards = open_source("s", f"{folder}/*.tar", cache=shard_cache, patience=patience, max_bad_fraction=0.0)
-    return ShardReader(shards, shard_cache, patience, {"png", "txt"}.__contains__)
+    shards = open_shard_list("s", f"{folder}/*.tar", cache=shard_cache, patience=patience, max_bad_fraction=0.0)
+    return TarSource(shards, shard_cache, patience)
 
 
 def open_files() -> int:
@@ -43,7 +45,7 @@ def test_few_tars_are_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     rng = random.Random(0)
     for _ in range(300):
         number = rng.randrange(60)
-        assert found.read(number // 2, number % 2)["txt"] == f"words k{number}".encode()
+        assert found.read(number, FIELDS)["txt"] == f"words k{number}".encode()
         assert open_files() - before <= 6
     del found
     assert open_files() <= before
@@ -52,11 +54,11 @@ def test_few_tars_are_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_tables_of_tars_have_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_prepared(tmp_path / "set", 200, 10)
     found = open_reader(folder, tmp_path / "cache")
-    found.read(0, 0)
+    found.read(0, FIELDS)
     one = found._open[0].members.num_bytes
     monkeypatch.setattr(reading, "TABLE_BYTES", 4 * one + 10)
     for shard in range(20):
-        found.read(shard, 0)
+        found.read(10 * shard, FIELDS)
         assert sum(held.members.num_bytes for held in found._open.values()) <= 4 * one + 10
     assert len(found._open) == 4
 
@@ -81,8 +83,8 @@ def test_a_process_remembers_a_bounded_number_of_bad_samples(tmp_path: Path, mon
 
 def test_a_reader_crosses_to_another_process(tmp_path: Path) -> None:
     found = open_reader(write_prepared(tmp_path / "set", 8, 4), tmp_path / "cache")
-    expected = found.read(1, 2)
-    assert pickle.loads(pickle.dumps(found)).read(1, 2) == expected
+    expected = found.read(6, FIELDS)
+    assert pickle.loads(pickle.dumps(found)).read(6, FIELDS) == expected
 
 
 NAMES = st.sampled_from(["a", "b", "a.b", "x/a", "x/b", "x.y/a", "A", "a..b", "é"])
@@ -117,7 +119,7 @@ def test_samples_are_grouped_as_webdataset_does(
 def test_plain_and_prepared_sets_hold_the_same_bytes(tmp_path: Path) -> None:
     folder = write_prepared(tmp_path / "set", 12, 4)
     found = open_reader(folder, tmp_path / "cache")
-    read = [found.read(shard, number) for shard in range(3) for number in range(4)]
+    read = [found.read(i, FIELDS) for i in range(12)]
     theirs = webdataset.WebDataset([str(path) for path in sorted(folder.glob("*.tar"))], shardshuffle=False)
     assert read == [{"png": s["png"], "txt": s["txt"]} for s in theirs]
     assert sorted(keys(take(loader({"train": folder}, global_batch_size=12), 1))) == [f"k{i:05d}" for i in range(12)]

@@ -13,7 +13,9 @@ from sample_pictures import image
 
 from evatool.core.errors import DataError
 from evatool.data.tar.index import read_index
-from evatool.data.tar.writer import Sample, ShardIndex, ShardWriter, TarReader
+from evatool.data.tar.manifest import ShardIndex
+from evatool.data.tar.reader import TarReader
+from evatool.data.tar.writer import Sample, ShardWriter
 
 ONE_SAMPLE = {
     "keys": ["a"],

@@ -15,9 +15,9 @@ from evatool.core.errors import BadDataLimitError, DataError
 from evatool.data.sources import shard_list as sources
 from evatool.data.sources.cache import ShardCache
 from evatool.data.sources.fetch import Patience, display_url
-from evatool.data.sources.shard_list import ShardList, expand, open_source
-from evatool.data.tar.writer import FORMAT, MANIFEST
-from evatool.data.train.shuffle import SourceOrder
+from evatool.data.sources.shard_list import ShardList, expand, open_shard_list
+from evatool.data.tar.manifest import FORMAT, MANIFEST
+from evatool.data.train.shuffle import ShuffledOrder
 
 PATIENCE = Patience(2, 2.0, 0.01)
 
@@ -28,7 +28,7 @@ def cache(tmp_path: Path) -> ShardCache:
 
 
 def open_(spec: str | list[str], cache: ShardCache, limit: float = 0.0) -> ShardList:
-    return open_source("s", spec, cache=cache, patience=PATIENCE, max_bad_fraction=limit)
+    return open_shard_list("s", spec, cache=cache, patience=PATIENCE, max_bad_fraction=limit)
 
 
 def test_brace_lists() -> None:
@@ -227,8 +227,8 @@ def test_opening_a_manifest_of_two_billion_samples_and_seeking_takes_less_than_a
     seconds = []
     for _ in range(3):  # the least disturbed one counts
         start = time.process_time()
-        found = open_source("s", str(folder), cache=cache, patience=Patience(), max_bad_fraction=1.0)
-        order = SourceOrder(0, found.counts, window=16, streams=8)
+        found = open_shard_list("s", str(folder), cache=cache, patience=Patience(), max_bad_fraction=1.0)
+        order = ShuffledOrder(0, found.counts, window=16, streams=8)
         samples = order(5_000_000_000 + np.arange(512))
         found.digest()
         seconds.append(time.process_time() - start)
@@ -246,6 +246,6 @@ def test_a_long_list_of_tars_is_looked_at_here_and_there(
     monkeypatch.setattr(sources, "MAX_LOOKED_AT", 20)
     monkeypatch.setattr(sources, "MAX_NAMED", 3)
     with pytest.raises(BadDataLimitError, match=r"about \d+ of 60 samples of source 's' are gone"):
-        open_source("s", str(folder), cache=cache, patience=Patience(), max_bad_fraction=0.1)
+        open_shard_list("s", str(folder), cache=cache, patience=Patience(), max_bad_fraction=0.1)
     assert caplog.text.count(".tar: missing") == 3
     assert "more" in caplog.text

@@ -11,14 +11,14 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from evatool.data.image.train_transforms import TrainTransform, crop_boxes
-from evatool.data.train import shuffle as order
+from evatool.data.train import shuffle
 from evatool.recipe.schema import AugmentSection
 
 PLAIN = AugmentSection()  # EVA-CLIP's: RandomResizedCrop(0.9, 1.0), bicubic, and nothing else
 
 
 def keys_of(n: int, seed: int = 0) -> np.ndarray:
-    return order.sample_keys(seed, np.zeros(n, dtype=np.int64), np.arange(n))
+    return shuffle.sample_keys(seed, np.zeros(n, dtype=np.int64), np.arange(n))
 
 
 def smooth_picture(height: int, width: int, seed: int) -> Tensor:
@@ -78,7 +78,7 @@ def test_boxes_follow_torchvisions_loop(scale: tuple[float, float]) -> None:
     section = AugmentSection(crop_scale=scale)
     shapes = np.tile(SHAPES, (200, 1))
     keys = keys_of(len(shapes))
-    draws = order.uniforms(keys, order.STREAM_CROP, 22)
+    draws = shuffle.uniforms(keys, shuffle.STREAM_CROP, 22)
     boxes = crop_boxes(shapes, keys, section.crop_scale, section.crop_ratio)
     for box, (height, width), row in zip(boxes.tolist(), shapes.tolist(), draws.tolist(), strict=True):
         assert tuple(box) == looped_box(row, height, width, section)
@@ -169,8 +169,8 @@ def test_colour_changes_are_torchvisions(draw, operation, monkeypatch: pytest.Mo
     # One change at a time on a picture far from black and white, where nothing is clipped between the steps.
     image = (smooth_picture(40, 40, 3).float() * 0.4 + 70).to(torch.uint8)
     fixed = np.array([[*((d + 1) / 2 for d in draw), 0.5]])
-    uniforms = order.uniforms
-    monkeypatch.setattr(order, "uniforms", lambda k, s, n: fixed if s == order.STREAM_COLOR else uniforms(k, s, n))
+    uniforms = shuffle.uniforms
+    monkeypatch.setattr(shuffle, "uniforms", lambda k, s, n: fixed if s == shuffle.STREAM_COLOR else uniforms(k, s, n))
     section = AugmentSection(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), color_jitter=0.4)
     (out,) = TrainTransform(section, [40])([image], keys_of(1))
     assert (out[0].int() - operation(image).int()).abs().max() <= 1
@@ -178,8 +178,8 @@ def test_colour_changes_are_torchvisions(draw, operation, monkeypatch: pytest.Mo
 
 def test_hue_turns_and_keeps_grey(monkeypatch: pytest.MonkeyPatch) -> None:
     turned = np.array([[0.5, 0.5, 0.5, 1.0]] * 2)
-    uniforms = order.uniforms
-    monkeypatch.setattr(order, "uniforms", lambda k, s, n: turned if s == order.STREAM_COLOR else uniforms(k, s, n))
+    uniforms = shuffle.uniforms
+    monkeypatch.setattr(shuffle, "uniforms", lambda k, s, n: turned if s == shuffle.STREAM_COLOR else uniforms(k, s, n))
     red = torch.zeros(3, 8, 8, dtype=torch.uint8)
     red[0] = 120
     grey = torch.full((3, 8, 8), 120, dtype=torch.uint8)

@@ -130,10 +130,11 @@ def test_a_picture_that_one_rank_cannot_read_fails_the_set_on_all(
     data = tmp_path / "eval"
     shutil.copytree(prepared[0] / "eval", data)
     tar = data / "new-artist" / "test" / "0.tar"
-    from evatool.data.tar.writer import PICTURE_MEMBERS, TarReader
+    from evatool.data.image.header import IMAGE_MEMBERS
+    from evatool.data.tar.reader import TarReader
 
     reader = TarReader([tar])
-    (image,) = reader.read(1, PICTURE_MEMBERS).values()  # rank 1's first picture
+    (image,) = reader.read(1, IMAGE_MEMBERS).values()  # rank 1's first picture
     tar.write_bytes(tar.read_bytes().replace(image, bytes(len(image))))
     said = run_on_ranks(evaluate, 2, data, prepared[1], tmp_path / "run", shard)
     assert all("evaluations failed (new-artist)" in text for text in said)

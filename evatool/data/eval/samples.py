@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from evatool.core.errors import DataError
-from evatool.data.tar.writer import PICTURE_MEMBERS, TarReader
+from evatool.data.image.header import IMAGE_MEMBERS
+from evatool.data.tar.reader import TarReader
 
 MASK_MEMBER = "mask.png"
 
@@ -124,7 +125,7 @@ class TarSamples:
     def _image_members(self) -> list[str]:
         """Extension of each sample's picture."""
         every = (self._reader.extensions(i) for i in range(len(self)))
-        return [next(extension for extension in PICTURE_MEMBERS if extension in own) for own in every]
+        return [next(extension for extension in IMAGE_MEMBERS if extension in own) for own in every]
 
     def _member(self, i: int, extension: str) -> bytes:
         try:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from evatool.core.errors import DataError
 from evatool.data.eval.samples import MASK_MEMBER, TarSamples
-from evatool.data.tar.writer import MANIFEST, PICTURE_MEMBERS, read_manifest
+from evatool.data.image.header import IMAGE_MEMBERS
+from evatool.data.tar.manifest import MANIFEST, read_manifest
 
-ALLOWED_MEMBERS = frozenset((*PICTURE_MEMBERS, "cls", "txt", "json"))
+ALLOWED_MEMBERS = frozenset((*IMAGE_MEMBERS, "cls", "txt", "json"))
 """Members by the last part of their extension. clip-benchmark hands a set to webdataset's `.decode()`, which would
 unpickle members of other names; a set that has any is refused, here as for whoever opens it there."""
 
@@ -86,7 +87,7 @@ def _check_members(folder: Path, split: str, samples: TarSamples, kind: str) -> 
                 f"evaluation set {folder.name} has a member {key}.{odd[0]} that is not read, because it may hold code",
                 expected=f"members of {', '.join(sorted(ALLOWED_MEMBERS))} only",
             )
-        if label not in extensions or not any(e in PICTURE_MEMBERS for e in extensions):
+        if label not in extensions or not any(e in IMAGE_MEMBERS for e in extensions):
             raise DataError(
                 f"sample {key} of evaluation set {folder.name} has members {', '.join(extensions)}",
                 expected=f"a picture and a {label} member",

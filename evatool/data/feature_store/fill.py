@@ -11,7 +11,6 @@ import numpy as np
 from evatool.core.batch import Batch
 from evatool.data.image.train_transforms import TrainTransform
 from evatool.data.train.loader import TrainLoader
-from evatool.data.train.shuffle import SourceOrder
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,7 @@ def missing_batches(loader: TrainLoader, sizes: Sequence[int] | None = None) -> 
 def _pass_of(loader: TrainLoader, number: int, sizes: Sequence[int]) -> TrainLoader:
     dataset = copy.copy(loader.dataset)
     source, views = dataset.sources[number], dataset.num_views or 1
-    known = source.order
-    order = SourceOrder(
-        known.seed, known.counts, window=known.window
-    )  # each sample once an epoch, and epoch v is view v
+    order = source.order.once_per_epoch()  # epoch v is view v
     dataset.sources = list(dataset.sources)
     dataset.sources[number] = replace(source, order=order)
     dataset.mix = _OneSource(number)  # type: ignore[assignment]

@@ -25,6 +25,9 @@ MAX_PIXELS = 89_478_485
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 """Accepted formats by Pillow's name, and the member name each has in a shard."""
 
+IMAGE_MEMBERS = (*EXTENSIONS.values(), "jpeg")
+"""Members of a sample that can be its image, by extension; the first of them that a sample has is read."""
+
 CAUSES = {
     "zero-byte": "the file is empty",
     "not-a-picture": "the header is of no known picture format",

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evatool.data.image.decode import Mode, resize_exact, resize_fast
-from evatool.data.train import shuffle as order
+from evatool.data.train import shuffle
 from evatool.recipe.schema import AugmentSection
 
 # B batch, S output side in pixels, H and W sides of a source picture
@@ -53,7 +53,7 @@ class TrainTransform:
 
         Args:
             pictures: B tensors (3, H, W) uint8, of any sizes.
-            keys: uint64 (B,), from `order.sample_keys`.
+            keys: uint64 (B,), from `shuffle.sample_keys`.
             num_views: make only the first this many views.
         Returns: for each output size a tensor (B, 3, S, S) uint8; equal sizes share one tensor.
         """
@@ -66,9 +66,9 @@ class TrainTransform:
     def _finish(self, image: Tensor, keys: np.ndarray) -> Tensor:
         section = self.section
         if section.horizontal_flip:
-            image = _flip(image, order.uniforms(keys, order.STREAM_FLIP, 1)[:, 0] < section.horizontal_flip)
+            image = _flip(image, shuffle.uniforms(keys, shuffle.STREAM_FLIP, 1)[:, 0] < section.horizontal_flip)
         if section.rotate_degrees:
-            turn = 2 * order.uniforms(keys, order.STREAM_ROTATE, 1)[:, 0] - 1
+            turn = 2 * shuffle.uniforms(keys, shuffle.STREAM_ROTATE, 1)[:, 0] - 1
             image = _rotate(image, np.radians(section.rotate_degrees * turn))
         if section.color_jitter or section.grayscale:
             image = self._recolor(image, keys)
@@ -76,8 +76,8 @@ class TrainTransform:
 
     def _recolor(self, image: Tensor, keys: np.ndarray) -> Tensor:
         section = self.section
-        gray = order.uniforms(keys, order.STREAM_GRAY, 1)[:, 0] < section.grayscale
-        draws = 2 * order.uniforms(keys, order.STREAM_COLOR, 4) - 1
+        gray = shuffle.uniforms(keys, shuffle.STREAM_GRAY, 1)[:, 0] < section.grayscale
+        draws = 2 * shuffle.uniforms(keys, shuffle.STREAM_COLOR, 4) - 1
         rows = np.arange(len(keys)) if section.color_jitter else np.flatnonzero(gray)
         if len(rows) == 0:
             return image
@@ -109,7 +109,7 @@ def crop_boxes(
         keys: uint64 (B,).
     """
     height, width = shapes[:, :1].astype(float), shapes[:, 1:].astype(float)
-    draws = order.uniforms(keys, order.STREAM_CROP, 2 * _CROP_TRIES + 2)
+    draws = shuffle.uniforms(keys, shuffle.STREAM_CROP, 2 * _CROP_TRIES + 2)
     area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[:, :_CROP_TRIES])
     low, high = math.log(ratio[0]), math.log(ratio[1])
     aspect = np.exp(low + (high - low) * draws[:, _CROP_TRIES : 2 * _CROP_TRIES])

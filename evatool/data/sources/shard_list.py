@@ -24,7 +24,8 @@ from evatool.data.image.header import MAX_PIXELS
 from evatool.data.sources.cache import ShardCache
 from evatool.data.sources.fetch import FetchError, Patience, display_url, fetch_bytes, is_remote, local_path
 from evatool.data.tar.index import ShardMembers, index_json, read_index, scan_file
-from evatool.data.tar.writer import FORMAT, MANIFEST, read_manifest, write_file
+from evatool.data.tar.manifest import FORMAT, MANIFEST, read_manifest
+from evatool.data.tar.writer import write_file
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class ShardList:
         return hashlib.sha256(f"{self.digest()} {known}".encode()).hexdigest()[:16]
 
 
-def open_source(
+def open_shard_list(
     name: str,
     shards: str | Sequence[str],
     *,

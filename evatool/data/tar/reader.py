@@ -1,232 +1,104 @@
-"""Members of samples by shard and number: local or fetched, checked, and never more than was asked for.
-
-Only members on an allow-list are read, as bytes; nothing in a tar is unpacked, followed or executed.
-"""
+"""Random access to the samples of local tars, without unpacking them."""
 
 from __future__ import annotations
 
-import logging
 import os
-import time
-import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from evatool.data.sources.cache import RETRY_SEC, ShardCache
-from evatool.data.sources.fetch import FetchError, Patience, display_url, is_remote, local_path
-from evatool.data.sources.shard_list import ShardList, read_members
-from evatool.data.tar.index import ShardMembers
-
-log = logging.getLogger(__name__)
-
-TABLE_BYTES = 128 * 2**20
-"""Most memory of the tables that say where members lie, per process and source; 10,000 samples take about 1 MiB."""
-
-MAX_OPEN = 256
-"""Most tars held open, per process and source."""
-
-MAX_MEMBER_BYTES = 256 * 2**20
-"""A larger member is refused by its header."""
-
-MAX_SPAN_BYTES = 2**20
-"""Members of a sample that lie within so many bytes are read at once."""
+from evatool.core.errors import DataError
+from evatool.data.tar.index import WHOLE_TAR, ShardMembers, scan_file
 
 
-class UnreadableSample(Exception):
-    """A sample whose members cannot be had.
+class TarReader:
+    """Random access to the samples of local tars, without unpacking; sample i is the i-th in the order of `paths`.
+
+    For sets whose keys fit in memory. Reading is safe from several processes: each opens the tars itself and reads at
+    explicit offsets.
 
     Args:
-        cause: for the counts, e.g. "truncated-shard".
-        detail: what was seen.
-        is_whole_shard: True where every sample of the shard is lost with it.
+        paths: tars.
+        scanned: what is known of each tar already, e.g. from its index.
+    Raises: DataError naming a tar that cannot be scanned to its end.
     """
 
-    def __init__(self, cause: str, detail: str, *, is_whole_shard: bool = False) -> None:
-        super().__init__(f"{cause}: {detail}")
-        self.cause, self.detail, self.is_whole_shard = cause, detail, is_whole_shard
+    def __init__(self, paths: Sequence[Path], scanned: Iterable[ShardMembers] | None = None) -> None:
+        self._paths = list(paths)
+        self._tables = list(map(scan_whole, self._paths) if scanned is None else scanned)
+        self._first = [0]
+        self.keys: list[str] = []
+        for table in self._tables:
+            self.keys += map(table.key, range(len(table)))
+            self._first.append(len(self.keys))
+        self._files: dict[tuple[int, int], int] = {}  # (process, shard) -> file descriptor
 
+    def __len__(self) -> int:
+        return len(self.keys)
 
-@dataclass
-class _Open:
-    """A tar that is being read."""
+    def shard_name(self, i: int) -> str:
+        """File name of the tar that holds sample i."""
+        return self._paths[self._locate(i)[0]].name
 
-    handle: int
-    members: ShardMembers
-    names: list[str | None]
-    """By number of the extension: None where the member is not wanted."""
-    process: int
+    def extensions(self, i: int) -> list[str]:
+        """Members of sample i."""
+        shard, number = self._locate(i)
+        return [extension for extension, _ in self._tables[shard].members(number)]
 
+    def size(self, i: int, extension: str) -> int:
+        """Bytes of a member of sample i."""
+        shard, number = self._locate(i)
+        return dict(self._tables[shard].members(number))[extension].size
 
-class ShardReader:
-    """Reads samples of one source.
+    def read(self, i: int, extensions: Iterable[str] | None = None) -> dict[str, bytes]:
+        """Members of sample i by extension; only those in `extensions` where given and present.
 
-    Args:
-        shards: the source.
-        cache: for remote shards.
-        patience: with reads that fail.
-        wanted: says of an extension whether its member may be read.
-    """
+        Raises: OSError when the tar cannot be read or ends early.
+        """
+        shard, number = self._locate(i)
+        members = dict(self._tables[shard].members(number))
+        wanted = members if extensions is None else [e for e in extensions if e in members]
+        handle = self._handle(shard)
+        out = {}
+        for extension in wanted:
+            place = members[extension]
+            data = os.pread(handle, place.size, place.offset)
+            if len(data) != place.size:
+                raise OSError(f"{self.shard_name(i)} ends inside member {self.keys[i]}.{extension}")
+            out[extension] = data
+        return out
 
-    def __init__(self, shards: ShardList, cache: ShardCache, patience: Patience, wanted: Callable[[str], bool]) -> None:
-        self.shards, self.cache, self.patience, self.wanted = shards, cache, patience, wanted
-        self._open: OrderedDict[int, _Open] = OrderedDict()
-        self._lost: dict[int, tuple[float, UnreadableSample]] = {}
-
-    def key(self, shard: int, number: int) -> str:
-        """Key of a sample; its number where the shard does not say."""
-        try:
-            members = self._opened(shard).members
-        except UnreadableSample:
-            return f"#{number}"
-        return members.key(number) if number < len(members) else f"#{number}"
-
-    def shard_name(self, shard: int) -> str:
-        """The shard as messages name it."""
-        return display_url(self.shards.urls[shard])
-
-    def read(self, shard: int, number: int) -> dict[str, bytes]:
-        """Wanted members of a sample by extension. Raises: UnreadableSample."""
-        opened = self._opened(shard)
-        members, names = opened.members, opened.names
-        if number >= len(members):
-            found = members.problems[-1] if members.problems else f"only {len(members)} samples"
-            raise UnreadableSample("truncated-shard", f"{found}; sample {number} is not there")
-        places: dict[str, list[int]] = {}
-        last, are_neighbours = -1, True
-        for row, (i, place) in enumerate(zip(*members.rows(number), strict=True)):
-            name = names[i]
-            if name is None:
-                continue
-            are_neighbours = are_neighbours and last in (-1, row - 1)
-            last = row
-            if name in places:
-                raise UnreadableSample("duplicate-member", f"two members with extension {name}")
-            if place[1] > MAX_MEMBER_BYTES:
-                raise UnreadableSample("too-large-member", f"{name} of {place[1]} bytes, limit {MAX_MEMBER_BYTES}")
-            places[name] = place
-        read = self._patiently(shard, lambda: _read_places(self._open[shard].handle, places, are_neighbours))
-        for name, (_, size, crc32) in places.items():
-            data = read[name]
-            if len(data) != size:
-                raise UnreadableSample("truncated-shard", f"the tar ends inside member {name}")
-            if crc32 >= 0 and zlib.crc32(data) != crc32:
-                raise UnreadableSample("corrupt-member", f"{name} has another checksum than when it was written")
-        return read
-
-    def fetch_ahead(self, shards: Sequence[int]) -> None:
-        """Begin to fetch those of these shards that are remote."""
-        wanted = [self._remote(shard) for shard in shards if is_remote(self.shards.urls[shard])]
-        if wanted:
-            self.cache.fetch_ahead(wanted)
+    def _locate(self, i: int) -> tuple[int, int]:
+        shard = bisect_right(self._first, i) - 1
+        return shard, i - self._first[shard]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {**self.__dict__, "_files": {}}
+
+    def close(self) -> None:
+        """Let go of the tars; a later read opens them again."""
+        own = [key for key in getattr(self, "_files", {}) if key[0] == os.getpid()]
+        for key in own:
+            os.close(self._files.pop(key))
 
     def __del__(self) -> None:
-        for found in getattr(self, "_open", {}).values():
-            if found.process == os.getpid():
-                os.close(found.handle)
+        self.close()
 
-    def _opened(self, shard: int) -> _Open:
-        """The shard, opened if it is not; what was not used longest is closed."""
-        lost = self._lost.get(shard)
-        if lost is not None:
-            if time.monotonic() - lost[0] < RETRY_SEC:
-                raise lost[1]
-            del self._lost[shard]
-        found = self._open.get(shard)
-        if found is not None and found.process == os.getpid():
-            self._open.move_to_end(shard)
-            return found
-        try:
-            found = self._patiently(shard, lambda: self._open_shard(shard))
-        except UnreadableSample as err:
-            self._lost[shard] = (time.monotonic(), err)
-            raise
-        self._open[shard] = found
-        while len(self._open) > 1 and (
-            len(self._open) > MAX_OPEN or sum(o.members.num_bytes for o in self._open.values()) > TABLE_BYTES
-        ):
-            _, oldest = self._open.popitem(last=False)
-            if oldest.process == os.getpid():
-                os.close(oldest.handle)
-        return found
-
-    def _open_shard(self, shard: int) -> _Open:
-        url, size = self.shards.urls[shard], int(self.shards.sizes[shard])
-        if is_remote(url):
-            remote_url, _, sha256 = self._remote(shard)
-            path = self.cache.get(remote_url, size=size, sha256=sha256)
-        else:
-            path = local_path(url)
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            found = os.fstat(handle).st_size
-            has_changed = size >= 0 and found != size
-            if has_changed:
-                log.warning("%s has %d bytes instead of %d: it is scanned anew", display_url(url), found, size)
-            members = read_members(self.shards, shard, path, use_index=not has_changed)
-        except BaseException:
-            os.close(handle)
-            raise
-        if len(members) != self.shards.counts[shard]:
-            log.warning(
-                "%s holds %d samples instead of %d%s",
-                display_url(url),
-                len(members),
-                self.shards.counts[shard],
-                "; the others are not read" if len(members) > self.shards.counts[shard] else "",
-            )
-        names = [name if self.wanted(name) else None for name in members.extensions]
-        return _Open(handle, members, names, os.getpid())
-
-    def _remote(self, shard: int) -> tuple[str, int, str | None]:
-        return self.shards.urls[shard], int(self.shards.sizes[shard]), self.shards.sha256[shard]
-
-    def _patiently(self, shard: int, once: Callable[[], Any]) -> Any:
-        """Repeat what the file system refuses. Raises: UnreadableSample after the last try."""
-        pauses = None
-        while True:
-            try:
-                return once()
-            except FetchError as err:  # has had its tries
-                raise UnreadableSample(err.cause, err.detail, is_whole_shard=True) from err
-            except OSError as err:
-                pauses = pauses or self.patience.pauses()
-                pause = next(pauses, None)
-                if pause is None:
-                    cause = "missing-shard" if isinstance(err, FileNotFoundError) else "unreadable"
-                    raise UnreadableSample(cause, str(err), is_whole_shard=True) from err
-                log.info("%s: %s; again in %.1f s", self.shard_name(shard), err, pause)
-                time.sleep(pause)
+    def _handle(self, shard: int) -> int:
+        key = (os.getpid(), shard)
+        if key not in self._files:
+            self._files[key] = os.open(self._paths[shard], os.O_RDONLY)
+        return self._files[key]
 
 
-def _read_places(handle: int, places: Mapping[str, Sequence[int]], are_neighbours: bool) -> dict[str, bytes]:
-    """The bytes at each (offset, size, ...), which rise; fewer only where the file ends.
-
-    Args:
-        are_neighbours: nothing but headers lies between them: they are read at once.
-    Raises: OSError.
-    """
-    if not places:
-        return {}
-    ordered = list(places.values())
-    start = ordered[0][0]
-    span = ordered[-1][0] + ordered[-1][1] - start
-    if not are_neighbours or span > MAX_SPAN_BYTES:
-        return {name: _read_at(handle, offset, size) for name, (offset, size, _) in places.items()}
-    data = _read_at(handle, start, span)
-    return {name: data[offset - start : offset - start + size] for name, (offset, size, _) in places.items()}
-
-
-def _read_at(handle: int, offset: int, size: int) -> bytes:
-    """Up to `size` bytes; fewer only at the end of the file. Raises: OSError."""
-    data = os.pread(handle, size, offset)
-    while 0 < len(data) < size:
-        more = os.pread(handle, size - len(data), offset + len(data))
-        if not more:
-            break
-        data += more
-    return data
+def scan_whole(path: Path) -> ShardMembers:
+    """The samples of a tar. Raises: DataError where it is no tar or damaged."""
+    try:
+        members = scan_file(path)
+    except OSError as err:
+        raise DataError(f"{path.name} cannot be read: {err}", where=str(path)) from err
+    damage = [problem for problem in members.problems if problem.cause in WHOLE_TAR]
+    if damage:
+        raise DataError(f"{path.name} cannot be read as a tar: {damage[0]}", where=str(path), fix="copy it again")
+    return members

@@ -16,14 +16,14 @@ from evatool.core.batch import Batch
 from evatool.data.feature_store.store import FeatureStore
 from evatool.data.image.header import BadImage
 from evatool.data.image.train_transforms import TrainTransform
-from evatool.data.tar.reader import ShardReader, UnreadableSample
+from evatool.data.sources.base import Source, UnreadableSample
 from evatool.data.tokenizer import CaptionMemory, Tokenizer
-from evatool.data.train import shuffle as order
+from evatool.data.train import shuffle
 from evatool.data.train.bad_samples import BadSample, Converted
 from evatool.data.train.masking import MaskGenerator
 from evatool.data.train.mixing import Mix
-from evatool.data.train.sample_decoder import Record, SampleDecoder, choose_caption
-from evatool.data.train.shuffle import SourceOrder
+from evatool.data.train.sample_decoder import DecodedSample, SampleDecoder, choose_caption
+from evatool.data.train.shuffle import SampleOrder
 
 _MAX_SPARES = 64  # tries for one place of a batch
 _MAX_REMEMBERED_BAD = 100_000  # bad samples a process remembers, so as not to read them again
@@ -46,14 +46,16 @@ class Made:
 
 
 @dataclass
-class Source:
-    """One source as a loader process reads it."""
+class OrderedSource:
+    """One source, and the order in which a run reads it.
 
-    order: SourceOrder
-    reader: ShardReader
+    Attributes:
+        seed: of the random numbers of its samples: the run's, or that of stored views.
+    """
+
+    source: Source
+    order: SampleOrder
     seed: int
-    """Of the random numbers of its samples: the run's, or the store's."""
-    max_pixels: int
 
 
 class StepDataset(Dataset[Made]):
@@ -65,7 +67,7 @@ class StepDataset(Dataset[Made]):
     Args:
         sources: what is mixed.
         mix: which position reads which source.
-        records: members to records.
+        decoder: stored fields to decoded samples.
         transform: views of a picture; the first is the student's.
         seed: of augmentation, caption choice and masks.
         global_batch_size, rank, world_size: slice of the batch.
@@ -80,9 +82,9 @@ class StepDataset(Dataset[Made]):
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[OrderedSource],
         mix: Mix,
-        records: SampleDecoder,
+        decoder: SampleDecoder,
         transform: TrainTransform,
         *,
         global_batch_size: int,
@@ -96,13 +98,13 @@ class StepDataset(Dataset[Made]):
         stores: Sequence[FeatureStore] = (),
         skip_stored: bool = False,
     ) -> None:
-        self.sources, self.mix, self.records, self.transform = list(sources), mix, records, transform
+        self.sources, self.mix, self.decoder, self.transform = list(sources), mix, decoder, transform
         self.global_batch_size, self.end = global_batch_size, end
         self.num_views, self.stores, self.skip_stored = num_views, list(stores), skip_stored
         self.slots = np.arange(rank, global_batch_size, world_size)
         self.tokens = None if tokenizer is None else CaptionMemory(tokenizer)
         self.masks = masks
-        self._kept: dict[tuple[int, int], Record] | None = {} if keep_decoded else None
+        self._kept: dict[tuple[int, int], DecodedSample] | None = {} if keep_decoded else None
         self._bad: OrderedDict[tuple[int, int], None] = OrderedDict()
         self._windows: dict[int, list[int]] = {}
 
@@ -119,26 +121,26 @@ class StepDataset(Dataset[Made]):
         if self.skip_stored and len(self._stored(self._store_rows(numbers, samples, draws), made)) == len(self.stores):
             made.batch = Batch(image=torch.empty(0, 3, 0, 0), keys=[], position=position + self.global_batch_size)
             return made
-        records, names, is_replacement = [], [], np.zeros(len(slots), dtype=bool)
+        decoded, names, is_replacement = [], [], np.zeros(len(slots), dtype=bool)
         for i, (number, place) in enumerate(zip(numbers.tolist(), own.tolist(), strict=True)):
             found = self._readable(number, place, int(draws[i]), int(samples[i]), made)
             if found is None:
                 return made
             is_replacement[i] = (found[0], found[1]) != (draws[i], samples[i])
-            draws[i], samples[i], record = found
-            records.append(record)
-            names.append(self._name(number, int(samples[i])))
-            if record.odd is not None:
-                reader, order_of = self.sources[number].reader, self.sources[number].order
-                shard, _ = order_of.locate(int(samples[i]))
-                made.converted.append(Converted(record.odd, reader.shard_name(shard), names[-1]))
+            draws[i], samples[i], sample = found
+            decoded.append(sample)
+            names.append(self.sources[number].source.key(int(samples[i])))
+            if sample.conversion is not None:
+                source = self.sources[number].source
+                shard, _ = source.locate(int(samples[i]))
+                made.converted.append(Converted(sample.conversion, source.shard_name(shard), names[-1]))
         made.num_replacements = int(is_replacement.sum())
         seeds = np.array([source.seed for source in self.sources], dtype=np.uint64)[numbers]
         store_rows = self._store_rows(numbers, samples, draws)
         stored = self._stored(store_rows, made)
         views = draws if self.num_views is None else draws % self.num_views
         has_all = bool(self.stores) and len(stored) == len(self.stores)
-        made.batch = self._assemble(records, order.sample_keys_of(seeds, views, samples), with_teacher=not has_all)
+        made.batch = self._assemble(decoded, shuffle.sample_keys_of(seeds, views, samples), with_teacher=not has_all)
         if self.stores:
             made.batch.stored, made.batch.store_rows = stored, torch.from_numpy(store_rows)
         made.batch.keys = names
@@ -151,7 +153,7 @@ class StepDataset(Dataset[Made]):
         """Where a store keeps these views of these samples, int64 (B, 4)."""
         if not self.stores:
             return np.empty((len(samples), 0), dtype=np.int64)
-        inside = [self.sources[n].order.locate(s) for n, s in zip(numbers.tolist(), samples.tolist(), strict=True)]
+        inside = [self.sources[n].source.locate(s) for n, s in zip(numbers.tolist(), samples.tolist(), strict=True)]
         shards, rows = np.array(inside, dtype=np.int64).T
         return np.stack([numbers, shards, rows, draws % (self.num_views or 1)], axis=1)
 
@@ -167,68 +169,65 @@ class StepDataset(Dataset[Made]):
         return found
 
     def _fetch_ahead(self, number: int, own_position: int) -> None:
-        """Remote shards of this window and the next begin to come when a window is entered."""
-        source = self.sources[number]
-        if not source.reader.shards.has_remote:
+        """Let the source prefetch the shards of this window and the next when a window is entered."""
+        source, order = self.sources[number].source, self.sources[number].order
+        if not source.can_prefetch:
             return
-        window = source.order.shards_of_window(own_position)
+        window = order.shards_of_window(own_position)
         if self._windows.get(number) != window:
             self._windows[number] = window
-            source.reader.fetch_ahead([*window, *source.order.shards_of_window(own_position, 1)])
+            source.prefetch([*window, *order.shards_of_window(own_position, 1)])
 
-    def _readable(self, number: int, place: int, draw: int, sample: int, made: Made) -> tuple[int, int, Record] | None:
-        """(draw, sample, record) of this place: its own sample, or the first readable spare."""
+    def _readable(
+        self, number: int, place: int, draw: int, sample: int, made: Made
+    ) -> tuple[int, int, DecodedSample] | None:
+        """(draw, sample number, sample) for this place: its own sample, or the first replacement that can be read."""
         for attempt in range(_MAX_SPARES):
             if attempt:
                 draw, sample = self.sources[number].order.replacement(place, attempt)
-            record = self._record(number, sample, made)
-            if record is not None:
-                return draw, sample, record
+            decoded = self._decoded(number, sample, made)
+            if decoded is not None:
+                return draw, sample, decoded
         return None
 
-    def _record(self, number: int, sample: int, made: Made) -> Record | None:
+    def _decoded(self, number: int, sample: int, made: Made) -> DecodedSample | None:
+        """A sample of source `number`; None where it is bad, which `made` then says once."""
         if (number, sample) in self._bad:
             return None
         if self._kept is not None and (number, sample) in self._kept:
             return self._kept[number, sample]
-        source = self.sources[number]
-        shard, inside = source.order.locate(sample)
+        source = self.sources[number].source
         try:
-            record = self.records(source.reader.read(shard, inside), source.max_pixels)
+            decoded = self.decoder(source.read(sample, self.decoder.fields), source.max_pixels)
         except (BadImage, UnreadableSample) as err:
             is_whole_shard = isinstance(err, UnreadableSample) and err.is_whole_shard
-            key = source.reader.key(shard, inside)
-            name = source.reader.shard_name(shard)
-            made.bad.append(BadSample(number, sample, name, key, err.cause, err.detail, is_whole_shard))
+            name = source.shard_name(source.locate(sample)[0])
+            made.bad.append(BadSample(number, sample, name, source.key(sample), err.cause, err.detail, is_whole_shard))
             if not is_whole_shard:  # a lost shard may come back, and the reader remembers it
                 self._bad[number, sample] = None
                 if len(self._bad) > _MAX_REMEMBERED_BAD:
                     self._bad.popitem(last=False)
             return None
         if self._kept is not None:
-            self._kept[number, sample] = record
-        return record
+            self._kept[number, sample] = decoded
+        return decoded
 
-    def _name(self, number: int, sample: int) -> str:
-        source = self.sources[number]
-        return source.reader.key(*source.order.locate(sample))
-
-    def _assemble(self, records: list[Record], keys: np.ndarray, *, with_teacher: bool = True) -> Batch:
-        views = self.transform([r.image for r in records], keys, None if with_teacher else 1)
+    def _assemble(self, decoded: list[DecodedSample], keys: np.ndarray, *, with_teacher: bool = True) -> Batch:
+        views = self.transform([d.image for d in decoded], keys, None if with_teacher else 1)
         teacher_image = views[1] if len(views) > 1 else None
         batch = Batch(image=views[0], keys=[], teacher_image=teacher_image, teacher_images=views[2:] or None)
         if self.tokens is not None:
-            draws = order.uniforms(keys, order.STREAM_CAPTION, 1)[:, 0].tolist()
-            captions = [choose_caption(r, u) for r, u in zip(records, draws, strict=True)]
+            draws = shuffle.uniforms(keys, shuffle.STREAM_CAPTION, 1)[:, 0].tolist()
+            captions = [choose_caption(d, u) for d, u in zip(decoded, draws, strict=True)]
             batch.tokens = self.tokens(captions)
             batch.text_lengths = batch.tokens.argmax(dim=-1) + 1
-            batch.caption_id = torch.tensor([caption_id(r.concept, c) for r, c in zip(records, captions, strict=True)])
+            batch.caption_id = torch.tensor([caption_id(d.concept, c) for d, c in zip(decoded, captions, strict=True)])
         if self.masks is not None:
-            seeds = order.random_bits(keys, order.STREAM_MASK, 1)[:, 0].tolist()
+            seeds = shuffle.random_bits(keys, shuffle.STREAM_MASK, 1)[:, 0].tolist()
             batch.mask = torch.from_numpy(np.stack([self.masks(random.Random(s)) for s in seeds]))
-        names = [extra.name for extra in self.records.extras]
+        names = [extra.name for extra in self.decoder.extras]
         if names:
-            batch.extras = {name: torch.stack([r.extras[name] for r in records]) for name in names}
+            batch.extras = {name: torch.stack([d.extras[name] for d in decoded]) for name in names}
         return batch
 
 

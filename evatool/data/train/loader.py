@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
@@ -21,17 +20,16 @@ from evatool.data.feature_store.store import FeatureStore, Views, open_store
 from evatool.data.image.decode import fast_jpeg_decoder
 from evatool.data.image.nonstandard import TrainingImages
 from evatool.data.image.train_transforms import TrainTransform
-from evatool.data.sources.cache import ShardCache
-from evatool.data.sources.fetch import Patience
-from evatool.data.sources.shard_list import ShardList, open_source
-from evatool.data.tar.reader import ShardReader
+from evatool.data.sources.base import SequentialSource, Source
+from evatool.data.sources.in_order import InOrder
+from evatool.data.sources.open import open_sources, window_of
 from evatool.data.tokenizer import Tokenizer, build_tokenizer
 from evatool.data.train.bad_samples import LIMIT_FLOOR, LIMIT_FLOOR_SHARDS, BadSamples
-from evatool.data.train.dataset import Made, Source, StepDataset
+from evatool.data.train.dataset import Made, OrderedSource, StepDataset
 from evatool.data.train.masking import MaskSpec
 from evatool.data.train.mixing import Mix, MixPhase
 from evatool.data.train.sample_decoder import SampleDecoder
-from evatool.data.train.shuffle import ORDER_VERSION, SourceOrder, seed_of
+from evatool.data.train.shuffle import ORDER_VERSION, SampleOrder, SequentialOrder, ShuffledOrder, seed_of
 from evatool.data.train.workers import iterate_batches
 from evatool.recipe.schema import TrainDataSection
 
@@ -39,9 +37,6 @@ log = logging.getLogger(__name__)
 
 CACHE_BYTES = 512 * 2**20
 """Decoded pictures are kept in memory while the whole set, in every worker process, stays below this (as uint8)."""
-
-LOCAL_WINDOW, REMOTE_WINDOW = 64, 16
-"""Shards shuffled together where the recipe does not say: fewer where each has to be fetched."""
 
 
 class TrainLoader(Loader):
@@ -64,7 +59,7 @@ class TrainLoader(Loader):
         order_name: str,
     ) -> None:
         self.dataset, self.position, self.section, self.order_name = dataset, position, section, order_name
-        orders = [source.order for source in dataset.sources]
+        orders = [ordered.order for ordered in dataset.sources]
         self.num_samples = sum(order.num_samples for order in orders)
         self.stores: dict[str, FeatureStore] = {store.spec.name: store for store in dataset.stores}
         windowed = [order for order in orders if order.window < len(order.counts)]
@@ -144,6 +139,7 @@ def build_train_loader(
     tokenizer: Tokenizer | None = None,
     one_pass: bool = False,
     views: Views | None = None,
+    sources: Sequence[Source | SequentialSource] = (),
 ) -> TrainLoader:
     """The training loader of one rank.
 
@@ -159,6 +155,8 @@ def build_train_loader(
         one_pass: end after each sample was read once; every rank gets as many batches, and what fills the last one,
             or stands in for a bad sample, is marked in `Batch.valid`.
         views: how many draws of each sample there are, under a seed of their own, and teachers' features of them.
+        sources: sources of one's own, read in place of the shards that the section lists under the same names; mixing,
+            weights, phases and exact resume hold for them as for tars (docs/extending.md).
     Raises: DataError where a source is not what it should be, or a store is another's; RecipeError where the batch
         does not divide.
     """
@@ -172,24 +170,25 @@ def build_train_loader(
         fast_jpeg_decoder()  # here, so that a missing one is said once and not by every worker
     sizes = [image_size, *teacher_image_sizes]
     transform = TrainTransform(section.augment, sizes, section.decode)
-    records = SampleDecoder(
+    decoder = SampleDecoder(
         section.caption if with_text else None,
         section.extras or (),
         TrainingImages(section.nonstandard, section.decode, transform.min_side),
     )
-    shards, sources = _open_sources(section, seed, records, global_batch_size)
+    opened = open_sources(section, global_batch_size, sources)
+    ordered = _ordered(opened, section, seed)
     if views is not None:
-        sources = [replace(source, seed=seed_of(views.seed, number)) for number, source in enumerate(sources)]
-    decoded = [found.decoded_bytes for found in shards]
+        ordered = [replace(source, seed=seed_of(views.seed, number)) for number, source in enumerate(ordered)]
+    decoded = [source.decoded_bytes for source in opened]
     keep_decoded = all(n is not None for n in decoded) and (
         sum(n or 0 for n in decoded) * max(1, section.num_workers) <= CACHE_BYTES
     )
     if with_text and tokenizer is None:
         tokenizer = build_tokenizer(context_length)
     dataset = StepDataset(
-        sources,
-        Mix(seed, section.mixing, _phases(section, shards), global_batch_size),
-        records,
+        ordered,
+        Mix(seed, section.mixing, _phases(section, opened), global_batch_size),
+        decoder,
         transform,
         global_batch_size=global_batch_size,
         rank=rank,
@@ -197,17 +196,16 @@ def build_train_loader(
         tokenizer=tokenizer if with_text else None,
         masks=None if mask is None else mask.generator(),
         keep_decoded=keep_decoded,
-        end=position + sum(found.num_samples for found in shards) if one_pass else None,
+        end=position + sum(source.num_samples for source in opened) if one_pass else None,
         num_views=None if views is None else views.count,
-        stores=[] if views is None else _open_stores(views, shards, section, sizes[-1], transform, mask, with_text),
+        stores=[] if views is None else _open_stores(views, opened, section, sizes[-1], transform, mask, with_text),
     )
-    name = _order_name(section, shards, sources)
-    return TrainLoader(dataset, position=position, section=section, order_name=name)
+    return TrainLoader(dataset, position=position, section=section, order_name=_order_name(section, ordered))
 
 
 def _open_stores(
     views: Views,
-    shards: Sequence[ShardList],
+    sources: Sequence[Source],
     section: TrainDataSection,
     teacher_size: int,
     transform: TrainTransform,
@@ -219,80 +217,45 @@ def _open_stores(
         "views": views.count,
         "seed": views.seed,
         "teacher.picture": teacher_size,
-        "data": [found.content_digest() for found in shards],
+        "data": [source.content_fingerprint() for source in sources],
         "data.decode": [section.decode, section.nonstandard, transform.min_side],
     }
     facts |= {f"data.augment.{key}": value for key, value in section.augment.model_dump(mode="json").items()}
     if with_text:
         caption = section.caption
         facts["data.caption"] = caption if isinstance(caption, str) else [c.model_dump(mode="json") for c in caption]
-    counts = [found.counts for found in shards]
+    counts = [source.shard_counts for source in sources]
     drawn = {} if mask is None else {f"mask.{key}": value for key, value in asdict(mask).items()}
     # A mask only tells which patches a row holds where it does not hold all.
     return [open_store(spec, counts, facts | drawn if spec.masked_only else facts) for spec in views.stores]
 
 
-def _open_sources(
-    section: TrainDataSection, seed: int, records: SampleDecoder, global_batch_size: int
-) -> tuple[list[ShardList], list[Source]]:
-    remote = section.remote
-    patience = Patience(remote.attempts, remote.timeout_sec, remote.backoff_sec)
-    cache = ShardCache(remote.cache_dir, remote.cache_bytes, patience)
-    named = (
-        [("train", str(section.train))] if section.sources is None else [(s.name, s.shards) for s in section.sources]
-    )
-    found, sources = [], []
-    for number, (name, spec) in enumerate(named):
-        shards = open_source(name, spec, cache=cache, patience=patience, max_bad_fraction=section.max_bad_fraction)
-        window = window_of(shards, section.window_shards)
-        order = SourceOrder(
-            seed_of(seed, number),
-            shards.counts,
-            window=window,
-            streams=section.streams,
-            with_replacement=section.sampling == "with-replacement",
-        )
-        _check_cache(shards, order.window, section, global_batch_size)
-        reader = ShardReader(shards, cache, patience, records.wanted)
-        found.append(shards)
-        sources.append(Source(order, reader, seed_of(seed, number), shards.max_pixels))
-        log.info("data: %s: %d samples in %d shards, window %d", name, shards.num_samples, len(shards.urls), window)
-    return found, sources
+def _ordered(sources: Sequence[Source], section: TrainDataSection, seed: int) -> list[OrderedSource]:
+    """Each source with the order in which the run reads it."""
+    ordered = []
+    for number, source in enumerate(sources):
+        own_seed = seed_of(seed, number)
+        order: SampleOrder
+        if isinstance(source, InOrder):
+            order = SequentialOrder(source.num_samples)
+        else:
+            order = ShuffledOrder(
+                own_seed,
+                source.shard_counts,
+                window=window_of(source, section.window_shards),
+                streams=section.streams,
+                with_replacement=section.sampling == "with-replacement",
+            )
+        ordered.append(OrderedSource(source, order, own_seed))
+        log.info("data: %s: %s, window %d", source.name, source.describe(), order.window)
+    return ordered
 
 
-def window_of(shards: ShardList, asked: int | None) -> int:
-    """Shards shuffled together."""
-    window = asked or (REMOTE_WINDOW if shards.has_remote else LOCAL_WINDOW)
-    return min(window, len(shards.urls))
-
-
-def _check_cache(shards: ShardList, window: int, section: TrainDataSection, global_batch_size: int) -> None:
-    """Raises: RecipeError where the shards that are read at once do not fit the cache of fetched ones."""
-    known = shards.sizes[shards.sizes >= 0]
-    if not shards.has_remote or not len(known):
-        return
-    # Two batches are under way in each worker. Beside their windows: the next one, and the one that spares come from.
-    ahead = 2 * max(1, section.num_workers) * global_batch_size / section.streams
-    windows = 2 + math.ceil(ahead * len(shards.urls) / (shards.num_samples * window))
-    num_shards = min(windows * window, len(shards.urls))
-    needed = int(known.max()) * num_shards
-    if needed > section.remote.cache_bytes:
-        raise RecipeError(
-            f"data.remote.cache_bytes = {section.remote.cache_bytes} does not hold the {num_shards} shards that are "
-            f"read at once ({windows} windows of {window})",
-            where=f"source {shards.name!r}, whose largest shard has {int(known.max())} bytes",
-            expected=f"at least {needed}",
-            fix="raise data.remote.cache_bytes, or lower data.window_shards or data.num_workers",
-        )
-
-
-def _phases(section: TrainDataSection, shards: Sequence[ShardList]) -> list[MixPhase]:
+def _phases(section: TrainDataSection, sources: Sequence[Source]) -> list[MixPhase]:
     """Weights of all sources by phase; by number of samples where the recipe gives none."""
-    sources = section.sources or []
-    given = [source.weight for source in sources]
+    given = [source.weight for source in section.sources or []] or [None]
     first = tuple(
-        float(found.num_samples if weight is None else weight)
-        for weight, found in zip(given or [None], shards, strict=True)
+        float(source.num_samples if weight is None else weight) for weight, source in zip(given, sources, strict=True)
     )
     if section.mixing == "alternating":
         first = tuple(float(weight > 0) for weight in first)
@@ -303,12 +266,12 @@ def _phases(section: TrainDataSection, shards: Sequence[ShardList]) -> list[MixP
     return [MixPhase(0, first), *later]
 
 
-def _order_name(section: TrainDataSection, shards: Sequence[ShardList], sources: Sequence[Source]) -> str:
+def _order_name(section: TrainDataSection, sources: Sequence[OrderedSource]) -> str:
     """Version, and a hash of everything but the seed and the batch size that the order depends on."""
     parts: list[object] = [section.sampling, section.mixing, section.streams]
     parts += [phase.model_dump_json() for phase in section.phases or []]
-    for found, source in zip(shards, sources, strict=True):
-        parts += [found.digest(), source.order.window]
+    for ordered in sources:
+        parts += [ordered.source.fingerprint(), ordered.order.window]
     if len(sources) > 1:
         parts += [source.weight for source in section.sources or []]
     return f"{ORDER_VERSION}:{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evatool.data.train import shuffle as order
+from evatool.data.train import shuffle
 
 _BLOCK = 1024  # positions over which the shares of sample-level mixing come out even
 _FIXED_POINT = 40  # bits behind the point of a cumulative share
@@ -111,7 +111,7 @@ class _SampleMix(_Phase):
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         before = self._shares(block)
         bounds = np.cumsum(self._shares(block + 1) - before)
-        drawn = order.shuffled(_BLOCK, self.seed, self.number, block)
+        drawn = shuffle.shuffled(_BLOCK, self.seed, self.number, block)
         sources = np.searchsorted(bounds, drawn, side="right")
         own = np.empty(_BLOCK, dtype=np.int64)
         for source in np.unique(sources).tolist():
@@ -182,8 +182,8 @@ class _WeightedBatches(_Phase):
 
     def _drawn(self, begin: int, end: int) -> np.ndarray:
         steps = np.arange(begin, end)
-        keys = order.sample_keys(self.seed, np.full(len(steps), self.number), steps)
-        draws = order.uniforms(keys, order.STREAM_DRAW, 1)[:, 0]
+        keys = shuffle.sample_keys(self.seed, np.full(len(steps), self.number), steps)
+        draws = shuffle.uniforms(keys, shuffle.STREAM_DRAW, 1)[:, 0]
         last = int(np.flatnonzero(self.weights)[-1])  # where rounding leaves the sum of the weights below 1
         return np.minimum(np.searchsorted(np.cumsum(self.weights), draws, side="right"), last)
 

@@ -1,4 +1,4 @@
-"""One sample's members to what training uses: pixels, captions to choose from, arrays stored beside the picture."""
+"""One sample's stored fields to what training uses: pixels, captions to choose from, arrays beside the image."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evatool.data.tar.reader import UnreadableSample
-from evatool.data.tar.writer import PICTURE_MEMBERS
+from evatool.data.image.header import IMAGE_MEMBERS
+from evatool.data.sources.base import UnreadableSample
 from evatool.recipe.schema import CaptionChoice, ExtraMember
 
 MAX_TEXT_BYTES = 2**20
@@ -28,36 +28,38 @@ _SAFETENSORS_TYPES = {"F32": "<f4", "F16": "<f2"}
 _NPY_TYPES = frozenset({"<f4", "<f2"})
 _MAX_HEADER_BYTES = 2**16
 
-# H and W sides of a picture as stored
+# H, W: sides of an image as stored
 
 
 @dataclass(frozen=True)
-class Record:
-    """A decoded sample.
+class DecodedSample:
+    """A sample as training uses it, before augmentation.
 
     Attributes:
-        picture: uint8 (3, H, W), channels last in memory.
+        image: uint8 (3, H, W), channels last in memory.
         captions: (probability, captions) of each place of the recipe where this sample has any.
-        concept: for equal-caption positives.
+        concept: captions of samples with equal concepts count as equal; None where the sample names none.
         extras: float16 or float32 arrays by name, of the recipe's shapes.
-        odd: why the picture was converted; None for an ordinary one.
+        conversion: why the image was converted, for instance "cmyk"; None for an ordinary one.
     """
 
     image: Tensor
     captions: tuple[tuple[float, tuple[str, ...]], ...] = ()
     concept: str | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
-    odd: str | None = None
+    conversion: str | None = None
 
 
 class SampleDecoder:
-    """Makes records of the members that the recipe asks for, and says which those are.
+    """Decodes the fields of a sample that the recipe asks for, and says which those are.
 
     Args:
         caption: the recipe's `data.caption`; None leaves captions out.
         extras: the recipe's `data.extras`.
-        decode: an encoded picture and the limit on its pixels to uint8 (H, W, 3), and why it is an odd one, if it is;
-            raises BadImage.
+        decode: takes an encoded image and the limit on its pixels; returns uint8 (H, W, 3) and, where the image was not
+            an ordinary one, why it had to be converted. Raises BadImage.
+    Attributes:
+        fields: names of the fields that are read; a source need give no others.
     """
 
     def __init__(
@@ -77,23 +79,19 @@ class SampleDecoder:
                 places = [place for place in caption if isinstance(place, CaptionChoice)]
         self.places, self.extras, self.decode = places, list(extras), decode
         texts = {place.member for place in places} | ({"json"} if places else set())
-        self.members = frozenset({*PICTURE_MEMBERS, *texts, *(extra.member for extra in self.extras)})
+        self.fields = frozenset({*IMAGE_MEMBERS, *texts, *(extra.member for extra in self.extras)})
 
-    def wanted(self, extension: str) -> bool:
-        """True for a member that is read; no other ever is."""
-        return extension in self.members
-
-    def __call__(self, members: Mapping[str, bytes], max_pixels: int) -> Record:
-        """The record. Raises: BadImage, UnreadableSample naming the cause."""
-        encoded = next((members[e] for e in PICTURE_MEMBERS if e in members), None)
+    def __call__(self, members: Mapping[str, bytes], max_pixels: int) -> DecodedSample:
+        """The decoded sample. Raises: BadImage, UnreadableSample, both naming the cause."""
+        encoded = next((members[e] for e in IMAGE_MEMBERS if e in members), None)
         if encoded is None:
             raise UnreadableSample("no-picture", f"members: {', '.join(sorted(members))}")
         captions, concept = self._captions(members) if self.places else ((), None)
         extras = {extra.name: _read_extra(members, extra) for extra in self.extras}
-        decoded, odd = self.decode(encoded, max_pixels)
+        decoded, conversion = self.decode(encoded, max_pixels)
         # Channels last in memory, as decoded: the resize is fastest on that.
         pixels = torch.from_numpy(decoded).permute(2, 0, 1)
-        return Record(pixels, captions, concept, extras, odd)
+        return DecodedSample(pixels, captions, concept, extras, conversion)
 
     def _captions(self, members: Mapping[str, bytes]) -> tuple[tuple[tuple[float, tuple[str, ...]], ...], str | None]:
         texts: dict[str, Any] = {}
@@ -117,16 +115,16 @@ class SampleDecoder:
         return tuple(found), None if concept is None else str(concept)
 
 
-def choose_caption(record: Record, draw: float) -> str:
-    """One of the record's captions: the place by its probability, then evenly within it; `draw` in [0, 1)."""
-    total = sum(probability for probability, _ in record.captions)
-    for number, (probability, captions) in enumerate(record.captions):
+def choose_caption(sample: DecodedSample, draw: float) -> str:
+    """One of the sample's captions: the place by its probability, then evenly within it; `draw` in [0, 1)."""
+    total = sum(probability for probability, _ in sample.captions)
+    for number, (probability, captions) in enumerate(sample.captions):
         share = probability / total
-        if draw < share or number == len(record.captions) - 1:
+        if draw < share or number == len(sample.captions) - 1:
             # What is left of the draw is again even on [0, 1).
             return captions[min(len(captions) - 1, int(draw / share * len(captions)))]
         draw -= share
-    raise AssertionError("a record without captions was asked for one")
+    raise AssertionError("a sample without captions was asked for one")
 
 
 def _text(data: bytes, name: str) -> str:

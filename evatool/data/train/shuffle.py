@@ -8,6 +8,7 @@ so that they depend neither on the process that draws them nor on what was drawn
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 
 import numpy as np
@@ -55,7 +56,69 @@ def permute(places: np.ndarray, size: int, *key: int) -> np.ndarray:
     return out.astype(np.int64)
 
 
-class SourceOrder:
+class SampleOrder(ABC):
+    """Which sample of one source stands at each position of the run within that source; a pure function, no state.
+
+    Attributes:
+        counts: samples of each shard, int64.
+        num_samples: their sum.
+        window: shards that are read together.
+    """
+
+    counts: np.ndarray
+    num_samples: int
+    window: int
+
+    @abstractmethod
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """Sample numbers at positions, which are counted from the start of the run within this source; int64 (B,)."""
+
+    @abstractmethod
+    def draws(self, positions: np.ndarray) -> np.ndarray:
+        """Numbers that tell two readings of one sample apart, int64 (B,): they choose its augmentation and caption."""
+
+    @abstractmethod
+    def replacement(self, position: int, attempt: int) -> tuple[int, int]:
+        """(draw, sample) to read in place of an unreadable one; attempts count from 1."""
+
+    @abstractmethod
+    def shards_of_window(self, position: int, ahead: int = 0) -> list[int]:
+        """Shards of the window that this position reads from, or of the `ahead`-th window after it."""
+
+    @abstractmethod
+    def once_per_epoch(self) -> SampleOrder:
+        """The order in which epoch e holds each sample once, with draw e, whatever this order does."""
+
+
+class SequentialOrder(SampleOrder):
+    """The order of a stream, which is not shuffled: position k is sample k % n in epoch k // n.
+
+    Args:
+        num_samples: n.
+    """
+
+    def __init__(self, num_samples: int) -> None:
+        self.num_samples, self.counts, self.window = num_samples, np.array([num_samples], dtype=np.int64), 1
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        return positions % self.num_samples
+
+    def draws(self, positions: np.ndarray) -> np.ndarray:
+        return positions // self.num_samples
+
+    def replacement(self, position: int, attempt: int) -> tuple[int, int]:
+        """A sample that was read before, because a stream cannot go far back; near its start, one that follows."""
+        epoch, sample = divmod(position, self.num_samples)
+        return epoch, abs(sample - attempt) % self.num_samples
+
+    def shards_of_window(self, position: int, ahead: int = 0) -> list[int]:
+        return [0]
+
+    def once_per_epoch(self) -> SampleOrder:
+        return self
+
+
+class ShuffledOrder(SampleOrder):
     """The order in which one source's samples come, epoch after epoch or drawn with replacement.
 
     Args:
@@ -79,7 +142,6 @@ class SourceOrder:
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """Sample numbers at positions (counted from the start of the run within this source); int64 (B,)."""
         if self.with_replacement:
             return self._drawn(positions, 0)
         epochs, slots = np.divmod(positions, self.num_samples)
@@ -91,7 +153,7 @@ class SourceOrder:
         return out
 
     def draws(self, positions: np.ndarray) -> np.ndarray:
-        """What tells two readings of one sample apart: the epoch, or the position itself with replacement."""
+        """The epoch; with replacement, the position itself."""
         return positions if self.with_replacement else positions // self.num_samples
 
     def replacement(self, position: int, attempt: int) -> tuple[int, int]:
@@ -108,7 +170,6 @@ class SourceOrder:
         return epoch + attempt, int(later.samples(np.array([place]))[0])
 
     def shards_of_window(self, position: int, ahead: int = 0) -> list[int]:
-        """Shards of the window that this position reads from, or of the `ahead`-th window after it."""
         if self.with_replacement:
             window = int(self._drawn_windows(np.array([position]))[0]) + ahead * self.streams
             return sorted(set(self._drawn_shards(window).tolist()))
@@ -120,10 +181,8 @@ class SourceOrder:
             epoch_order = self._epoch(epoch)
         return epoch_order.shards_of(window)
 
-    def locate(self, sample: int) -> tuple[int, int]:
-        """(shard, number within the shard) of a sample."""
-        shard = int(np.searchsorted(self.first, sample, side="right")) - 1
-        return shard, sample - int(self.first[shard])
+    def once_per_epoch(self) -> ShuffledOrder:
+        return ShuffledOrder(self.seed, self.counts, window=self.window)
 
     def _places(self, slots: np.ndarray) -> np.ndarray:
         if self.streams == 1:
