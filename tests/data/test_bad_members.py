@@ -140,7 +140,7 @@ def test_r19_odd_members_that_are_used(tmp_path: Path, name: str) -> None:
     (batch,) = take(found, 1)
     assert "odd" in batch.keys
     assert not found.bad
-    assert not found.figures()  # nor is it counted as converted
+    assert not found.counts()  # nor is it counted as converted
     assert batch.tokens.shape == (16, 8)
 
 
@@ -185,7 +185,7 @@ def test_r19_converted_pictures_are_used_counted_and_named(
     counts = {f"data/converted/{cause}": 0.0 for _, cause in ODD.values()}
     for _, cause in ODD.values():
         counts[f"data/converted/{cause}"] += 2
-    assert found.figures() == {"data/converted": 2.0 * len(ODD), **counts}
+    assert found.counts() == {"data/converted": 2.0 * len(ODD), **counts}
     for name, (_, cause) in ODD.items():
         assert caplog.text.count(f"set.tar {name}: {cause}") == 1
     batches.close()
@@ -213,7 +213,7 @@ def test_r19_a_progressive_jpeg_is_an_ordinary_one(tmp_path: Path, decode: str) 
         tar = write_tar(tmp_path / f"{progressive}" / "set.tar", samples)
         found = loader({"train": tar, "decode": decode, "max_bad_fraction": 0.0}, global_batch_size=8, with_text=False)
         read += take(found, 1)
-        assert not found.figures()
+        assert not found.counts()
     assert torch.equal(read[0].image, read[1].image)
 
 

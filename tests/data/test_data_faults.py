@@ -125,7 +125,7 @@ def test_r17_beyond_a_tenth_of_a_percent_the_run_ends(tmp_path: Path) -> None:
     section = {"train": tar, "max_bad_fraction": 0.001}
     found = loader(section, global_batch_size=100, with_text=False)
     take(found, 40)
-    assert found.figures() == {"data/bad_samples": 1.0, "data/bad/zero-byte": 1.0, "data/spares": 2.0}
+    assert found.counts() == {"data/bad_samples": 1.0, "data/bad/zero-byte": 1.0, "data/spares": 2.0}
     for key in ("k00100", "k01900"):
         samples[key]["png"] = b""
     write_tar(tar, samples)
@@ -180,7 +180,7 @@ def test_r18_a_shard_that_never_comes_is_replaced_named_and_counted(
     assert not lost & set(keys(batches))
     assert dict(found.bad.causes) == {CAUSES[fault]: 8}
     assert caplog.text.count("00001.tar (all samples)") == 1
-    assert found.figures()[f"data/bad/{CAUSES[fault]}"] == 8
+    assert found.counts()[f"data/bad/{CAUSES[fault]}"] == 8
 
 
 def test_r18_beyond_the_limit_a_silent_store_is_transient_and_a_missing_shard_is_not(tmp_path: Path) -> None:

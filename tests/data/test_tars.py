@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from evatool.data.tar import fast_scan as tar_runs
 from evatool.data.tar import scan as tars
-from evatool.data.tar.scan import BLOCK, CAUSES, MAX_NAME_BYTES, Member, TarScan, scan_tar
+from evatool.data.tar.header import BLOCK
+from evatool.data.tar.scan import CAUSES, MAX_NAME_BYTES, Member, TarScan, scan_tar
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 FILES = [("a.jpg", b"picture" * 300), ("a.txt", b"a caption"), ("deep/b.jpg", b""), ("deep/b.json", b"x" * 512)]

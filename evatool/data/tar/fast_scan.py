@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-BLOCK = 512
-"""Tars are made of blocks of this many bytes."""
+from evatool.data.tar.header import BLOCK, CHECKSUM, KIND, NAME, PAX, PREFIX, REGULAR, SIZE, SUM_OF_BLANK_CHECKSUM
 
 _HEADERS_AT_ONCE = 512  # their bytes and what is made of them stay in the processor's cache
 _STAMP_BYTES = 64  # a record of a time takes about 30
 _LOW_BYTES = np.uint64(0x00FF00FF00FF00FF)
-_FIELD_OF_SUM = slice(148, 156)
-_PLAIN, _OLD_PLAIN, _PAX = ord("0"), 0, ord("x")
+_PLAIN, _OLD_PLAIN, _PAX = REGULAR[0], REGULAR[1], PAX[0]
+_DIGITS_OF_SIZE = slice(SIZE.start, SIZE.stop - 1)
+_NUM_DIGITS = _DIGITS_OF_SIZE.stop - _DIGITS_OF_SIZE.start
 _SLASH, _NEWLINE, _SPACE, _ZERO = ord("/"), ord("\n"), ord(" "), ord("0")
 _MTIME = np.frombuffer(b" mtime=", dtype=np.uint8)
 
@@ -55,10 +55,10 @@ def ordinary_members(read: Read, start: int, num_bytes: int) -> Run:
     if not positions:
         return nothing
     where = np.array(positions, dtype=np.int64)
-    sizes, is_right = _octal(headers[:, 124:135])
-    is_right &= (headers[:, 135] == 0) | (headers[:, 135] == _SPACE)
+    sizes, is_right = _octal(headers[:, _DIGITS_OF_SIZE])
+    is_right &= (headers[:, SIZE.stop - 1] == 0) | (headers[:, SIZE.stop - 1] == _SPACE)
     is_right &= _sums_are_right(headers)
-    kinds = headers[:, 156]
+    kinds = headers[:, KIND]
     is_file = is_right & ((kinds == _PLAIN) | (kinds == _OLD_PLAIN)) & _names_are_short(headers)
     is_stamp = is_right & (kinds == _PAX)
     rows = np.flatnonzero(kinds == _PAX)
@@ -68,7 +68,7 @@ def ordinary_members(read: Read, start: int, num_bytes: int) -> Run:
     odd = np.flatnonzero(~(is_file | is_stamp))
     count = int(odd[0]) if len(odd) else len(where)
     chosen = np.flatnonzero(is_file[:count])
-    names = headers[chosen, :100].copy().view("S100")[:, 0].tolist()
+    names = headers[chosen, NAME].copy().view("S100")[:, 0].tolist()
     joined = b"\0".join(names)
     has_gaps = joined.count(b"\0") != max(0, len(names) - 1)
     if has_gaps or b".." in joined or b"/\0" in joined or joined.endswith(b"/"):
@@ -98,9 +98,9 @@ def _followed(read: Read, start: int, num_bytes: int) -> tuple[list[int], np.nda
             num_read += len(window)
             base, end = position, position + len(window)
             parts.append(window)
-        at = position - base + 124
+        at = position - base + SIZE.start
         try:
-            size = int(window[at : at + 11], 8)
+            size = int(window[at : at + _NUM_DIGITS], 8)
         except ValueError:  # the tar's end, or what only a closer look can tell
             break
         following = position + BLOCK + (size + BLOCK - 1 & -BLOCK)
@@ -113,7 +113,7 @@ def _followed(read: Read, start: int, num_bytes: int) -> tuple[list[int], np.nda
     header_rows = np.array(rows, dtype=np.int64) // BLOCK
     headers = blocks[header_rows]
     # Where the tar ends with a header of nothing there is no block after it, and its size of 0 tells.
-    following_rows = np.minimum(header_rows[headers[:, 156] == _PAX] + 1, len(blocks) - 1)
+    following_rows = np.minimum(header_rows[headers[:, KIND] == _PAX] + 1, len(blocks) - 1)
     return positions, headers, blocks[following_rows, :_STAMP_BYTES], position
 
 
@@ -126,7 +126,7 @@ def _octal(digits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _sums_are_right(headers: np.ndarray) -> np.ndarray:
     """Whether each header has the checksum of its bytes, written the usual way; (n, 512) uint8 -> (n,) bool."""
-    field = headers[:, _FIELD_OF_SUM]
+    field = headers[:, CHECKSUM]
     stored, is_octal = _octal(field[:, :6])
     words = headers.view(np.uint64)
     # Two bytes apart, 64 words add up to less than 2**16 in each of the four lanes.
@@ -135,14 +135,14 @@ def _sums_are_right(headers: np.ndarray) -> np.ndarray:
     pairs += words & _LOW_BYTES
     lanes = pairs.sum(axis=1, dtype=np.uint64)
     sums = lanes.view(np.uint16).reshape(-1, 4).sum(axis=1, dtype=np.int64)
-    sums += 8 * _SPACE - field.sum(axis=1, dtype=np.int64)
+    sums += SUM_OF_BLANK_CHECKSUM - field.sum(axis=1, dtype=np.int64)
     return is_octal & (field[:, 6] == 0) & (field[:, 7] == _SPACE) & (sums == stored)
 
 
 def _names_are_short(headers: np.ndarray) -> np.ndarray:
     """Whether each name stands whole in its field, is not empty and does not begin at the root."""
     first = headers[:, 0]
-    return (headers[:, 99] == 0) & (headers[:, 345] == 0) & (first != 0) & (first != _SLASH)
+    return (headers[:, NAME.stop - 1] == 0) & (headers[:, PREFIX.start] == 0) & (first != 0) & (first != _SLASH)
 
 
 def _are_stamps(records: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -12,8 +12,31 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from evatool.data.tar.fast_scan import BLOCK as BLOCK
 from evatool.data.tar.fast_scan import Read, ordinary_members
+from evatool.data.tar.header import (
+    BLOCK,
+    CHECKSUM,
+    DEVICES,
+    DIRECTORY,
+    KIND,
+    LINKS,
+    LONG_LINK,
+    LONG_NAME,
+    MAGIC,
+    NAME,
+    OLD_SPARSE_BLOCK_GOES_ON,
+    OLD_SPARSE_GOES_ON,
+    PAX,
+    PAX_GLOBAL,
+    PREFIX,
+    REGULAR,
+    SIZE,
+    SPARSE,
+    SUM_OF_BLANK_CHECKSUM,
+    USTAR,
+    blocks_of,
+    is_unsafe_name,
+)
 
 MAX_NAME_BYTES = 4096
 """A member whose name is longer is left out: `PATH_MAX` of Linux."""
@@ -40,11 +63,8 @@ _MAX_EXTENSION_BYTES = 2**20  # of a long name or pax records; real ones have so
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
 _ZERO_BLOCK = bytes(BLOCK)
 _WINDOW = 2**13  # bytes looked at together
-_REGULAR = b"0\x007"  # "7" is a contiguous file, which nobody stores in another way
-_LINKS, _DEVICES, _SPARSE, _DIRECTORY = b"12", b"346", b"S", b"5"
-_WITHOUT_DATA = _LINKS + _DEVICES + _DIRECTORY  # whatever size their header gives
-_LONG_NAME, _LONG_LINK, _PAX_GLOBAL = b"L", b"K", b"g"
-_HEADERS_OF_OTHERS = _LONG_NAME + _LONG_LINK + _PAX_GLOBAL + b"xX"
+_WITHOUT_DATA = LINKS + DEVICES + DIRECTORY  # whatever size their header gives
+_HEADERS_OF_OTHERS = LONG_NAME + LONG_LINK + PAX_GLOBAL + PAX
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap
 
@@ -150,8 +170,8 @@ class _Walk:
                     self._report("data-after-end", b"")
                 return
             self._check_sum(header)
-            name = header[:100].partition(b"\0")[0]
-            position = self._step(header, name, position + BLOCK, _number(header[124:136]))
+            name = header[NAME].partition(b"\0")[0]
+            position = self._step(header, name, position + BLOCK, _number(header[SIZE]))
             if position < 0:
                 return
         self.position = min(position, self.end)
@@ -168,31 +188,31 @@ class _Walk:
 
     def _check_sum(self, header: bytes) -> None:
         """Raises: _DamagedHeader, ValueError unless the checksum is that of the header with its field as spaces."""
-        field = header[148:156]
+        field = header[CHECKSUM]
         stored = _number(field)
         # Adler-32's low half is 1 + the sum of the bytes modulo 65521: C speed, for a sum that takes 17 bits at most.
-        expected = (stored + sum(field) - 8 * ord(" ") + 1) % 65521
+        expected = (stored + sum(field) - SUM_OF_BLANK_CHECKSUM + 1) % 65521
         if zlib.adler32(header) & 0xFFFF == expected:
             return
-        plain = header[:148] + header[156:]  # some old writers summed signed bytes
-        if stored != sum(plain) + 8 * ord(" ") - 256 * sum(byte > 127 for byte in plain):
+        plain = header[: CHECKSUM.start] + header[CHECKSUM.stop :]  # some old writers summed signed bytes
+        if stored != sum(plain) + SUM_OF_BLANK_CHECKSUM - 256 * sum(byte > 127 for byte in plain):
             raise _DamagedHeader
 
     def _step(self, header: bytes, name: bytes, data: int, size: int) -> int:
         """Handle a header of any kind; returns the offset of the next one, -1 where the tar ends inside this one."""
         if size < 0:
             raise _DamagedHeader
-        kind, extension = header[156], self.extension
+        kind, extension = header[KIND], self.extension
         # Tars older than ustar write directories so. A long name is cut in its header, and that may be at a slash.
         is_cut = extension.name is not None or extension.is_too_long
-        if kind in _REGULAR and not is_cut and name.endswith(b"/"):
-            kind = _DIRECTORY[0]
+        if kind in REGULAR and not is_cut and name.endswith(b"/"):
+            kind = DIRECTORY[0]
         if extension.size is not None and kind not in _HEADERS_OF_OTHERS:
             size = extension.size
         if kind in _WITHOUT_DATA:
             size = 0
-        following = data + (size + BLOCK - 1) // BLOCK * BLOCK
-        if kind in _SPARSE:
+        following = data + blocks_of(size)
+        if kind in SPARSE:
             following += self._sparse_map_bytes(header, data)
         if data + size > self.end:
             self._report("truncated", self._full_name(header, name))
@@ -205,7 +225,7 @@ class _Walk:
         cause = _cause(kind, full_name, extension.is_sparse or self.defaults.is_sparse, extension.is_too_long)
         if cause is not None:
             self._report(cause, full_name)
-        elif kind != _DIRECTORY[0]:
+        elif kind != DIRECTORY[0]:
             self.scan.add([full_name.decode("utf-8", "backslashreplace")], [data], [size])
         self.extension = _Extension()
         self.is_extended = self.defaults.name is not None or self.defaults.is_sparse
@@ -216,29 +236,29 @@ class _Walk:
         if long_name is not None:
             return long_name
         # GNU's magic is "ustar  ", and it keeps times where ustar keeps the first part of a long name.
-        prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
+        prefix = header[PREFIX].partition(b"\0")[0] if header[MAGIC] == USTAR else b""
         return prefix + b"/" + name if prefix else name
 
     def _read_extension(self, kind: int, payload: bytes) -> None:
         self.is_extended = True
-        target = self.defaults if kind in _PAX_GLOBAL else self.extension
-        if kind in _LONG_LINK:
+        target = self.defaults if kind in PAX_GLOBAL else self.extension
+        if kind in LONG_LINK:
             return
         if len(payload) > _MAX_EXTENSION_BYTES:
             target.is_too_long = True
-        elif kind in _LONG_NAME:
+        elif kind in LONG_NAME:
             target.name = payload.partition(b"\0")[0]
         else:
             _read_pax(payload, target)
 
     def _sparse_map_bytes(self, header: bytes, data: int) -> int:
         """Bytes of the blocks that go on with an old GNU sparse map, between header and data."""
-        start, is_continued = data, header[482]
+        start, is_continued = data, header[OLD_SPARSE_GOES_ON]
         while is_continued:
             block = self.buffer[data : data + BLOCK]
             if len(block) < BLOCK:
                 break
-            is_continued, data = block[504], data + BLOCK
+            is_continued, data = block[OLD_SPARSE_BLOCK_GOES_ON], data + BLOCK
         return data - start
 
     def _report(self, cause: str, name: bytes) -> None:
@@ -261,12 +281,12 @@ class _Sliced:
 
 def _cause(kind: int, name: bytes, is_sparse: bool, is_too_long: bool) -> str | None:
     """Why a member is left out; None for one that is kept, and for directories."""
-    if kind in _DIRECTORY:
+    if kind in DIRECTORY:
         return None
-    for kinds, cause in ((_LINKS, "link"), (_DEVICES, "device"), (_SPARSE, "sparse")):
+    for kinds, cause in ((LINKS, "link"), (DEVICES, "device"), (SPARSE, "sparse")):
         if kind in kinds:
             return cause
-    if kind not in _REGULAR:
+    if kind not in REGULAR:
         return "unknown-type"
     if is_sparse:
         return "sparse"
@@ -274,7 +294,7 @@ def _cause(kind: int, name: bytes, is_sparse: bool, is_too_long: bool) -> str | 
         return "long-name"
     if not name:
         return "no-name"
-    if name.startswith(b"/") or b".." in name.replace(b"\\", b"/").split(b"/"):
+    if is_unsafe_name(name):
         return "unsafe-name"
     return None
 

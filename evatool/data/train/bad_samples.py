@@ -62,7 +62,7 @@ class BadSamples:
         num_replacements: slots of batches that were filled by a spare, each time.
         first: the first bad samples met, with details.
         converted: pictures that were converted, by cause, each time one stood in a batch; they count against no limit.
-        before: `figures` of the run before it was resumed, where this rank is to tell them; the limit begins anew.
+        before: `counts` of the run before it was resumed, where this rank is to tell them; the limit begins anew.
     """
 
     def __init__(self, num_samples: int, floor: int, max_fraction: float) -> None:
@@ -108,7 +108,7 @@ class BadSamples:
         if no_replacement or len(self._seen) > int(self.max_fraction * base + 1e-9):
             raise self._beyond(base)
 
-    def figures(self) -> dict[str, float]:
+    def counts(self) -> dict[str, float]:
         """For the metrics, with those from `before`; empty while there is nothing to tell."""
         found: Counter[str] = Counter()
         found.update(self.before)

@@ -99,7 +99,7 @@ class TrainLoader(Loader):
     def counts(self) -> dict[str, float]:
         """This rank's counts of bad samples, spares and converted pictures, for the metrics; empty while there are
         none. Rank 0 has those from before a resume, too."""
-        return self.bad.figures()
+        return self.bad.counts()
 
     def check_order(self, saved: str, where: str) -> None:
         """Raises: CheckpointError where a run was begun in another order than this loader's; "" is a run's from
