@@ -31,7 +31,7 @@ OLD_SPARSE_GOES_ON, OLD_SPARSE_BLOCK_GOES_ON = 482, 504
 another block of the map follows."""
 
 REGULAR = b"0\x007"
-"""Kinds of regular files: "0", a zero byte in tars older than ustar, and "7", a contiguous file, stored like the rest."""
+"""Kinds of regular files: "0", a zero byte in old tars, and "7", a contiguous file that is stored like the rest."""
 LINKS, DEVICES, SPARSE, DIRECTORY = b"12", b"346", b"S", b"5"
 LONG_NAME, LONG_LINK, PAX, PAX_GLOBAL = b"L", b"K", b"xX", b"g"
 """Kinds of headers that say something of the member after them; a global one says it of all that follow."""
