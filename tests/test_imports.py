@@ -42,9 +42,7 @@ TORCH_FREE = ("cli", "recipe", "plan")
 TORCH_FREE_FILES = ("core/errors", "core/logging", "core/batch", "core/progress")
 HEAVY = {"torch", "timm", "open_clip", "torchvision", "deepspeed", "numpy"}
 # Circles of files that stand for now; the list may only become shorter.
-KNOWN_CIRCLES: list[set[str]] = [
-    {"evatool.train.trainer", "evatool.train.hooks.base"},
-]
+KNOWN_CIRCLES: list[set[str]] = []
 
 
 def modules() -> dict[str, Path]:

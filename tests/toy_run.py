@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from evatool.optim.build import build_optimizer
 from evatool.optim.param_groups import build_param_groups
 from evatool.optim.schedules import warmup_cosine
 from evatool.recipe.schema import AdamWSection, EngineSection, GroupSection, LambSection, OptimSection
-from evatool.train.hooks.base import Hook, MetricsFile
+from evatool.train.control import StepResult, TrainerConfig, TrainerControl
+from evatool.train.hooks.base import Hook
 from evatool.train.hooks.checkpoint import Checkpoints
+from evatool.train.hooks.log import MetricsFile
 from evatool.train.state import TrainState, resume_from
 from evatool.train.trainer import Trainer
 
@@ -152,7 +155,7 @@ def toy_groups(objective: Objective, section: OptimSection | None = None) -> lis
 class LetSavesEnd(Hook):
     """Steps as slow as saves, for tests that tell which save is made after which step."""
 
-    def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
+    def after_step(self, result: StepResult, trainer: TrainerControl) -> None:
         let_saves_end()
 
 
@@ -192,15 +195,16 @@ def make_trainer(
         latest = latest_checkpoint(run_dir)
         return None if latest is None else load_checkpoint(latest)
 
+    plain = {"num_steps": NUM_STEPS, "global_batch_size": B, "log_every": 1}
+    plain |= {key: settings.pop(key) for key in [f.name for f in fields(TrainerConfig)] if key in settings}
     return Trainer(
-        objective,
-        engine,
-        ToyLoader(seed, state.position, rank=rank(), world_size=world_size()),
-        groups,
-        partial(warmup_cosine, num_steps=NUM_STEPS, warmup_steps=3),
-        [MetricsFile(run_dir / "metrics.jsonl"), *hooks, Checkpoints(save, every_steps)],
-        state,
-        NUM_STEPS,
-        B,
-        **{"log_every": 1, "restore": restore, **settings},
+        TrainerConfig(**plain),
+        objective=objective,
+        engine=engine,
+        loader=ToyLoader(seed, state.position, rank=rank(), world_size=world_size()),
+        groups=groups,
+        schedule=partial(warmup_cosine, num_steps=NUM_STEPS, warmup_steps=3),
+        hooks=[MetricsFile(run_dir / "metrics.jsonl"), *hooks, Checkpoints(save, every_steps)],
+        state=state,
+        **{"restore": restore, **settings},
     )

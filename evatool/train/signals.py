@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 REASONS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 if hasattr(signal, "SIGUSR1"):  # not on Windows
     REASONS[signal.SIGUSR1] = "SIGUSR1"
-SAVE, STOP_FILE = "save", "the STOP file"
+SAVE, END, HOOK, STOP_FILE = "save", "end", "a hook of another rank", "the STOP file"
 # The largest wins where ranks differ: a stop is more than a save.
-_NAMES = [None, SAVE, STOP_FILE, *REASONS.values()]
+_NAMES = [None, SAVE, END, HOOK, STOP_FILE, *REASONS.values()]
 
 
 class StopRequests:
@@ -44,7 +44,8 @@ class StopRequests:
         self._before: dict[signal.Signals, Any] = {}
         self._pending: Tensor | None = None
         self._last_save = time.monotonic()
-        self.wants_save = False  # set by whoever wants a checkpoint on this rank
+        self._wants_save = self._wants_end = False  # of this rank's hooks
+        self._hook_reason: str | None = None
 
     def __enter__(self) -> StopRequests:
         self._last_save = time.monotonic()
@@ -65,10 +66,26 @@ class StopRequests:
             log.warning("%s: stopping after this step and saving%s", reason, again)
         self._reason = self._reason or reason
 
+    def request_save(self) -> None:
+        """Have all ranks save after a step soon; one rank may ask alone."""
+        self._wants_save = True
+
+    def request_end(self) -> None:
+        """Have all ranks end the run after a step soon; one rank may ask alone."""
+        self._wants_end = True
+
+    def request_stop(self, reason: str) -> None:
+        """Have all ranks stop after a step soon, resumable; one rank may ask alone, and its first reason counts."""
+        self._hook_reason = self._hook_reason or reason
+
+    def reason_of(self, asked: str) -> str:
+        """What `agreed` has returned, in words for a message."""
+        return self._hook_reason or asked if asked == HOOK else asked
+
     def agreed(self) -> str | None:
         """What is asked for now, the same answer on every rank, or None; every rank must call it after every step.
 
-        Returns: `SAVE`, or why to stop.
+        Returns: `SAVE`, `END`, or why to stop.
         """
         asked = self._asked()
         if world_size() == 1:
@@ -82,7 +99,10 @@ class StopRequests:
     def _asked(self) -> str | None:
         if self._reason is not None:
             return self._reason
-        asked, self.wants_save = SAVE if self.wants_save else None, False
+        if self._hook_reason is not None:
+            return HOOK
+        asked = END if self._wants_end else SAVE if self._wants_save else None
+        self._wants_save = False
         if rank() != 0:
             return asked
         if self._stop_file is not None and self._stop_file.exists():
@@ -93,5 +113,5 @@ class StopRequests:
         now = time.monotonic()
         if self._save_every_sec is not None and now - self._last_save >= self._save_every_sec:
             self._last_save = now
-            return SAVE
+            return asked or SAVE
         return asked

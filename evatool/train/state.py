@@ -37,6 +37,18 @@ class TrainState:
         """As a JSON object."""
         return asdict(self)
 
+    def add_skipped_step(self, step: int) -> None:
+        """Count a step that was kept from the weights."""
+        self.skipped_steps.append(step)
+
+    def add_note(self, topic: str, text: str) -> None:
+        """Have the result say something about the run; a topic has one note, the newest."""
+        self.notes[topic] = text
+
+    def drop_note(self, topic: str) -> None:
+        """Take a note back, if there is one."""
+        self.notes.pop(topic, None)
+
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> TrainState:
         """Back from `to_json`; keys of later versions are ignored, absent ones keep their defaults."""

@@ -28,11 +28,15 @@ class TowerNorms:
         for tower, group in zip(self._towers, optimizer.param_groups, strict=True):
             group["tower"] = tower
         self._squares: dict[str, Tensor] = {}
-        self.is_wanted = False
+        self._is_read = False
         optimizer.register_step_pre_hook(self._look)
 
+    def start_step(self, *, is_read: bool) -> None:
+        """Say before an optimiser step whether `read` will be called after it; only then gradients are looked at."""
+        self._is_read = is_read
+
     def _look(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if not self.is_wanted:
+        if not self._is_read:
             return
         for group in optimizer.param_groups:
             tower = group["tower"]

@@ -7,97 +7,91 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from evatool.core.batch import Batch, LossDict
 from evatool.core.errors import Interrupted, NumericalError, Preempted
-from evatool.core.loader import Loader
+from evatool.core.loader import BatchList, Loader
 from evatool.core.param_group import ParamGroup
 from evatool.core.step import StepContext
 from evatool.distributed.collectives import all_reduce_mean, gather_objects, rank, waited_sec
-from evatool.distributed.engines.build import Engine
+from evatool.distributed.engines.base import Engine
 from evatool.objective.base import Objective
+from evatool.train.control import RunSnapshot, StepResult, TrainerConfig, TrainerControl
 from evatool.train.grad_cache import forward_backward
+from evatool.train.hooks.base import Hook
 from evatool.train.loss_spike import SpikeGate
-from evatool.train.signals import SAVE, StopRequests
-from evatool.train.state import SavedRun, TrainState, resume_from
+from evatool.train.signals import END, SAVE, StopRequests
+from evatool.train.state import SavedRun, TrainState, describe_groups, resume_from
 from evatool.train.throughput import Throughput, Work, peak_memory_bytes
 from evatool.train.tower_norms import TowerNorms
-
-if TYPE_CHECKING:
-    from evatool.train.hooks.base import Hook
 
 log = logging.getLogger(__name__)
 
 
-class Trainer:
-    """Trains an objective for `num_steps` optimiser steps.
+def constant_schedule(step: int) -> float:
+    """1 at every step: learning rates stay at their peak."""
+    return 1.0
+
+
+class Trainer(TrainerControl):
+    """Trains an objective for `config.num_steps` optimiser steps.
 
     Args:
+        config: the plain values of the loop.
         objective: the module that turns a batch into losses, already inside `engine`.
         engine: carries out the steps; every rank has its own part.
-        loader: batches without end, from `state.position` on.
+        loader: batches without end, from `state.position` on; a list of batches is gone through again and again.
         groups: the engine's parameter groups, for their peak learning rates.
-        schedule: factor on every peak learning rate by step.
+        schedule: factor on every peak learning rate by step, counted from 0.
         hooks: called in this order, on every rank.
-        state: where the run stands; moves on as it trains.
-        num_steps: optimiser steps of the whole run, the ones before a resume too.
-        global_batch_size: samples of a step over all ranks.
-        log_every: steps between two records of figures. Losses are fetched only then: a fetch makes a GPU wait.
-        micro_batch_size: samples of a rank that go through the model at once; all of its batch when None.
-        gate: sees each step's loss before its gradient is taken.
-        restore: the newest whole checkpoint to roll back to, the same on every rank; None where there is none yet.
-        stop_file, save_every_sec: as in `StopRequests`.
+        state: where the run stands, and moves on as it trains; at its beginning when None.
+        gate: sees each step's loss before its gradient is taken; lets every loss through when None.
+        restore: finds the newest whole checkpoint to roll back to, the same on every rank, and returns None where there
+            is none yet; without it the run cannot roll back.
         work: what a sample costs, for the share of the hardware's peak that is used.
         tower_norms: finds the gradient norm of each tower.
+
+    Attributes:
+        metrics: those of the step that was logged last; empty before the first.
     """
 
     def __init__(
         self,
+        config: TrainerConfig,
+        *,
         objective: Objective,
         engine: Engine,
-        loader: Loader,
+        loader: Loader | Sequence[Batch],
         groups: Sequence[ParamGroup],
-        schedule: Callable[[int], float],
-        hooks: Sequence[Hook],
-        state: TrainState,
-        num_steps: int,
-        global_batch_size: int,
-        log_every: int = 10,
-        *,
-        micro_batch_size: int | None = None,
+        schedule: Callable[[int], float] = constant_schedule,
+        hooks: Sequence[Hook] = (),
+        state: TrainState | None = None,
         gate: SpikeGate | None = None,
         restore: Callable[[], SavedRun | None] | None = None,
-        stop_file: Path | None = None,
-        save_every_sec: float | None = None,
         work: Work | None = None,
         tower_norms: TowerNorms | None = None,
     ) -> None:
-        self.objective, self.engine, self.loader, self.groups = objective, engine, loader, groups
-        self.schedule, self.hooks, self.state = schedule, hooks, state
-        self.num_steps, self.global_batch_size, self.log_every = num_steps, global_batch_size, log_every
+        self.config, self.objective, self.engine, self.groups = config, objective, engine, groups
+        self.state = TrainState(seed=config.seed) if state is None else state
+        if not isinstance(loader, Loader):
+            loader = BatchList(loader, config.global_batch_size, self.state.position)
+        self.loader, self.schedule, self.hooks = loader, schedule, list(hooks)
         self.gate = gate if gate is not None else SpikeGate(None)
-        self.restore = restore
-        self.rollback_reason = ""  # set by a hook: go back to the last checkpoint after this step
-        self.rollback_where = ""  # its step, ranks and sample keys
-        self.batch: Batch | None = None  # of the step just done, for messages
-        self.grad_norm: Tensor | None = None  # of the step just done, before clipping; not finite if it was skipped
-        self.record: dict[str, float] = {}  # the last figures
-        self._micro_batch_size, self._work, self._tower_norms = micro_batch_size, work, tower_norms
-        self._busy_sec, self._before_sec, self._busy_steps = 0.0, 0.0, 0
-        self._requests = StopRequests(engine.device, stop_file=stop_file, save_every_sec=save_every_sec)
+        self.metrics: dict[str, float] = {}
+        self._restore, self._work, self._tower_norms = restore, work, tower_norms
+        self._rollback: tuple[str, str] | None = None  # reason and where, once one was requested
+        self._requests = StopRequests(engine.device, stop_file=config.stop_file, save_every_sec=config.save_every_sec)
         self._throughput = Throughput(work)
 
     def fit(self) -> TrainState:
         """Train to the end; every rank must call it.
 
         Returns: the final state.
-        Raises: Preempted after SIGTERM, SIGUSR1 or a STOP file and Interrupted after Ctrl-C, once the hooks have saved;
-            NumericalError from the guard; whatever the loader and hooks raise.
+        Raises: Preempted after SIGTERM, SIGUSR1, a STOP file or a hook's request, and Interrupted after Ctrl-C, once
+            the hooks have saved; NumericalError from the guard; whatever the loader and hooks raise.
         """
         self.objective.train()
         with ExitStack() as stack:
@@ -107,30 +101,33 @@ class Trainer:
                 hook.at_start(self)
             batches = iter(self.loader)
             self._throughput = Throughput(self._work)
-            while self.state.step < self.num_steps:
-                self._one_step(batches)
-                if self.rollback_reason:
+            asked: str | None = None
+            while self.state.step < self.config.num_steps and asked != END:
+                self._make_step(batches)
+                if self._rollback is not None:
                     del batches  # ends the loader's processes
                     self._roll_back()
                     batches = iter(self.loader)
-                asked = requests.agreed() if self.state.step < self.num_steps else None
+                asked = requests.agreed() if self.state.step < self.config.num_steps else None
                 if asked == SAVE:
                     for hook in self.hooks:
                         hook.on_save(self)
-                elif asked is not None:
+                elif asked is not None and asked != END:
                     self._stop(asked)
             for hook in self.hooks:
                 hook.at_end(self)
         return self.state
 
-    def _one_step(self, batches: Iterator[Batch]) -> None:
-        start, waited = time.perf_counter(), waited_sec()
-        batch = self.batch = next(batches)
-        data_wait_sec = time.perf_counter() - start
-        self._before_sec += data_wait_sec
-        state, engine = self.state, self.engine
+    # ------------------------------------------------------------------------------------------------- one step
 
-        context = StepContext(state.step, state.samples_seen, self.num_steps)
+    def _make_step(self, batches: Iterator[Batch]) -> None:
+        start, waited = time.perf_counter(), waited_sec()
+        batch = next(batches)
+        data_wait_sec = time.perf_counter() - start
+        state, engine, config = self.state, self.engine, self.config
+        context = StepContext(state.step, state.samples_seen, config.num_steps)
+        is_logged = config.is_logged(state.step + 1)
+
         factor = self.schedule(state.step)
         engine.set_lrs([group.lr * group.lr_scale * factor for group in self.groups])
         losses = forward_backward(
@@ -138,81 +135,109 @@ class Trainer:
             self.objective,
             batch,
             context,
-            micro_batch_size=self._micro_batch_size or len(batch.keys),
+            micro_batch_size=config.micro_batch_size or len(batch.keys),
             seed=step_seed(state.seed, state.step, rank()),
             gate=self.gate,
         )
-        self._busy_sec += time.perf_counter() - start - (waited_sec() - waited)
-        self._busy_steps += 1
+        busy_sec = time.perf_counter() - start - (waited_sec() - waited)
         if self._tower_norms is not None:
-            self._tower_norms.is_wanted = self._is_logged(state.step + 1)
+            self._tower_norms.start_step(is_read=is_logged)
         for hook in self.hooks:
-            hook.before_update(self)
-        self.grad_norm = engine.step()
+            hook.before_update(context, self)
+        grad_norm = engine.step()
 
         state.step += 1
-        state.samples_seen += self.global_batch_size
+        state.samples_seen += config.global_batch_size
         state.position = batch.position
-        self._throughput.add(self.global_batch_size, data_wait_sec)
-        if self.is_log_step:
-            self.record = self._figures(losses, factor)
+        self._throughput.add(config.global_batch_size, data_wait_sec)
+        if is_logged:
+            self.metrics = self._read_metrics(losses, grad_norm, factor)
             weights = self.objective.changing_weights(context)
-            self.record |= {f"train/weight/{name}": weight for name, weight in weights.items()}
+            self.metrics |= {f"train/weight/{name}": weight for name, weight in weights.items()}
         state.train_sec += time.perf_counter() - start
+        result = StepResult(
+            context=context,
+            step=state.step,
+            samples_seen=state.samples_seen,
+            losses=losses,
+            batch=batch,
+            grad_norm=grad_norm,
+            is_spike=self.gate.is_closed,
+            busy_sec=busy_sec,
+            data_wait_sec=data_wait_sec,
+            is_logged=is_logged,
+            metrics=self.metrics if is_logged else {},
+        )
         for hook in self.hooks:
-            hook.after_step(state, losses, self)
+            hook.after_step(result, self)
 
-    @property
-    def is_log_step(self) -> bool:
-        """True after a step whose figures are in `record`: every `log_every`-th, the first and the last."""
-        return self._is_logged(self.state.step)
-
-    def _is_logged(self, step: int) -> bool:
-        return step % self.log_every == 0 or step == 1 or step == self.num_steps
-
-    def read_busy_sec(self) -> tuple[float, float]:
-        """How long this rank was busy by itself, a step, since the last reading, and the part before its forward pass.
-
-        See `stragglers`.
-        """
-        steps = max(1, self._busy_steps)
-        busy = self._busy_sec / steps, self._before_sec / steps
-        self._busy_sec, self._before_sec, self._busy_steps = 0.0, 0.0, 0
-        return busy
-
-    def _figures(self, losses: LossDict, factor: float) -> dict[str, float]:
+    def _read_metrics(self, losses: LossDict, grad_norm: Tensor, factor: float) -> dict[str, float]:
+        """The metrics of the step just made; every rank must call it."""
         # One exchange and one fetch for all losses, which are means over the global batch.
-        assert self.grad_norm is not None
-        local = torch.stack([value.reshape(()).float() for value in (*losses.values(), self.grad_norm)])
+        local = torch.stack([value.reshape(()).float() for value in (*losses.values(), grad_norm)])
         means = all_reduce_mean(local).tolist()
-        figures: dict[str, float] = {"step": self.state.step, "samples_seen": self.state.samples_seen}
-        figures |= {f"train/{name}": value for name, value in zip(losses, means, strict=False)}
-        figures["optim/grad_norm"] = means[-1]
+        metrics: dict[str, float] = {"step": self.state.step, "samples_seen": self.state.samples_seen}
+        metrics |= {f"train/{name}": value for name, value in zip(losses, means, strict=False)}
+        metrics["optim/grad_norm"] = means[-1]
         if self._tower_norms is not None:
-            norms = self._tower_norms.read(self.grad_norm)
-            figures |= {f"optim/grad_norm/{tower}": float(norm) for tower, norm in norms.items()}
+            norms = self._tower_norms.read(grad_norm)
+            metrics |= {f"optim/grad_norm/{tower}": float(norm) for tower, norm in norms.items()}
         for group in self.groups:
             key = f"optim/lr/{group.tower}"
-            figures[key] = max(figures.get(key, 0.0), group.lr * group.lr_scale * factor)
-        samples_left = (self.num_steps - self.state.step) * self.global_batch_size
-        figures |= self._throughput.read(samples_left)
-        figures |= self.data_counts()
-        figures["memory/peak_bytes"] = peak_memory_bytes(self.engine.device)
-        return figures
+            metrics[key] = max(metrics.get(key, 0.0), group.lr * group.lr_scale * factor)
+        samples_left = (self.config.num_steps - self.state.step) * self.config.global_batch_size
+        metrics |= self._throughput.read(samples_left)
+        metrics |= self.data_counts()
+        metrics["memory/peak_bytes"] = peak_memory_bytes(self.engine.device)
+        return metrics
 
     def data_counts(self) -> dict[str, float]:
-        """What the loaders of all ranks count (bad samples by cause, spares), summed; every rank must call it."""
+        """The loaders' counters (bad samples by cause, replacements) summed over ranks; every rank must call it."""
         total: Counter[str] = Counter()
-        for figures in gather_objects(dict(self.loader.counts())):
-            total.update(figures)
+        for counts in gather_objects(dict(self.loader.counts())):
+            total.update(counts)
         return dict(total)
+
+    # ------------------------------------------------------------------------------------- what hooks ask of the run
+
+    @property
+    def can_roll_back(self) -> bool:
+        return self._restore is not None
+
+    @property
+    def is_rolling_back(self) -> bool:
+        return self._rollback is not None
+
+    def request_save(self) -> None:
+        self._requests.request_save()
+
+    def request_stop(self, reason: str) -> None:
+        self._requests.request_stop(reason)
+
+    def request_end(self) -> None:
+        self._requests.request_end()
+
+    def request_rollback(self, reason: str, where: str = "") -> None:
+        self._rollback = reason, where or f"step {self.state.step}"
+
+    def snapshot(self) -> RunSnapshot:
+        objective_state = self.engine.sharded_model_state()
+        for hook in self.hooks:
+            own = hook.sharded_state(self)
+            objective_state = objective_state if own is None else objective_state.merged(own)
+        optimizer_state = self.engine.sharded_optimizer_state()
+        self.state.data_counts = self.data_counts()
+        self.state.recent_losses = self.gate.state()
+        return RunSnapshot(
+            self.state.step, objective_state, optimizer_state, describe_groups(self.groups), self.state.to_json()
+        )
 
     def _roll_back(self) -> None:
         """Weights, moments and schedule of the last checkpoint, and the samples after those that were met since."""
-        before, what, where = self.state, self.rollback_reason, self.rollback_where or f"step {self.state.step}"
-        self.rollback_reason = self.rollback_where = ""
-        reason = f"{what} ({where})"
-        saved = None if self.restore is None else self.restore()
+        assert self._rollback is not None
+        (what, where), self._rollback = self._rollback, None
+        before, reason = self.state, f"{what} ({where})"
+        saved = None if self._restore is None else self._restore()
         if saved is None:
             raise NumericalError(
                 f"{what}; there is no checkpoint to go back to",
@@ -234,24 +259,15 @@ class Trainer:
             *jumped_over,
         )
         for hook in self.hooks:
-            hook.load(saved, self)
+            hook.load_state(saved, self)
             hook.on_rollback(self)
 
-    def ask_for_save(self) -> None:
-        """Have all ranks' hooks save after a step soon, the same one on every rank; one rank may ask alone."""
-        self._requests.wants_save = True
-
-    def saved_state(self) -> dict[str, object]:
-        """`state` as a checkpoint keeps it; every rank must call it."""
-        self.state.data_counts = self.data_counts()
-        self.state.recent_losses = self.gate.state()
-        return self.state.to_json()
-
-    def _stop(self, reason: str) -> None:
+    def _stop(self, asked: str) -> None:
         for hook in self.hooks:
             hook.on_stop(self)
-        what = f"stopped by {reason} after step {self.state.step} of {self.num_steps}"
-        kind = Interrupted if reason == "Ctrl-C" else Preempted
+        reason = self._requests.reason_of(asked)
+        what = f"stopped by {reason} after step {self.state.step} of {self.config.num_steps}"
+        kind = Interrupted if asked == "Ctrl-C" else Preempted
         raise kind(what, fix="run the same command with --resume to go on from there")
 
 

@@ -164,8 +164,8 @@ class SignalOnRank(Hook):
     def __init__(self, number: int, step: int) -> None:
         self.number, self.step = number, step
 
-    def after_step(self, state, losses, trainer):
-        if rank() == self.number and state.step == self.step:
+    def after_step(self, result, trainer):
+        if rank() == self.number and result.step == self.step:
             os.kill(os.getpid(), signal.SIGTERM)
 
 

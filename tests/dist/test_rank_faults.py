@@ -65,12 +65,12 @@ def flip_a_bit(kind: str, zero_stage: int) -> str:
     engine = toy_engine(objective, toy_groups(objective), kind, zero_stage)
     trainer = SimpleNamespace(engine=engine)
     check = ReplicaCheck(every_steps=5)
-    check.after_step(TrainState(step=5), {}, trainer)
+    check.after_step(SimpleNamespace(step=5), trainer)
     if rank() == 1:
         objective.model.text.token_embedding.weight.data.view(torch.int32)[3, 2] ^= 1
-    check.after_step(TrainState(step=9), {}, trainer)
+    check.after_step(SimpleNamespace(step=9), trainer)
     try:
-        check.after_step(TrainState(step=10), {}, trainer)
+        check.after_step(SimpleNamespace(step=10), trainer)
     except UnhealthyNodeError as error:
         return f"{int(error.exit_code)} {error.where} {error.what}"
     return "not found"
@@ -89,12 +89,12 @@ class FlipABit(Hook):
     def __init__(self, which: int, step: int, is_within_step: bool) -> None:
         self.which, self.step, self.is_within_step = which, step, is_within_step
 
-    def before_update(self, trainer):
+    def before_update(self, step, trainer):
         if self.is_within_step and trainer.state.step == self.step:
             self.flip(trainer)
 
-    def after_step(self, state, losses, trainer):
-        if not self.is_within_step and state.step == self.step:
+    def after_step(self, result, trainer):
+        if not self.is_within_step and result.step == self.step:
             self.flip(trainer)
 
     def flip(self, trainer):
@@ -146,8 +146,8 @@ class SignalItself(Hook):
     def __init__(self, number: int, step: int, which: int) -> None:
         self.number, self.step, self.which = number, step, which
 
-    def after_step(self, state, losses, trainer):
-        if rank() == self.number and state.step == self.step:
+    def after_step(self, result, trainer):
+        if rank() == self.number and result.step == self.step:
             os.kill(os.getpid(), self.which)
 
 

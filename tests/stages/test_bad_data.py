@@ -11,7 +11,7 @@ import pytest
 
 from evatool.core.errors import BadDataLimitError, CheckpointError
 from evatool.runs.result import Result
-from evatool.train.hooks.base import read_metrics
+from evatool.train.hooks.log import read_metrics
 
 pytestmark = pytest.mark.e2e
 Run = Callable[..., Result]

@@ -23,7 +23,7 @@ from evatool.recipe.schema import AugmentSection, TrainDataSection
 from evatool.stages.training import teachers
 from evatool.stages.training.mim_hooks import fixed_mask
 from evatool.stages.training.mim_images import CELL, GAP, HIDDEN_COLOR, LABEL_WIDTH, feature_colors
-from evatool.train.hooks.base import read_metrics
+from evatool.train.hooks.log import read_metrics
 from evatool.weights.load import load_mim_weights
 
 pytestmark = pytest.mark.e2e

@@ -16,7 +16,7 @@ from evatool.recipe.load import resolve_table
 from evatool.runs.run_dir import RunDir, RunOptions
 from evatool.stages.training import teachers
 from evatool.stages.training.build import Job
-from evatool.train.hooks.base import read_metrics
+from evatool.train.hooks.log import read_metrics
 
 pytestmark = pytest.mark.e2e
 

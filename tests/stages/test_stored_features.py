@@ -20,7 +20,7 @@ from evatool.runs.run_dir import RunOptions
 from evatool.stages import run_stage
 from evatool.stages.training import loop as training_loop
 from evatool.stages.training import teachers
-from evatool.train.hooks.base import read_metrics
+from evatool.train.hooks.log import read_metrics
 
 pytestmark = pytest.mark.e2e
 

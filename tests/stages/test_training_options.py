@@ -20,7 +20,8 @@ from evatool.runs.result import Result
 from evatool.runs.run_dir import RunOptions
 from evatool.stages import run_stage
 from evatool.stages.training import build as wiring
-from evatool.train.hooks.base import Hook, read_metrics
+from evatool.train.hooks.base import Hook
+from evatool.train.hooks.log import read_metrics
 
 BATCH, STEPS = 8, 6
 
@@ -43,7 +44,7 @@ class Snapshots(Hook):
     def at_start(self, trainer) -> None:
         self._take(trainer)
 
-    def after_step(self, state, losses, trainer) -> None:
+    def after_step(self, result, trainer) -> None:
         self._take(trainer)
 
 
@@ -65,8 +66,8 @@ def test_the_moving_average_is_saved_resumed_and_loaded(run_training, tmp_path, 
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-7, msg=name)
 
     class Stop(Hook):
-        def after_step(self, state, losses, trainer) -> None:
-            if state.step == 3:
+        def after_step(self, result, trainer) -> None:
+            if result.step == 3:
                 raise RuntimeError("crash")
 
     with monkeypatch.context() as patch:
@@ -134,8 +135,8 @@ def test_status_follows_the_run(run_training, tmp_path, monkeypatch) -> None:
     from evatool.stages.training import loop as training_loop
 
     class Look(Hook):
-        def after_step(self, state, losses, trainer) -> None:
-            if state.step == 1:
+        def after_step(self, result, trainer) -> None:
+            if result.step == 1:
                 seen.append(json.loads((tmp_path / "run" / "status.json").read_text()))
 
     seen: list[dict] = []

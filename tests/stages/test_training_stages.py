@@ -20,7 +20,8 @@ from evatool.recipe.load import load_recipe
 from evatool.runs.result import Result
 from evatool.stages.training import build as wiring
 from evatool.stages.training import loop as training_loop
-from evatool.train.hooks.base import Hook, read_metrics
+from evatool.train.hooks.base import Hook
+from evatool.train.hooks.log import read_metrics
 
 pytestmark = pytest.mark.e2e
 
@@ -98,8 +99,8 @@ class StopAfter(Hook):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def after_step(self, state, losses, trainer) -> None:
-        if state.step == self.step:
+    def after_step(self, result, trainer) -> None:
+        if result.step == self.step:
             signal.raise_signal(signal.SIGTERM)
 
 

@@ -25,11 +25,11 @@ class SlowDisk(Hook):
         self.release, fsync = threading.Event(), os.fsync
         monkeypatch.setattr(os, "fsync", lambda descriptor: (self.release.wait(30), fsync(descriptor))[1])
 
-    def after_step(self, state, losses, trainer):
-        if state.step == self.released_at:
+    def after_step(self, result, trainer):
+        if result.step == self.released_at:
             self.release.set()
             let_saves_end()
-        self.seen[state.step] = sorted(p.name for p in self.folder.glob("step_*"))
+        self.seen[result.step] = sorted(p.name for p in self.folder.glob("step_*"))
 
     def close(self):
         self.release.set()
@@ -75,8 +75,8 @@ def test_a_stop_waits_for_the_save_under_way_and_makes_its_own(tmp_path, monkeyp
     disk = SlowDisk(monkeypatch, tmp_path, released_at=99)
 
     class Stop(Hook):
-        def after_step(self, state, losses, trainer):
-            if state.step == 6:
+        def after_step(self, result, trainer):
+            if result.step == 6:
                 (tmp_path / "STOP").touch()
                 threading.Timer(0.3, disk.release.set).start()
 
@@ -89,8 +89,8 @@ def test_a_run_that_fails_lets_the_save_end(tmp_path, monkeypatch):
     disk = SlowDisk(monkeypatch, tmp_path, released_at=99)
 
     class Fail(Hook):
-        def after_step(self, state, losses, trainer):
-            if state.step == 6:
+        def after_step(self, result, trainer):
+            if result.step == 6:
                 threading.Timer(0.3, disk.release.set).start()
                 raise NumericalError("too bad")
 
@@ -103,10 +103,10 @@ def test_a_rollback_goes_to_the_checkpoint_under_way(tmp_path, monkeypatch):
     disk = SlowDisk(monkeypatch, tmp_path, released_at=99)
 
     class GoBack(Hook):
-        def after_step(self, state, losses, trainer):
-            if state.step == 6 and not state.rollbacks:
+        def after_step(self, result, trainer):
+            if result.step == 6 and not trainer.state.rollbacks:
                 threading.Timer(0.3, disk.release.set).start()
-                trainer.rollback_reason = "asked for"
+                trainer.request_rollback("asked for")
 
     trainer = make_trainer(tmp_path, hooks=[disk, GoBack()])
     trainer.fit()
@@ -118,9 +118,9 @@ def test_an_error_of_our_own_ends_the_run_as_it_is(tmp_path):
     trainer = make_trainer(tmp_path)
 
     class Break(Hook):
-        def after_step(self, state, losses, trainer):
-            if state.step == 5:
-                state.notes["odd"] = object()
+        def after_step(self, result, trainer):
+            if result.step == 5:
+                trainer.state.notes["odd"] = object()
 
     trainer.hooks.insert(0, Break())
     with pytest.raises(TypeError, match="not JSON serializable"):
@@ -145,5 +145,5 @@ def test_memory_of_a_copy_serves_again():
 def test_a_save_that_a_rank_asks_for_is_asked_once():
     requests = StopRequests(torch.device("cpu"))
     with requests:
-        requests.wants_save = True
+        requests.request_save()
         assert [requests.agreed(), requests.agreed()] == ["save", None]

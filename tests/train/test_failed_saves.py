@@ -20,9 +20,9 @@ class FullDisk(Hook):
     def __init__(self, first: int, last: int) -> None:
         self.first, self.last, self.fsync = first, last, os.fsync
 
-    def after_step(self, state, losses, trainer):
+    def after_step(self, result, trainer):
         let_saves_end()  # that of the step before, on the disk as it was then
-        os.fsync = self._fail if self.first <= state.step <= self.last else self.fsync
+        os.fsync = self._fail if self.first <= result.step <= self.last else self.fsync
 
     def close(self):
         os.fsync = self.fsync

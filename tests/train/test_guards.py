@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from toy_run import NUM_STEPS, B, make_trainer
 
 from evatool.core.errors import ExitCode, NumericalError
 from evatool.core.loader import Loader
-from evatool.train.hooks.base import Hook, read_metrics
+from evatool.train.hooks.base import Hook
 from evatool.train.hooks.guards import NonFiniteGuard, StuckAtStart
+from evatool.train.hooks.log import read_metrics
 from evatool.train.loss_spike import SpikeGate
 from evatool.train.state import TrainState
 from evatool.train.trainer import Trainer
@@ -57,9 +59,9 @@ class Weights(Hook):
     def __init__(self) -> None:
         self.after: dict[int, dict[str, torch.Tensor]] = {}
 
-    def after_step(self, state, losses, trainer):
+    def after_step(self, result, trainer):
         both = trainer.engine.model_state() | trainer.engine.optimizer_state()
-        self.after[state.step] = {name: tensor.clone() for name, tensor in both.items()}
+        self.after[result.step] = {name: tensor.clone() for name, tensor in both.items()}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
@@ -112,8 +114,8 @@ def test_budget_counts_a_window_and_survives_a_resume(tmp_path):
     far_apart = make_trainer(tmp_path / "far", hooks=[guard])
     poison(far_apart, {2, 6, 10}, math.nan)
     assert far_apart.fit().skipped_steps == [2, 6, 10]
-    first = make_trainer(tmp_path / "near", hooks=[NonFiniteGuard(budget=1, window=4)], every_steps=1)
-    first.num_steps = 6
+    guard = NonFiniteGuard(budget=1, window=4)
+    first = make_trainer(tmp_path / "near", hooks=[guard], every_steps=1, num_steps=6)
     poison(first, {6}, math.nan)
     first.fit()
     guard = NonFiniteGuard(budget=1, window=4)
@@ -174,8 +176,7 @@ def test_weights_after_a_rollback_are_the_checkpoints(tmp_path):
     trainer.fit()
     (restored,) = seen
     kept = weights.after
-    first_five = make_trainer(tmp_path / "five")
-    first_five.num_steps = 5
+    first_five = make_trainer(tmp_path / "five", num_steps=5)
     first_five.fit()
     for name, tensor in (first_five.engine.model_state() | first_five.engine.optimizer_state()).items():
         assert torch.equal(restored[name], tensor), name
@@ -195,8 +196,8 @@ def test_a_run_killed_after_its_rollback_goes_on_as_if_it_had_not_been(tmp_path)
     whole.fit()
 
     class Crash(Hook):
-        def after_step(self, state, losses, trainer):
-            if state.step == 11:
+        def after_step(self, result, trainer):
+            if result.step == 11:
                 raise RuntimeError("crash")
 
     first = rolled(tmp_path / "parts", {7, 8})
@@ -253,8 +254,9 @@ class Losses(Hook):
     def __init__(self, values: list[float], watcher: StuckAtStart) -> None:
         self.values, self.watcher = values, watcher
 
-    def after_step(self, state, losses, trainer):
-        self.watcher.after_step(state, {"loss": torch.tensor(self.values[state.step - 1])}, trainer)
+    def after_step(self, result, trainer):
+        told = {"loss": torch.tensor(self.values[result.step - 1])}
+        self.watcher.after_step(replace(result, losses=told), trainer)
 
     def at_end(self, trainer):
         self.watcher.at_end(trainer)

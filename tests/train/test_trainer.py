@@ -18,7 +18,8 @@ from toy_run import NUM_STEPS, B, ToyObjective, let_saves_end, make_trainer, toy
 
 from evatool.checkpoint.load import latest_checkpoint, load_checkpoint
 from evatool.core.errors import CheckpointError, ExitCode, Interrupted, Preempted
-from evatool.train.hooks.base import Hook, read_metrics
+from evatool.train.hooks.base import Hook
+from evatool.train.hooks.log import read_metrics
 from evatool.train.hooks.loss_curve import LossCurve, draw_loss_curve, smoothed
 from evatool.train.state import resume_from
 from evatool.train.trainer import Trainer, step_seed
@@ -30,8 +31,8 @@ class SignalAt(Hook):
     def __init__(self, step: int, *numbers: signal.Signals) -> None:
         self.step, self.numbers = step, numbers
 
-    def after_step(self, state, losses, trainer):
-        if state.step == self.step:
+    def after_step(self, result, trainer):
+        if result.step == self.step:
             for number in self.numbers:
                 os.kill(os.getpid(), number)
 
@@ -71,8 +72,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
     """Metrics of steps that the checkpoint does not have are dropped, so each step stands once."""
 
     class Crash(Hook):
-        def after_step(self, state, losses, trainer):
-            if state.step == 8:
+        def after_step(self, result, trainer):
+            if result.step == 8:
                 raise RuntimeError("crash")  # with the save of step 5 under way, maybe
 
     whole = make_trainer(tmp_path / "whole")
@@ -110,8 +111,8 @@ def test_signal_stops_after_the_step_and_saves(tmp_path, number, error, exit_cod
 
 def test_a_stop_file_stops_saves_and_is_gone(tmp_path):
     class Touch(Hook):
-        def after_step(self, state, losses, trainer):
-            if state.step == 7:
+        def after_step(self, result, trainer):
+            if result.step == 7:
                 (tmp_path / "STOP").touch()
 
     with pytest.raises(Preempted, match="stopped by the STOP file after step 7 of 12") as raised:
@@ -129,7 +130,7 @@ def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
     class Tick(Hook):
-        def after_step(self, state, losses, trainer):
+        def after_step(self, result, trainer):
             now[0] += 30
 
     trainer = make_trainer(tmp_path, hooks=[Tick()], every_steps=None, save_every_sec=100.0, keep_every_steps=4)
@@ -176,8 +177,8 @@ class FillDisk(Hook):
     def __init__(self, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.step, self.monkeypatch = step, monkeypatch
 
-    def after_step(self, state, losses, trainer):
-        if state.step == self.step:
+    def after_step(self, result, trainer):
+        if result.step == self.step:
             let_saves_end()
             full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self.monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(full))
@@ -234,8 +235,7 @@ def test_record_has_the_figures(tmp_path):
 
 
 def test_losses_are_fetched_on_logging_steps_only(tmp_path):
-    trainer = make_trainer(tmp_path)
-    trainer.log_every = 5
+    trainer = make_trainer(tmp_path, log_every=5)
     trainer.fit()
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 5, 10, 12]
 
@@ -264,9 +264,9 @@ def test_loss_curve_is_there_while_the_run_goes_and_shows_evaluations(tmp_path):
     curve = LossCurve(tmp_path / "metrics.jsonl", tmp_path / "c.png", "toy", every_sec=0.0)
 
     class Look(Hook):
-        def after_step(self, state, losses, trainer):
+        def after_step(self, result, trainer):
             seen.append((tmp_path / "c.png").exists())
-            if state.step == 3:
+            if result.step == 3:
                 raise RuntimeError("crash")
 
     seen: list[bool] = []

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from evatool.core.batch import LossDict
 from evatool.core.image_norm import normalize_images
 from evatool.data.eval.sets import EvalSet, open_eval_set
 from evatool.data.image.eval_transforms import EvalTransform
@@ -21,9 +20,8 @@ from evatool.eval.tasks.zero_shot import classify
 from evatool.model.config import ModelConfig
 from evatool.model.text import encode_text, is_trimmable
 from evatool.recipe.schema import EvaluateSection
+from evatool.train.control import StepResult, TrainerControl
 from evatool.train.hooks.base import Hook
-from evatool.train.state import TrainState
-from evatool.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -65,13 +63,13 @@ class Evaluation(Hook):
             for entry in chosen
         ]
 
-    def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
-        if state.step % self._every_steps == 0 or state.step == trainer.num_steps:
+    def after_step(self, result: StepResult, trainer: TrainerControl) -> None:
+        if result.step % self._every_steps == 0 or result.step == trainer.config.num_steps:
             figures = self._evaluate(trainer)
-            trainer.record |= figures
-            log.info("step %d  %s", state.step, "  ".join(f"{key} {value:.4f}" for key, value in figures.items()))
+            result.add_metrics(figures)
+            log.info("step %d  %s", result.step, "  ".join(f"{key} {value:.4f}" for key, value in figures.items()))
 
-    def _evaluate(self, trainer: Trainer) -> dict[str, float]:
+    def _evaluate(self, trainer: TrainerControl) -> dict[str, float]:
         figures: dict[str, float] = {}
         was_training = trainer.objective.training
         trainer.objective.eval()

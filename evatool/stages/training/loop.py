@@ -26,11 +26,13 @@ from evatool.runs.run_dir import RunDir
 from evatool.stages.training import build as wiring
 from evatool.stages.training.build import Job
 from evatool.stages.training.evaluation_hook import Evaluation
-from evatool.train.hooks.base import ConsoleLog, Hook, MetricsFile, StatusFile, read_metrics
+from evatool.train.control import TrainerConfig
+from evatool.train.hooks.base import Hook
 from evatool.train.hooks.checkpoint import Checkpoints
 from evatool.train.hooks.ema import WeightAverage
 from evatool.train.hooks.guards import NonFiniteGuard, StuckAtStart
 from evatool.train.hooks.health import HangWatch, ReplicaCheck, ShardCheck
+from evatool.train.hooks.log import ConsoleLog, MetricsFile, StatusFile, read_metrics
 from evatool.train.hooks.loss_curve import LossCurve
 from evatool.train.hooks.patch_dropout import PatchDropoutSchedule
 from evatool.train.hooks.stragglers import Stragglers
@@ -127,22 +129,28 @@ def build_trainer(
     every_minutes = job.recipe.checkpoint.every_minutes
     peak = None if flops_per_sample is None else peak_flops(job.world.device, train.precision)
     work = None if flops_per_sample is None or peak is None else Work(flops_per_sample, peak * job.world.world_size)
-    return Trainer(
-        objective,
-        engine,
-        loader,
-        groups,
-        build_schedule(job.recipe.schedule, num_steps=train.num_steps, global_batch_size=train.global_batch_size),
-        hooks,
-        state,
-        train.num_steps,
-        train.global_batch_size,
+    config = TrainerConfig(
+        num_steps=train.num_steps,
+        global_batch_size=train.global_batch_size,
         log_every=train.log_every,
         micro_batch_size=train.micro_batch_size,
-        gate=SpikeGate(train.guard.spike_sigma or None, train.guard.spike_window, state.recent_losses),
-        restore=partial(newest_checkpoint, job),
+        seed=train.seed,
         stop_file=job.run_dir.path / "STOP",
         save_every_sec=None if every_minutes is None else 60 * every_minutes,
+    )
+    return Trainer(
+        config,
+        objective=objective,
+        engine=engine,
+        loader=loader,
+        groups=groups,
+        schedule=build_schedule(
+            job.recipe.schedule, num_steps=train.num_steps, global_batch_size=train.global_batch_size
+        ),
+        hooks=hooks,
+        state=state,
+        gate=SpikeGate(train.guard.spike_sigma or None, train.guard.spike_window, state.recent_losses),
+        restore=partial(newest_checkpoint, job),
         work=work,
         tower_norms=job.tower_norms,
     )
@@ -160,9 +168,9 @@ def newest_checkpoint(job: Job) -> Checkpoint | None:
 
 def training_result(job: Job, trainer: Trainer, *, next_command: str, images: dict[str, Path] | None = None) -> Result:
     """What a finished training stage hands back: where things are, the last figures, and what to run next."""
-    run_dir, state, train = job.run_dir, trainer.state, job.recipe.train
-    # A run that was resumed at its last step has no figures of its own.
-    record = trainer.record or (read_metrics(run_dir.metrics) or [{}])[-1]
+    run_dir, state = job.run_dir, trainer.state
+    # A run that was resumed at its last step has no metrics of its own.
+    last = trainer.metrics or (read_metrics(run_dir.metrics) or [{}])[-1]
     metrics: dict[str, float | int | str] = {
         "steps": state.step,
         "samples_seen": state.samples_seen,
@@ -170,14 +178,14 @@ def training_result(job: Job, trainer: Trainer, *, next_command: str, images: di
         "skipped_steps": len(state.skipped_steps),
         "parameters": _count_parameters(trainer),
     }
-    metrics |= {key: value for key, value in record.items() if key.startswith(("train/", "val/")) and value is not None}
+    metrics |= {key: value for key, value in last.items() if key.startswith(("train/", "val/")) and value is not None}
     if trainer.objective.chance_loss is not None:
         metrics["stuck_at_start"] = int("stuck_at_start" in state.notes)
     metrics |= {key.replace("data/", ""): int(count) for key, count in trainer.data_counts().items()}
     if state.notes:
         metrics["warning"] = "; ".join(state.notes.values())
     outputs = {
-        "checkpoint": run_dir.checkpoints / f"step_{train.num_steps:08d}",
+        "checkpoint": run_dir.checkpoints / f"step_{state.step:08d}",
         "metrics": run_dir.metrics,
         "loss_curve": loss_curve_path(run_dir),
     }

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evatool.core.batch import Batch, LossDict
+from evatool.core.batch import Batch
 from evatool.data.feature_store.store import StoreSpec, Views
 from evatool.data.train.loader import TrainLoader, build_train_loader
 from evatool.distributed.collectives import all_reduce_sum
@@ -21,9 +21,8 @@ from evatool.stages.training import build as wiring
 from evatool.stages.training.mim_data import STORE, MimData
 from evatool.stages.training.mim_images import look_at, save_image_page, save_mim_images
 from evatool.stages.training.teachers import required_store_path
+from evatool.train.control import StepResult, TrainerControl
 from evatool.train.hooks.base import Hook
-from evatool.train.state import TrainState
-from evatool.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +33,12 @@ class ImageSheets(Hook):
     def __init__(self, section: ImagesSection, job: wiring.Job, data: MimData, objective: MimObjective) -> None:
         self._section, self._job, self._data, self._objective = section, job, data, objective
 
-    def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
+    def after_step(self, result: StepResult, trainer: TrainerControl) -> None:
         every = self._section.every_steps
-        if every is not None and state.step % every == 0:
+        if every is not None and result.step % every == 0:
             folder = self._job.run_dir.path / "pictures"
             with trainer.engine.summon_full_weights():
-                self.draw(folder / f"step_{state.step:08d}.png")
+                self.draw(folder / f"step_{result.step:08d}.png")
             if self._job.world.is_main:
                 save_image_page(folder, self._job.options.name)
 
@@ -76,14 +75,14 @@ class Validation(Hook):
         self._loader = open_validation(section, job, recipe, data)
         self._mask = torch.from_numpy(fixed_mask(data.mask.grid, data.mask.masking))
 
-    def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
-        if state.step % self._section.every_steps == 0 or state.step == trainer.num_steps:
+    def after_step(self, result: StepResult, trainer: TrainerControl) -> None:
+        if result.step % self._section.every_steps == 0 or result.step == trainer.config.num_steps:
             loss = self._loss(trainer)
-            trainer.record["val/loss"] = loss
-            log.info("step %d  val/loss %.4f", state.step, loss)
+            result.add_metrics({"val/loss": loss})
+            log.info("step %d  val/loss %.4f", result.step, loss)
 
     @torch.no_grad()
-    def _loss(self, trainer: Trainer) -> float:
+    def _loss(self, trainer: TrainerControl) -> float:
         device = self._job.world.device
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         was_training = self._objective.training

@@ -6,20 +6,16 @@ import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from evatool.core.batch import LossDict
 from evatool.core.errors import CheckpointError, TransientError
 from evatool.distributed.collectives import side_group
 from evatool.distributed.engines.sharded_state import ShardedState, StateShard
+from evatool.train.control import RunSnapshot, StepResult, TrainerControl
 from evatool.train.hooks.base import Hook
-from evatool.train.state import TrainState, describe_groups
-
-if TYPE_CHECKING:
-    from evatool.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -67,18 +63,17 @@ class BackgroundWriter:
         self._error: BaseException | None = None
         self._group: Any = None
 
-    def start(self, *, objective_state: ShardedState, optimizer_state: ShardedState, **values: Any) -> None:
-        """Copy the states and begin to write; every rank must call it, none before its `wait` for the one before.
-
-        Args:
-            values: handed to `save`; plain values that nobody changes any more.
-        """
+    def start(self, snapshot: RunSnapshot) -> None:
+        """Copy the states and begin to write; every rank must call it, none before its `wait` for the one before."""
         assert self._thread is None, "one at a time"
         if self._group is None:
             self._group = side_group()
-        values |= {
-            "objective_state": self._model.take(objective_state),
-            "optimizer_state": self._optimizer.take(optimizer_state),
+        values = {
+            "step": snapshot.step,
+            "objective_state": self._model.take(snapshot.objective_state),
+            "optimizer_state": self._optimizer.take(snapshot.optimizer_state),
+            "groups": snapshot.groups,
+            "train_state": snapshot.train_state,
         }
         self._path = self._error = None
         # A daemon, so that it cannot keep a process that is to end at once: half-written folders never look whole.
@@ -133,27 +128,28 @@ class Checkpoints(Hook):
         self._begun_step: int | None = None
         self._saved_step: int | None = None
 
-    def at_start(self, trainer: Trainer) -> None:
+    def at_start(self, trainer: TrainerControl) -> None:
         self._begun_step = self._saved_step = trainer.state.step if trainer.state.step else None
 
-    on_rollback = at_start
+    def on_rollback(self, trainer: TrainerControl) -> None:
+        self.at_start(trainer)
 
-    def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
-        is_due = self._every_steps is not None and state.step % self._every_steps == 0
-        if trainer.rollback_reason:  # it goes back to a checkpoint from before the steps that were skipped
+    def after_step(self, result: StepResult, trainer: TrainerControl) -> None:
+        is_due = self._every_steps is not None and result.step % self._every_steps == 0
+        if trainer.is_rolling_back:  # it goes back to a checkpoint from before the steps that were skipped
             self._settle()
-        elif is_due and state.step < trainer.num_steps:
+        elif is_due and result.step < trainer.config.num_steps:
             self._begin(trainer)
         elif self._writer.has_failed:
-            trainer.ask_for_save()  # all ranks then save after the same step, whichever saw the failure first
+            trainer.request_save()  # all ranks then save after the same step, whichever saw the failure first
 
-    def on_save(self, trainer: Trainer) -> None:
+    def on_save(self, trainer: TrainerControl) -> None:
         self._begin(trainer)
 
-    def on_stop(self, trainer: Trainer) -> None:
+    def on_stop(self, trainer: TrainerControl) -> None:
         self._write_last(trainer)
 
-    def at_end(self, trainer: Trainer) -> None:
+    def at_end(self, trainer: TrainerControl) -> None:
         self._write_last(trainer)
 
     def close(self) -> None:
@@ -162,23 +158,12 @@ class Checkpoints(Hook):
         except Exception as error:  # the run ends with an error of its own
             log.warning("the last save failed: %s", error)
 
-    def _begin(self, trainer: Trainer) -> None:
+    def _begin(self, trainer: TrainerControl) -> None:
         if self._begun_step == trainer.state.step:
             return
         self._settle()
-        state, engine = trainer.state, trainer.engine
-        objective_state = engine.sharded_model_state()
-        for hook in trainer.hooks:
-            held = hook.held(trainer)
-            objective_state = objective_state if held is None else objective_state.merged(held)
-        self._writer.start(
-            step=state.step,
-            objective_state=objective_state,
-            optimizer_state=engine.sharded_optimizer_state(),
-            groups=describe_groups(trainer.groups),
-            train_state=trainer.saved_state(),
-        )
-        self._begun_step = state.step
+        self._writer.start(trainer.snapshot())
+        self._begun_step = trainer.state.step
 
     def _settle(self) -> None:
         """Wait for the save under way; its failure is a warning, until there were too many."""
@@ -201,7 +186,7 @@ class Checkpoints(Hook):
             self._begun_step = self._saved_step = begun
             self._failures = 0
 
-    def _write_last(self, trainer: Trainer) -> None:
+    def _write_last(self, trainer: TrainerControl) -> None:
         try:
             self._conclude()
         except CheckpointError as error:

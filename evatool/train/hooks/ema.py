@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from evatool.core.batch import LossDict
 from evatool.distributed.engines.sharded_state import ShardedState, StateShard, read_piece
+from evatool.train.control import StepResult, TrainerControl
 from evatool.train.hooks.base import Hook
-from evatool.train.state import SavedRun, TrainState
-
-if TYPE_CHECKING:
-    from evatool.train.trainer import Trainer
+from evatool.train.state import SavedRun
 
 PREFIX, MODEL = "ema.", "model."
 
@@ -35,21 +31,21 @@ class WeightAverage(Hook):
         self._decay, self._saved = decay, saved
         self._average: dict[tuple[str, int], Tensor] = {}
 
-    def at_start(self, trainer: Trainer) -> None:
+    def at_start(self, trainer: TrainerControl) -> None:
         if self._saved is not None:
-            self.load(self._saved, trainer)
+            self.load_state(self._saved, trainer)
         else:
             self._average = {
                 key: values.clone() for key, values in _floats(trainer.engine.sharded_model_state()).items()
             }
 
-    def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
-        weight = 1 - min(self._decay, (1 + state.step) / (10 + state.step))
+    def after_step(self, result: StepResult, trainer: TrainerControl) -> None:
+        weight = 1 - min(self._decay, (1 + result.step) / (10 + result.step))
         live = _floats(trainer.engine.sharded_model_state())
         if live:  # a rank that is no writer of whole weights averages none
             torch._foreach_lerp_([self._average[key] for key in live], list(live.values()), weight)
 
-    def held(self, trainer: Trainer) -> ShardedState:
+    def sharded_state(self, trainer: TrainerControl) -> ShardedState:
         whole = trainer.engine.sharded_model_state()
         names = [name for name, dtype in whole.dtypes.items() if _is_averaged(name, dtype)]
         average = ShardedState(
@@ -58,7 +54,7 @@ class WeightAverage(Hook):
         average.pieces = [StateShard(name, start, values) for (name, start), values in self._average.items()]
         return average.renamed({name: PREFIX + name for name in names})
 
-    def load(self, saved: SavedRun, trainer: Trainer) -> None:
+    def load_state(self, saved: SavedRun, trainer: TrainerControl) -> None:
         held, average = trainer.engine.sharded_model_state(), saved.averaged_state
         self._average = {
             (name, start): read_piece(average, PREFIX + name, start, values.numel(), held.shapes[name])

@@ -6,19 +6,16 @@ import json
 import logging
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from evatool.core.batch import LossDict
 from evatool.core.errors import NumericalError
 from evatool.distributed.collectives import all_reduce_mean, gather_objects, rank
+from evatool.train.control import StepResult, TrainerControl
 from evatool.train.hooks.base import Hook
 from evatool.train.state import TrainState
-
-if TYPE_CHECKING:
-    from evatool.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -49,21 +46,19 @@ class NonFiniteGuard(Hook):
         self._window, self._policy, self._journal = window, policy, journal
         self._unread: list[tuple[int, Tensor, Tensor, Tensor | None, list[str]]] = []
 
-    def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
-        assert trainer.grad_norm is not None
-        assert trainer.batch is not None
-        self._unread.append((state.step, trainer.grad_norm, losses["loss"], trainer.gate.is_closed, trainer.batch.keys))
-        if trainer.engine.device.type == "cpu" or trainer.is_log_step or state.step == trainer.num_steps:
+    def after_step(self, result: StepResult, trainer: TrainerControl) -> None:
+        self._unread.append((result.step, result.grad_norm, result.losses["loss"], result.is_spike, result.batch.keys))
+        if trainer.engine.device.type == "cpu" or result.is_logged:
             self._read(trainer)
 
-    def on_stop(self, trainer: Trainer) -> None:
+    def on_stop(self, trainer: TrainerControl) -> None:
         self._read(trainer)
 
-    def on_rollback(self, trainer: Trainer) -> None:
+    def on_rollback(self, trainer: TrainerControl) -> None:
         self._unread.clear()
         self._note({"event": "rollback", **trainer.state.rollbacks[-1]})
 
-    def _read(self, trainer: Trainer) -> None:
+    def _read(self, trainer: TrainerControl) -> None:
         unread, self._unread = self._unread, []
         if not unread:
             return
@@ -72,9 +67,9 @@ class NonFiniteGuard(Hook):
             if not is_finite:  # the same on every rank, so all of them gather
                 self._skipped(trainer, step, float(loss), is_spike is not None and bool(is_spike), keys)
 
-    def _skipped(self, trainer: Trainer, step: int, loss: float, is_spike: bool, keys: list[str]) -> None:
+    def _skipped(self, trainer: TrainerControl, step: int, loss: float, is_spike: bool, keys: list[str]) -> None:
         state = trainer.state
-        state.skipped_steps.append(step)
+        state.add_skipped_step(step)
         recent = [s for s in state.skipped_steps if s > step - self._window]
         # All ranks of a contrastive loss may see a NaN that one of them made.
         reports = gather_objects((rank(), loss, keys[:4]))
@@ -92,15 +87,15 @@ class NonFiniteGuard(Hook):
         )
         named = [{"rank": r, "loss": value if math.isfinite(value) else None, "samples": k} for r, value, k in worst]
         self._note({"event": "skipped", "step": step, "cause": "spike" if is_spike else "not finite", "ranks": named})
-        if len(recent) > self._budget and not trainer.rollback_reason:
+        if len(recent) > self._budget and not trainer.is_rolling_back:
             what = (
                 f"{len(recent)} of the last {self._window} steps had a loss or gradient that is not finite or a spike"
             )
             self._too_many(trainer, what, f"step {step}, {where}")
 
-    def _too_many(self, trainer: Trainer, what: str, where: str) -> None:
-        if self._policy != "stop" and not trainer.state.rollbacks and trainer.restore is not None:
-            trainer.rollback_reason, trainer.rollback_where = what, where
+    def _too_many(self, trainer: TrainerControl, what: str, where: str) -> None:
+        if self._policy != "stop" and not trainer.state.rollbacks and trainer.can_roll_back:
+            trainer.request_rollback(what, where)
             return
         again = " again, after the one rollback" if trainer.state.rollbacks else ""
         raise NumericalError(
@@ -146,23 +141,23 @@ class StuckAtStart(Hook):
         self._loss_key, self._window = loss_key, window
         self._recent: list[Tensor] = []
 
-    def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
-        self._recent = [*self._recent[1 - self._window :], losses[self._loss_key]]
-        if state.step == self._look_at:
-            self._look(state, f"after the warm-up (step {state.step})")
+    def after_step(self, result: StepResult, trainer: TrainerControl) -> None:
+        self._recent = [*self._recent[1 - self._window :], result.losses[self._loss_key]]
+        if result.step == self._look_at:
+            self._look(trainer.state, f"after the warm-up (step {result.step})")
 
-    def at_end(self, trainer: Trainer) -> None:
-        if trainer.num_steps >= self._look_at and self._recent:
+    def at_end(self, trainer: TrainerControl) -> None:
+        if trainer.config.num_steps >= self._look_at and self._recent:
             self._look(trainer.state, f"at the end of the run (step {trainer.state.step})")
 
     def _look(self, state: TrainState, when: str) -> None:
         mean = float(all_reduce_mean(torch.stack(self._recent).float().mean()))
         if mean <= self._limit:
-            state.notes.pop("stuck_at_start", None)
+            state.drop_note("stuck_at_start")
             return
         note = (
             f"the contrastive loss is still {mean:.3f} {when}, no better than ln(batch) = {self._start_loss:.3f}: "
             "the features tell nothing apart. Lower optim.*.lr, lengthen the warm-up or check the captions"
         )
-        state.notes["stuck_at_start"] = note
+        state.add_note("stuck_at_start", note)
         log.warning("%s", note)

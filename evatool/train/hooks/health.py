@@ -11,19 +11,15 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from evatool.core.batch import LossDict
 from evatool.core.errors import ExitCode, UnhealthyNodeError
+from evatool.core.step import StepContext
 from evatool.distributed.collectives import gather_objects, rank, world_size
+from evatool.train.control import StepResult, TrainerControl
 from evatool.train.hooks.base import Hook
-from evatool.train.state import TrainState
-
-if TYPE_CHECKING:
-    from evatool.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -47,15 +43,15 @@ class HangWatch(Hook):
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def at_start(self, trainer: Trainer) -> None:
+    def at_start(self, trainer: TrainerControl) -> None:
         self._last, self._step = time.monotonic(), trainer.state.step
         self._thread = threading.Thread(target=self._watch, name="hang watch", daemon=True)
         self._thread.start()
 
-    def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
-        self._last, self._step = time.monotonic(), state.step
+    def after_step(self, result: StepResult, trainer: TrainerControl) -> None:
+        self._last, self._step = time.monotonic(), result.step
 
-    def at_end(self, trainer: Trainer) -> None:
+    def at_end(self, trainer: TrainerControl) -> None:
         self._closed.set()  # a last evaluation may take its time
 
     def close(self) -> None:
@@ -95,11 +91,11 @@ class ReplicaCheck(Hook):
     def __init__(self, every_steps: int = 100) -> None:
         self._every_steps = every_steps
 
-    def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
-        if world_size() > 1 and state.step % self._every_steps == 0:
-            self._compare(state, trainer)
+    def after_step(self, result: StepResult, trainer: TrainerControl) -> None:
+        if world_size() > 1 and result.step % self._every_steps == 0:
+            self._compare(result.step, trainer)
 
-    def _compare(self, state: TrainState, trainer: Trainer) -> None:
+    def _compare(self, step: int, trainer: TrainerControl) -> None:
         replicated_tensors = trainer.engine.replicated_tensors()
         if not replicated_tensors:
             return
@@ -112,7 +108,7 @@ class ReplicaCheck(Hook):
             odd = [f"rank {number} on {node}: {value:x}" for number, (value, node) in enumerate(found)]
         raise UnhealthyNodeError(
             f"weights differ between ranks that hold the same: {', '.join(odd)}",
-            where=f"step {state.step}",
+            where=f"step {step}",
             expected="equal weights on every rank; they were when last compared, at most "
             f"{self._every_steps} steps ago",
             fix=_LEAVE_OUT,
@@ -134,30 +130,31 @@ class ShardCheck(Hook):
         self._after_update: list[Tensor] = []
         self._differs: Tensor | None = None
 
-    def at_start(self, trainer: Trainer) -> None:
+    def at_start(self, trainer: TrainerControl) -> None:
         self._after_update = []
 
-    on_rollback = at_start
+    def on_rollback(self, trainer: TrainerControl) -> None:
+        self.at_start(trainer)
 
-    def before_update(self, trainer: Trainer) -> None:
+    def before_update(self, step: StepContext, trainer: TrainerControl) -> None:
         if self._after_update:
             pairs = zip(self._after_update, _sums(trainer.engine.sharded_tensors()), strict=True)
             found = torch.stack([(before != now).any().to(trainer.engine.device) for before, now in pairs]).any()
             self._differs = found if self._differs is None else self._differs | found
 
-    def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
+    def after_step(self, result: StepResult, trainer: TrainerControl) -> None:
         self._after_update = _sums(trainer.engine.sharded_tensors())
-        if world_size() > 1 and state.step % self._every_steps == 0:
-            self._tell(state)
+        if world_size() > 1 and result.step % self._every_steps == 0:
+            self._tell(result.step)
 
-    def _tell(self, state: TrainState) -> None:
+    def _tell(self, step: int) -> None:
         differs, self._differs = self._differs, None
         found = gather_objects((differs is not None and bool(differs), platform.node()))
         odd = [f"rank {number} on {node}" for number, (is_odd, node) in enumerate(found) if is_odd]
         if odd:
             raise UnhealthyNodeError(
                 f"weights or moments have changed between two steps: {', '.join(odd)}",
-                where=f"step {state.step}",
+                where=f"step {step}",
                 expected="memory that only changes when it is written to; it did until "
                 f"{self._every_steps} steps ago at least",
                 fix=_LEAVE_OUT,

@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from evatool.core.batch import LossDict
 from evatool.distributed.collectives import rank
-from evatool.train.hooks.base import Hook, read_metrics
-from evatool.train.state import TrainState
-
-if TYPE_CHECKING:
-    from evatool.train.trainer import Trainer
+from evatool.train.control import StepResult, TrainerControl
+from evatool.train.hooks.base import Hook
+from evatool.train.hooks.log import read_metrics
 
 INK, FAINT, ACCENT, GRID = "#1f2933", "#9fb3c8", "#0b6e99", "#e4e7eb"
 
@@ -23,7 +20,7 @@ class LossCurve(Hook):
 
     Args:
         metrics: the file that `MetricsFile` writes, listed before this hook.
-        picture: PNG to write.
+        image: the PNG to write.
         title: above the curve.
         reference: a value to mark and its label, for instance (6.24, "ln(batch)").
         every_sec: on the first logging step after so long it is drawn anew; it takes a second.
@@ -40,15 +37,15 @@ class LossCurve(Hook):
         self._metrics, self._image, self._title, self._reference = metrics, image, title, reference
         self._every_sec, self._last = every_sec, time.monotonic()
 
-    def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
-        if trainer.is_log_step and time.monotonic() - self._last >= self._every_sec:
+    def after_step(self, result: StepResult, trainer: TrainerControl) -> None:
+        if result.is_logged and time.monotonic() - self._last >= self._every_sec:
             self._draw()
             self._last = time.monotonic()
 
-    def on_stop(self, trainer: Trainer) -> None:
+    def on_stop(self, trainer: TrainerControl) -> None:
         self._draw()
 
-    def at_end(self, trainer: Trainer) -> None:
+    def at_end(self, trainer: TrainerControl) -> None:
         self._draw()
 
     def _draw(self) -> None:

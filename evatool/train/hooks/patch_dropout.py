@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from evatool.core.batch import LossDict
+from evatool.train.control import StepResult, TrainerControl
 from evatool.train.hooks.base import Hook
 from evatool.train.state import TrainState
-
-if TYPE_CHECKING:
-    from evatool.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -31,13 +28,13 @@ class PatchDropoutSchedule(Hook):
     def __init__(self, modules: Sequence[nn.Module], first: float, changes: Sequence[tuple[int, float]]) -> None:
         self._modules, self._shares = modules, [(0, first), *changes]
 
-    def at_start(self, trainer: Trainer) -> None:
+    def at_start(self, trainer: TrainerControl) -> None:
         self._set(trainer.state)
 
-    def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
-        self._set(state)
+    def after_step(self, result: StepResult, trainer: TrainerControl) -> None:
+        self._set(trainer.state)
 
-    def on_rollback(self, trainer: Trainer) -> None:
+    def on_rollback(self, trainer: TrainerControl) -> None:
         self._set(trainer.state)
 
     def _set(self, state: TrainState) -> None:

@@ -5,15 +5,10 @@ from __future__ import annotations
 import logging
 import platform
 import statistics
-from typing import TYPE_CHECKING
 
-from evatool.core.batch import LossDict
 from evatool.distributed.collectives import gather_objects, rank, world_size
+from evatool.train.control import StepResult, TrainerControl
 from evatool.train.hooks.base import Hook
-from evatool.train.state import TrainState
-
-if TYPE_CHECKING:
-    from evatool.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +29,23 @@ class Stragglers(Hook):
 
     def __init__(self, factor: float = 1.5, least_sec: float = 0.05) -> None:
         self._factor, self._least_sec = factor, least_sec
+        self._busy_sec, self._data_wait_sec, self._num_steps = 0.0, 0.0, 0  # since the last comparison
 
-    def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
-        if world_size() == 1 or not (trainer.is_log_step or state.step % self.every == 0):
+    def after_step(self, result: StepResult, trainer: TrainerControl) -> None:
+        self._busy_sec += result.busy_sec
+        self._data_wait_sec += result.data_wait_sec
+        self._num_steps += 1
+        if world_size() == 1 or not (result.is_logged or result.step % self.every == 0):
             return
-        reports = gather_objects((trainer.read_busy_sec(), platform.node()))
+        means = self._busy_sec / self._num_steps, self._data_wait_sec / self._num_steps
+        self._busy_sec, self._data_wait_sec, self._num_steps = 0.0, 0.0, 0
+        reports = gather_objects((means, platform.node()))
         if rank() == 0:
             hosts = [host for _, host in reports]
-            if not self._compare(state, [whole for (whole, _), _ in reports], hosts):
-                self._compare(state, [before for (_, before), _ in reports], hosts)
+            if not self._compare(result.step, [busy for (busy, _), _ in reports], hosts):
+                self._compare(result.step, [data_wait for (_, data_wait), _ in reports], hosts)
 
-    def _compare(self, state: TrainState, seconds: list[float], hosts: list[str]) -> bool:
+    def _compare(self, step: int, seconds: list[float], hosts: list[str]) -> bool:
         """Name the slow ranks; True if there were any."""
         median = statistics.median_low(seconds)  # of two ranks the faster one
         is_slow = [sec > self._factor * median and sec > median + self._least_sec for sec in seconds]
@@ -56,6 +57,6 @@ class Stragglers(Hook):
                     host,
                     1000 * sec,
                     1000 * median,
-                    state.step,
+                    step,
                 )
         return any(is_slow)

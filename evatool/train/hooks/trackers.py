@@ -6,22 +6,18 @@ import importlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from evatool.core.batch import LossDict
 from evatool.core.errors import DependencyError
 from evatool.distributed.collectives import rank
+from evatool.train.control import StepResult, TrainerControl
 from evatool.train.hooks.base import Hook
-from evatool.train.state import TrainState
-
-if TYPE_CHECKING:
-    from evatool.train.trainer import Trainer
 
 MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
 class Tracker(Hook):
-    """Hands every record to one of the three; on rank 0 only.
+    """Hands the metrics of each logged step to one of the three; on rank 0 only.
 
     Args:
         kind: "tensorboard" (files below `folder`), "wandb" or "trackio" (their own environment variables say where).
@@ -36,7 +32,7 @@ class Tracker(Hook):
         self._settings = {key: str(value) for key, value in settings.items()}
         self._module, self._run = _module(kind), None
 
-    def at_start(self, trainer: Trainer) -> None:
+    def at_start(self, trainer: TrainerControl) -> None:
         if rank() != 0:
             return
         run: Any
@@ -61,18 +57,18 @@ class Tracker(Hook):
                 )
         self._run = run
 
-    def after_step(self, state: TrainState, losses: LossDict, trainer: Trainer) -> None:
-        if self._run is None or not trainer.is_log_step:
+    def after_step(self, result: StepResult, trainer: TrainerControl) -> None:
+        if self._run is None or not result.is_logged:
             return
-        finite = {key: value for key, value in trainer.record.items() if math.isfinite(value)}
+        finite = {key: value for key, value in result.metrics.items() if math.isfinite(value)}
         match self._kind:
             case "tensorboard":
                 for key, value in finite.items():
-                    self._run.add_scalar(key, value, state.step)
+                    self._run.add_scalar(key, value, result.step)
             case "wandb":
-                self._run.log(finite, step=state.step)
+                self._run.log(finite, step=result.step)
             case _:
-                self._module.log(finite, step=state.step)
+                self._module.log(finite, step=result.step)
 
     def close(self) -> None:
         if self._run is None:
