@@ -40,11 +40,13 @@ def compare(
     table = [["set", "metric", "model", "against", "points", ""]]
     for d in results.differences:
         verdict = words.verdict(d.interval)
-        table.append([titles[d.set], words.label(d.metric), d.after, d.before, words.points(d.interval), verdict])
+        table.append(
+            [titles[d.set], words.label(d.metric, results), d.after, d.before, words.points(d.interval), verdict]
+        )
     lines = words.comparison_sentences(results)
     for s in results.over_seeds:
         value = f"{words.percent(s.value)} {words.bounds(s.interval)}"
-        lines.append(f"over {s.num_seeds} seeds, {titles[s.set]}, {words.label(s.metric)}: {value}")
+        lines.append(f"over {s.num_seeds} seeds, {titles[s.set]}, {words.label(s.metric, results)}: {value}")
     lines += [f"not compared: {f.model}: {f.message}" for f in results.failures]
     if out is not None:
         write_results(out / "results.json", results)

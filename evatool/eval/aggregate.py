@@ -9,12 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evatool.eval.intervals import Interval, quantile_interval
-from evatool.eval.metrics import Metric, metric_named
+from evatool.eval.metrics import Metric
 from evatool.eval.predictions import Predictions
 from evatool.eval.suite import Suite
-
-AVERAGE = "average"
-"""Metric of the rows that hold these figures; their set is the figure's name."""
+from evatool.eval.tasks.build import task_of
 
 
 @dataclass(frozen=True)
@@ -45,10 +43,9 @@ class Combined:
 
 def combined_metrics(suite: Suite) -> list[Combined]:
     """The averages and gaps of a suite, in its order."""
-    kinds = ("classification", "retrieval")
     found = []
     for average in suite.averages:
-        names = average.sets or [s.name for s in suite.sets if s.kind in kinds]
+        names = average.sets or [s.name for s in suite.sets if task_of(s.kind).in_averages]
         weights = {name: 1 / len(names) for name in names}
         about = f"Mean over {len(names)} sets, each counting the same"
         found.append(Combined(average.name, average.title, about, average.metric, weights))
@@ -58,15 +55,17 @@ def combined_metrics(suite: Suite) -> list[Combined]:
     return found
 
 
-def metrics_for(figure: Combined, answers: Mapping[str, Predictions], whole: Sequence[str]) -> dict[str, Metric] | None:
+def metrics_for(
+    figure: Combined, predictions: Mapping[str, Predictions], whole: Sequence[str]
+) -> dict[str, Metric] | None:
     """The figure's metric on each of its sets; None unless all were measured, and none is only a part of its set.
 
     Args:
-        answers: by set.
+        predictions: by set.
         whole: sets that have the samples that the suite states.
     """
-    found = {name: metric_named(answers[name], figure.metric) for name in figure.weights if name in answers}
-    metrics = {name: measure for name, measure in found.items() if measure is not None and name in whole}
+    found = {name: predictions[name].metric(figure.metric) for name in figure.weights if name in predictions}
+    metrics = {name: metric for name, metric in found.items() if metric is not None and name in whole}
     return metrics if len(metrics) == len(figure.weights) else None
 
 

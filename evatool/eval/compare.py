@@ -5,26 +5,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from evatool.core.errors import DataError, RecipeError
 from evatool.eval.model_differences import add_averages, add_differences, add_seed_rows
-from evatool.eval.prediction_store import Kept, prediction_path, read_predictions
+from evatool.eval.prediction_store import KeptPredictions, prediction_path, read_predictions
 from evatool.eval.predictions import Predictions
 from evatool.eval.results import EvalResults, Failure, ModelRecord, ResultRow, read_results
 from evatool.eval.suite import Suite, load_suite
+from evatool.eval.tasks.base import EvalTask
 
 RESULTS = "results.json"
 
 
-def compare_runs(runs: Sequence[Path], *, num_bootstrap: int | None = None, seed: int | None = None) -> EvalResults:
+def compare_runs(
+    runs: Sequence[Path],
+    *,
+    num_bootstrap: int | None = None,
+    seed: int | None = None,
+    tasks: Sequence[EvalTask[Any]] = (),
+) -> EvalResults:
     """The results of run folders of `evatool eval` as one, each model compared with the first.
 
-    A set that a model answered on other samples than the first model that has it is left out for that model and named
-    among the failures.
+    A set whose samples differ between the first model that has it and a later one is left out for the later one, and
+    named among the failures.
 
     Args:
         num_bootstrap, seed: of the differences; the first run's when absent.
-    Raises: DataError where a run has no results or no kept answers, or where nothing can be compared.
+        tasks: from outside the package, for sets of their kinds.
+    Raises: DataError where a run has no results or no kept predictions, or where nothing can be compared.
     """
     loaded = [(run, _results(run)) for run in runs]
     first = loaded[0][1]
@@ -36,11 +45,12 @@ def compare_runs(runs: Sequence[Path], *, num_bootstrap: int | None = None, seed
         num_bootstrap=num_bootstrap or first.num_bootstrap,
         versions=first.versions,
         machine=first.machine,
+        own_wording={task.kind: task.wording for task in tasks},
     )
-    answers: dict[tuple[str, str], Predictions] = {}
+    predictions: dict[tuple[str, str], Predictions] = {}
     for run, results in loaded:
         for model in results.models:
-            _take(merged, answers, run, results, model)
+            _take(merged, predictions, run, results, model, tasks)
     if len(merged.models) < 2:
         raise DataError(
             f"{len(merged.models)} model in {', '.join(map(str, runs))}: nothing to compare it with",
@@ -49,10 +59,10 @@ def compare_runs(runs: Sequence[Path], *, num_bootstrap: int | None = None, seed
         )
     suite = _suite(merged, [results for _, results in loaded])
     if suite is not None:
-        add_averages(merged, answers, suite)
+        add_averages(merged, predictions, suite)
     names = [m.name for m in merged.models]
-    add_differences(merged, answers, suite, [(names[0], name) for name in names[1:]])
-    add_seed_rows(merged, answers)
+    add_differences(merged, predictions, suite, [(names[0], name) for name in names[1:]])
+    add_seed_rows(merged, predictions)
     if not merged.differences:
         raise DataError(
             f"no set was answered by {names[0]} and another model on the same samples",
@@ -76,22 +86,23 @@ def _results(run: Path) -> EvalResults:
 
 def _take(
     merged: EvalResults,
-    answers: dict[tuple[str, str], Predictions],
+    predictions: dict[tuple[str, str], Predictions],
     run: Path,
     results: EvalResults,
     model: ModelRecord,
+    tasks: Sequence[EvalTask[Any]],
 ) -> None:
-    """One model of one run: its rows and kept answers, under a name of its own."""
+    """One model of one run: its rows and kept predictions, under a name of its own."""
     taken = {m.name for m in merged.models}
     folder = run.parent if run.is_file() else run
     name = model.name if model.name not in taken else f"{folder.name}/{model.name}"
     while name in taken:
         name += "'"
     merged.models.append(replace(model, name=name))
-    for record in (s for s in results.sets if s.kind != "average"):
+    for record in (s for s in results.sets if not s.is_average):
         if results.row(model.name, record.name, results.metrics_of(record.name)[0]) is None:
             continue
-        kept = read_predictions(prediction_path(folder, model.name, record.name))
+        kept = read_predictions(prediction_path(folder, model.name, record.name), tasks)
         known = next((s for s in merged.sets if s.name == record.name), None)
         if known is not None and known.samples != record.samples:
             what = f"{record.title} has other samples in {folder} than in the runs before: not compared"
@@ -99,14 +110,14 @@ def _take(
             continue
         if known is None:
             merged.sets.append(record)
-        answers[name, record.name] = kept.answers
+        predictions[name, record.name] = kept.predictions
         merged.results += _rows(results, model, name, record.name, kept)
 
 
-def _rows(results: EvalResults, model: ModelRecord, name: str, set_name: str, kept: Kept) -> list[ResultRow]:
+def _rows(results: EvalResults, model: ModelRecord, name: str, set_name: str, kept: KeptPredictions) -> list[ResultRow]:
     if kept.model.fingerprint != model.fingerprint:
         raise DataError(
-            f"the kept answers of {model.name} on {set_name} are of other weights than its results",
+            f"the kept predictions of {model.name} on {set_name} are of other weights than its results",
             fix="run evatool eval again",
         )
     return [replace(row, model=name) for row in results.results if (row.model, row.set) == (model.name, set_name)]

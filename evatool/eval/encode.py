@@ -1,26 +1,56 @@
-"""Pictures and texts to features: texts sorted by length and trimmed, work divided over ranks, nothing twice."""
+"""Images and texts to features: texts sorted by length and trimmed, work divided over ranks, nothing twice."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evatool.core.errors import EvatoolError, NumericalError
+from evatool.core.errors import NumericalError
 from evatool.distributed import collectives
-from evatool.eval.tasks.base import ClipModel
+from evatool.eval.lockstep import gather_rows, stepped_batches
 
-# T texts, L tokens of a text, B of a batch, E embedding, W ranks
+# T texts, L tokens of a text, B samples of a batch, K images of a sample, S input side, E embedding, W ranks
 
 Tokenizer = Callable[[list[str]], Tensor]
 _TEXTS_TOKENISED = 8192  # at once: 8,192 rows of 77 int64 are 5 MiB
 _TOKENS_ON_CPU, _TOKENS_ON_GPU = 2**12, 2**17  # of one forward pass, padding included
+
+ImageReduction = Literal["mean", "none"]
+"""What becomes of the features of a sample that is several images: their mean at unit length, or all of them."""
+
+
+class ClipModel(Protocol):
+    """The part of a loaded CLIP that evaluation calls."""
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """(B, 3, S, S) images as (B, E) features, not normalised."""
+        ...
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """(B, L) int64 tokens as (B, E) features, not normalised."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImageGroups:
+    """A batch whose samples are several images each, not always the same number of them.
+
+    Attributes:
+        images: all images of the batch, sample after sample, (sum of `counts`, 3, S, S).
+        counts: (B,) int64, images of each sample, at least one.
+    """
+
+    images: Tensor
+    counts: Tensor
+
+
+Images = Tensor | ImageGroups
+"""One image a sample (B, 3, S, S), K images a sample (B, K, 3, S, S), or groups of different sizes."""
 
 
 @dataclass(frozen=True)
@@ -89,71 +119,81 @@ def encode_texts(model: ClipModel, tokenizer: Tokenizer, texts: Sequence[str], h
 
 
 def image_batches(
-    model: ClipModel,
-    loader: Iterable[tuple[Tensor, Any]],
+    encode: Callable[[Tensor], Tensor],
+    loader: Iterable[tuple[Images, Any]],
     how: Encoding,
     *,
     where: str,
+    what: str = "image features",
     check: Callable[[Any], None] | None = None,
     memory: ImageMemory | None = None,
-) -> Iterator[tuple[Tensor, Any]]:
-    """This rank's batches as (unit features (B, E) float32 on the model's device, what the loader says of them).
+    reduction: ImageReduction = "mean",
+) -> Iterator[tuple[Any, Any]]:
+    """This rank's batches as (unit features, targets); a batch is one forward pass, however many images it is.
+
+    Features are float32 on the model's device. A sample that is one image has a row of (B, E). For samples of several
+    images, `reduction` "mean" gives (B, E) too, the mean of a sample's unit features at unit length; "none" gives
+    (B, K, E), or for `ImageGroups` a list of B tensors (images of the sample, E).
 
     Args:
-        check: called with what the loader says of a batch before the model runs.
-        memory: features of pictures this model has seen; they are neither decoded nor encoded again. Not used where
-            ranks work in step, nor with loaders that give no digests.
+        encode: images (n, 3, S, S) as features (n, ..., E), not normalised.
+        where, what: name of the set and of the features, for messages.
+        check: called with a batch's targets before the model runs.
+        memory: features of images that this model has seen; they are neither decoded nor encoded again. Not used
+            in lockstep, nor with loaders that give no digests.
+    Raises: NumericalError for features that are not finite; what the loader and `check` raise.
     """
     unknown = getattr(loader, "unknown", None)
     if memory is not None and unknown is not None and not how.lockstep:
-        yield from _remembered_batches(model, unknown(memory), how, where, check, memory)
+        yield from _remembered_batches(encode, unknown(memory), how, where, what, check, memory)
         return
-    yield from stepped_batches(model.encode_image, loader, how, where=where, what="image features", check=check)
+    side = getattr(getattr(loader, "transform", None), "size", 1)
+    shape = [3, side, side]  # of an image, for the passes that are made up
+
+    def forward(images: Images) -> Any:
+        flat, counts = _flattened(images)
+        shape[:] = flat.shape[1:]
+        features = unit(encode(flat.to(how.device, non_blocking=True)), where, what)
+        if isinstance(images, Tensor) and counts is not None and reduction == "none":
+            return features.unflatten(0, images.shape[:2])
+        return features if counts is None else reduce_groups(features, counts, reduction)
+
+    def made_up() -> None:
+        encode(torch.zeros(1, *shape, dtype=torch.uint8, device=how.device))
+
+    yield from stepped_batches(loader, forward, made_up, lockstep=how.lockstep, check=check)
 
 
-def stepped_batches(
-    encode: Callable[[Tensor], Tensor],
-    loader: Iterable[tuple[Tensor, Any]],
-    how: Encoding,
-    *,
-    where: str,
-    what: str,
-    check: Callable[[Any], None] | None = None,
-) -> Iterator[tuple[Tensor, Any]]:
-    """This rank's batches as (`encode` of the pictures at unit length, what the loader says of them).
+def _flattened(images: Images) -> tuple[Tensor, Tensor | None]:
+    """The images of a batch in one row, and how many belong to each sample; None where each is a sample."""
+    if isinstance(images, ImageGroups):
+        return images.images, images.counts
+    if images.ndim == 5:
+        return images.flatten(0, 1), torch.full((len(images),), images.shape[1])
+    return images, None
 
-    Where ranks work in step, one whose picture cannot be read goes on with made-up ones before it raises: the others
-    wait for it in every pass.
+
+def reduce_groups(features: Tensor, counts: Tensor, reduction: ImageReduction) -> Tensor | list[Tensor]:
+    """Unit features of all images of a batch, as the features of its samples.
+
+    Args:
+        features: (sum of `counts`, E), sample after sample.
+    Returns: "mean": (B, E), the mean of each sample's rows at unit length; "none": B tensors (count, E).
     """
-    failure: Exception | None = None
-    side, done = getattr(getattr(loader, "transform", None), "size", 1), 0
-    with torch.no_grad():
-        batches = iter(loader)
-        while True:
-            try:
-                images, targets = next(batches)
-                if check:
-                    check(targets)
-                side, done = images.shape[-1], done + 1
-                features = unit(encode(images.to(how.device, non_blocking=True)), where, what)
-            except StopIteration:
-                break
-            except Exception as error:
-                failure = error
-                break
-            yield features, targets
-        missing = getattr(loader, "most_batches", done) - done if how.lockstep else 0
-        for _ in range(missing):  # a rank may have one batch less than another, or none where the set is tiny
-            encode(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=how.device))
-    if failure is not None:
-        raise failure
+    groups = features.split(counts.tolist())
+    match reduction:
+        case "mean":
+            return F.normalize(torch.stack([group.mean(dim=0) for group in groups]), dim=-1)
+        case "none":
+            return list(groups)
 
 
 def _remembered_batches(
-    model: ClipModel,
+    encode: Callable[[Tensor], Tensor],
     batches: Iterable[tuple[list[bytes], dict[bytes, Tensor], Any]],
     how: Encoding,
     where: str,
+    what: str,
     check: Callable[[Any], None] | None,
     memory: ImageMemory,
 ) -> Iterator[tuple[Tensor, Any]]:
@@ -165,66 +205,10 @@ def _remembered_batches(
             rows: dict[bytes, Tensor] = {}
             if new:
                 images = torch.stack(list(new.values())).to(how.device, non_blocking=True)
-                rows = dict(zip(new, unit(model.encode_image(images), where, "image features").cpu(), strict=True))
+                rows = dict(zip(new, unit(encode(images), where, what).cpu(), strict=True))
             features = torch.stack([rows[digest] if digest in rows else memory[digest] for digest in digests])
             memory.take(rows)
             yield features.to(how.device), targets
-
-
-@contextmanager
-def fail_on_all_ranks() -> Iterator[None]:
-    """Work that may fail on one rank: then it fails on all, instead of leaving the others waiting.
-
-    Every rank must enter and leave it. Raises: the rank's own exception, or EvatoolError in another rank's words.
-    """
-    failure: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    if collectives.world_size() > 1:
-        messages = collectives.gather_objects(None if failure is None else f"{type(failure).__name__}: {failure}")
-        others = [f"rank {rank}: {message}" for rank, message in enumerate(messages) if message is not None]
-        if failure is None and others:
-            raise EvatoolError(others[0])
-    if failure is not None:
-        raise failure
-
-
-def own_numbers(loader: Any, count: int) -> np.ndarray:
-    """(count,) numbers in the set of the pictures that the loader gave; in order where it knows of no ranks."""
-    indices = getattr(loader, "indices", None)
-    return np.arange(count) if indices is None else indices
-
-
-def gather_rows(rows: Tensor, numbers: np.ndarray, total: int) -> Tensor:
-    """Rows of all ranks by their number; every rank must call it and gets all of them.
-
-    Args:
-        rows: (n, E) float32, this rank's.
-        numbers: (n,) which of the `total` rows they are; each number is on exactly one rank.
-    """
-    parts = collectives.gather_objects((numbers, rows.numpy())) if collectives.world_size() > 1 else [(numbers, rows)]
-    first = next((r for n, r in parts if len(n)), None)
-    if first is None:
-        return torch.zeros(0, 0)
-    out = torch.empty((total, first.shape[1]), dtype=torch.float32)
-    seen = 0
-    for own, values in parts:
-        if len(own):
-            out[torch.from_numpy(np.asarray(own))] = torch.as_tensor(values)
-            seen += len(own)
-    assert seen == total, f"{seen} rows came from the ranks instead of {total}"
-    return out
-
-
-def gather_arrays(arrays: dict[str, np.ndarray], numbers: np.ndarray) -> dict[str, np.ndarray]:
-    """Per-sample arrays of all ranks in the order of the set; every rank must call it and gets all of them."""
-    if collectives.world_size() == 1:
-        return arrays
-    parts = collectives.gather_objects((numbers, arrays))
-    order = np.argsort(np.concatenate([n for n, _ in parts]), kind="stable")
-    return {name: np.concatenate([a[name] for n, a in parts if len(n)])[order] for name in _filled(parts)}
 
 
 def unit(features: Tensor, where: str, what: str) -> Tensor:
@@ -237,11 +221,6 @@ def unit(features: Tensor, where: str, what: str) -> Tensor:
             fix="evaluate an earlier checkpoint, or with eval.precision = 'fp32'; else the weights are not finite",
         )
     return scaled
-
-
-def _filled(parts: list[Any]) -> list[str]:
-    """Names of the arrays of a rank that has samples: one without has arrays of no width."""
-    return next((list(arrays) for numbers, arrays in parts if len(numbers)), [])
 
 
 def _tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:

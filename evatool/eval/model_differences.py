@@ -1,4 +1,4 @@
-"""What follows from several models' answers: averages, paired differences, intervals over seeds. No torch."""
+"""What follows from several models' predictions: averages, paired differences, intervals over seeds. No torch."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from evatool.eval.aggregate import AVERAGE, Combined, combined_metrics, metrics_for, paired
+from evatool.eval.aggregate import Combined, combined_metrics, metrics_for, paired
 from evatool.eval.intervals import over_seeds
-from evatool.eval.metrics import Metric, metric_named, metrics_of
+from evatool.eval.metrics import Metric
 from evatool.eval.predictions import Predictions
 from evatool.eval.published import published_value
-from evatool.eval.results import DifferenceRow, EvalResults, ModelRecord, ResultRow, SeedRow, SetRecord
+from evatool.eval.results import AVERAGE, DifferenceRow, EvalResults, ModelRecord, ResultRow, SeedRow, SetRecord
 from evatool.eval.suite import Suite
 
 PredictionsOf = Mapping[tuple[str, str], Predictions]
 """By model and set."""
 
 
-def add_averages(results: EvalResults, answers: PredictionsOf, suite: Suite) -> None:
+def add_averages(results: EvalResults, predictions: PredictionsOf, suite: Suite) -> None:
     """Rows and sets for the suite's averages and gaps, for every model that was measured on all of their sets."""
     for figure in combined_metrics(suite):
         for model in results.models:
-            metrics = _metrics(figure, results, answers, model.name)
+            metrics = _metrics(figure, results, predictions, model.name)
             if metrics is None:
                 continue
             if all(s.name != figure.name for s in results.sets):
@@ -31,17 +31,17 @@ def add_averages(results: EvalResults, answers: PredictionsOf, suite: Suite) -> 
 
 
 def add_differences(
-    results: EvalResults, answers: PredictionsOf, suite: Suite | None, pairs: Sequence[tuple[str, str]]
+    results: EvalResults, predictions: PredictionsOf, suite: Suite | None, pairs: Sequence[tuple[str, str]]
 ) -> None:
     """Paired differences between models on every set, and on the averages that both have."""
     how = {"num_resamples": results.num_bootstrap, "seed": results.seed}
     for before, after in pairs:
         for record in results.sets:
-            first, second = (answers.get((model, record.name)) for model in (before, after))
+            first, second = (predictions.get((model, record.name)) for model in (before, after))
             if first is None or second is None:
                 continue
-            later = {m.metric: m for m in metrics_of(second)}
-            for a in metrics_of(first):
+            later = {m.metric: m for m in second.metrics()}
+            for a in first.metrics():
                 if a.metric in later:
                     change = a.difference_to(later[a.metric], **how)
                     bounds = (change.value, change.low, change.high)
@@ -49,7 +49,7 @@ def add_differences(
                         DifferenceRow(before, after, record.name, a.metric, *bounds, len(a.values))
                     )
         for figure in combined_metrics(suite) if suite else ():
-            both = [_metrics(figure, results, answers, model) for model in (before, after)]
+            both = [_metrics(figure, results, predictions, model) for model in (before, after)]
             if both[0] is None or both[1] is None:
                 continue
             changes = paired(both[0], both[1])
@@ -59,7 +59,7 @@ def add_differences(
             results.differences.append(DifferenceRow(before, after, figure.name, AVERAGE, *bounds, n))
 
 
-def add_seed_rows(results: EvalResults, answers: PredictionsOf) -> None:
+def add_seed_rows(results: EvalResults, predictions: PredictionsOf) -> None:
     """The mean over training seeds for models of one recipe, with intervals that cover another seed as well."""
     groups: dict[str, list[ModelRecord]] = {}
     for model in results.models:
@@ -70,11 +70,11 @@ def add_seed_rows(results: EvalResults, answers: PredictionsOf) -> None:
             continue
         names = [m.name for m in group]
         for record in results.sets:
-            found = [answers.get((name, record.name)) for name in names]
-            if any(a is None for a in found):
+            found = [p for name in names if (p := predictions.get((name, record.name))) is not None]
+            if len(found) < len(names):
                 continue
-            for metric in [m.metric for m in metrics_of(found[0])]:  # type: ignore[arg-type]
-                metrics = [m for a in found if a is not None and (m := metric_named(a, metric)) is not None]
+            for metric in [m.metric for m in found[0].metrics()]:
+                metrics = [m for p in found if (m := p.metric(metric)) is not None]
                 interval = over_seeds([m.value for m in metrics], _sample_deviation(metrics, results))
                 results.over_seeds.append(
                     SeedRow(names, record.name, metric, interval.value, interval.low, interval.high, len(names))
@@ -88,8 +88,10 @@ def _sample_deviation(metrics: Sequence[Metric], results: EvalResults) -> float:
     return float(of_mean.resamples(num_resamples=results.num_bootstrap, seed=(results.seed,)).std())
 
 
-def _metrics(figure: Combined, results: EvalResults, answers: PredictionsOf, model: str) -> dict[str, Metric] | None:
-    own = {set_name: a for (name, set_name), a in answers.items() if name == model}
+def _metrics(
+    figure: Combined, results: EvalResults, predictions: PredictionsOf, model: str
+) -> dict[str, Metric] | None:
+    own = {set_name: p for (name, set_name), p in predictions.items() if name == model}
     return metrics_for(figure, own, [s.name for s in results.sets if not s.partial])
 
 
@@ -99,7 +101,7 @@ def _record(figure: Combined, suite: Suite) -> SetRecord:
         title=figure.title,
         phrase=figure.title.lower(),
         about=figure.about,
-        kind="average",
+        kind=AVERAGE,
         variant=f"{suite.name}/{figure.name}",
         n=0,
         metric=figure.metric,
@@ -116,7 +118,7 @@ def _row(figure: Combined, results: EvalResults, model: ModelRecord, metrics: Ma
         fingerprint=model.fingerprint,
         set=figure.name,
         variant=f"{results.suite}/{figure.name}",
-        kind="average",
+        kind=AVERAGE,
         metric=AVERAGE,
         value=interval.value,
         low=interval.low,

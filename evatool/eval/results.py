@@ -13,7 +13,10 @@ from typing import Any
 
 from evatool.core.errors import DataError
 from evatool.eval.intervals import LEVEL, Interval
+from evatool.eval.task_wording import TaskWording
 
+AVERAGE = "average"
+"""Kind of a set record, and metric of its rows, that stand for a figure over several sets."""
 SCHEMA = 2
 _READABLE = (1, 2)  # what 2 adds has defaults
 
@@ -42,7 +45,7 @@ class SetRecord:
     title: str
     phrase: str  # the title inside a sentence
     about: str
-    kind: str  # "classification", "retrieval", "localisation", or "average" for figures over several sets
+    kind: str  # of its evaluation task, or "average" for figures over several sets
     variant: str  # suite and set; says so when it is only a part of the full set
     n: int  # pictures
     num_classes: int | None = None
@@ -52,6 +55,11 @@ class SetRecord:
     partial: str = ""  # what differs from the full set
     samples: str = ""  # SHA-256 of keys, picture sizes and labels
     not_comparable: str = ""  # why published numbers of the benchmark are not of this variant
+
+    @property
+    def is_average(self) -> bool:
+        """True for a figure over several sets."""
+        return self.kind == AVERAGE
 
 
 @dataclass(frozen=True)
@@ -152,6 +160,7 @@ class EvalResults:
     seconds: float = 0.0
     level: float = LEVEL
     schema: int = SCHEMA
+    own_wording: dict[str, TaskWording] = field(default_factory=dict)  # by kind, of tasks from outside; not written
 
     def row(self, model: str, set_name: str, metric: str) -> ResultRow | None:
         """The row of that model, set and metric, if it was measured."""
@@ -171,19 +180,6 @@ class EvalResults:
         return next((s for s in self.sets if s.headline), self.sets[0] if self.sets else None)
 
 
-MAIN_METRICS = {
-    "classification": ["top1"],
-    "retrieval": ["text_to_image_recall@5", "image_to_text_recall@5"],
-    "localisation": ["patch_top1", "segmentation_miou"],
-    "average": ["average"],
-}
-
-
-def main_metrics(kind: str) -> list[str]:
-    """The metrics that charts and sentences use for a kind of set, the most telling first."""
-    return MAIN_METRICS[kind]
-
-
 def compared_pairs(models: Sequence[str]) -> list[tuple[str, str]]:
     """Which models are compared: each with the one before it, and the last with the first."""
     pairs = list(itertools.pairwise(models))
@@ -197,7 +193,9 @@ def file_name(name: str) -> str:
 
 def write_results(path: Path, results: EvalResults) -> None:
     """`results.json` (docs/eval.md describes each key); complete or not there."""
-    write_atomically(path, (json.dumps(asdict(results), indent=1, ensure_ascii=False) + "\n").encode())
+    table = asdict(results)
+    del table["own_wording"]
+    write_atomically(path, (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def read_results(path: Path) -> EvalResults:

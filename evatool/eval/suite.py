@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from evatool.core.errors import DataError, RecipeError
+from evatool.eval.tasks.build import SetKind
 
 _FOLDER = Path(__file__).parent / "suites"
 _FROZEN = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
@@ -42,7 +43,7 @@ class SuiteSet(BaseModel):
     """Name inside a sentence: accuracy "on ..."."""
     about: str
     """What the set measures, in a line."""
-    kind: Literal["classification", "retrieval", "localisation"]
+    kind: SetKind
     """What is asked of the model."""
     metric: str = "top1"
     """The metric that the benchmark is reported by."""

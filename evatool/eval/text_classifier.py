@@ -12,8 +12,7 @@ from torch import Tensor
 
 from evatool.core.errors import DataError
 from evatool.distributed import collectives
-from evatool.eval.encode import Encoding, Tokenizer, text_batches
-from evatool.eval.tasks.base import ClipModel
+from evatool.eval.encode import ClipModel, Encoding, Tokenizer, text_batches
 
 # C classes, T templates, E embedding
 

@@ -18,15 +18,16 @@ from evatool.core.progress import progress
 from evatool.distributed.collectives import gather_objects
 from evatool.distributed.world import World, close_world, init_world
 from evatool.eval.cache import default_folder
-from evatool.eval.encode import fail_on_all_ranks
+from evatool.eval.lockstep import fail_on_all_ranks
 from evatool.eval.results import EvalResults, Failure, file_name
 from evatool.eval.suite import Suite, SuiteSet, fetch_command, find_sets, load_suite
 from evatool.recipe.schema import EvalRecipe, EvalSection
 from evatool.runs.result import Result
 from evatool.runs.run_dir import RunOptions, open_run_dir
-from evatool.stages.evaluating.measure import Evaluation, measure_set
+from evatool.stages.evaluating.measure import measure_set
 from evatool.stages.evaluating.models import load_model
 from evatool.stages.evaluating.output import write_outputs
+from evatool.stages.evaluating.suite_evaluation import SuiteEvaluation
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def run(recipe: EvalRecipe, options: RunOptions) -> Result:
 
 def _evaluate(
     recipe: EvalRecipe, options: RunOptions, world: World, suite: Suite, folders: dict[str, Path]
-) -> Evaluation:
+) -> SuiteEvaluation:
     """All answers, on every rank."""
     section = recipe.eval
     if world.is_main:
@@ -82,7 +83,7 @@ def _evaluate(
     )
     cache = (section.cache_dir or default_folder()) if section.use_cache else None
     chosen = suite.chosen(section.sets)
-    evaluation = Evaluation(section, suite, chosen, folders, run_dir.path, results, world, cache)
+    evaluation = SuiteEvaluation(section, suite, chosen, folders, run_dir.path, results, world, cache)
     with progress("evaluate", total=len(section.models) * len(chosen), unit="sets") as bar:
         for name, source in section.models.items():
             _evaluate_model(evaluation, name, source, on_set=lambda: bar.advance(1))
@@ -104,7 +105,7 @@ def _check_names(section: EvalSection) -> None:
         raise RecipeError("models cannot be told apart", problems=problems, fix="give the models other names")
 
 
-def _evaluate_model(evaluation: Evaluation, name: str, source: str, on_set: Callable[[], None]) -> None:
+def _evaluate_model(evaluation: SuiteEvaluation, name: str, source: str, on_set: Callable[[], None]) -> None:
     """Load one model, evaluate it on every set, let it go."""
     results = evaluation.results
     try:

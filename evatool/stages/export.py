@@ -12,7 +12,8 @@ import torch
 
 import evatool
 from evatool.core.errors import UsageError
-from evatool.eval.results import main_metrics, read_results
+from evatool.eval.report.wording import main_rows
+from evatool.eval.results import read_results
 from evatool.export.folder import Target
 from evatool.export.hub import check_credentials, push_to_hub
 from evatool.export.model_card import CardFacts
@@ -185,7 +186,7 @@ def _results(path: Path, clip: LoadedClip) -> list[tuple[str, str]]:
     """The main figures of `clip` in an evaluation's `results.json`, told by the weights' fingerprint."""
     results = read_results(path)
     names = {record.name for record in results.models if record.fingerprint == clip.fingerprint}
-    rows = [row for row in results.results if row.model in names and row.metric in main_metrics(row.kind)]
+    rows = [row for row in main_rows(results) if row.model in names]
     if not rows:
         raise UsageError(
             f"none of the {len(results.models)} models evaluated in this file has the weights of {clip.source}",

@@ -24,7 +24,8 @@ from side_by_side import finish, machine, versions
 
 from evatool.data.eval.sets import EvalSet, open_eval_set
 from evatool.data.image.eval_transforms import EvalTransform
-from evatool.eval.tasks.zero_shot import classify
+from evatool.eval.encoder import Encoder
+from evatool.eval.tasks.zero_shot import ZeroShotClassification
 from evatool.inference.loaded_clip import LoadedClip, load_clip
 
 MOST_FLIPS = 0.001
@@ -66,7 +67,9 @@ def opened(folder: Path, transform: Any) -> EvalSet:
 def predictions(model: LoadedClip, folder: Path, form: str, decode: Any) -> np.ndarray:
     """Predicted class of each picture of a set."""
     transform = Reformed(FORMS[form], EvalTransform(model.image_size, decode=decode))
-    found: np.ndarray = classify(model, model.tokenizer, opened(folder, transform)).top[:, 0]
+    found: np.ndarray = (
+        ZeroShotClassification().run(Encoder(model, model.tokenizer), opened(folder, transform)).predictions.top[:, 0]
+    )
     return found
 
 

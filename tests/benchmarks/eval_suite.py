@@ -114,7 +114,7 @@ def evatool(
         precision=precision,  # type: ignore[arg-type]
     )
     stage.run(EvalRecipe(eval=section), RunOptions(name="benchmark", run_dir=folder / "run"))
-    return {name: read_predictions(prediction_path(folder / "run", "m", name)).answers for name in sets}  # type: ignore[misc]
+    return {name: read_predictions(prediction_path(folder / "run", "m", name)).predictions for name in sets}  # type: ignore[misc]
 
 
 def count_flips(ours: dict[str, ClassificationResult], theirs: dict[str, np.ndarray]) -> int:

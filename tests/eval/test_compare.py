@@ -11,7 +11,7 @@ import pytest
 from evatool.core.errors import DataError
 from evatool.eval.compare import compare_runs
 from evatool.eval.intervals import over_seeds
-from evatool.eval.prediction_store import Kept, prediction_path, write_predictions
+from evatool.eval.prediction_store import KeptPredictions, prediction_path, write_predictions
 from evatool.eval.predictions import ClassificationResult
 from evatool.eval.results import EvalResults, ModelRecord, ResultRow, SetRecord, write_results
 
@@ -50,7 +50,7 @@ def a_run(
             results.results.append(row)
             settings = {"precision": "fp32", "resize": "shortest", "decode": "exact", "prompts": ""}
             write_predictions(
-                prediction_path(folder, model.name, name), Kept("k", model, record, settings, 1.0, answers)
+                prediction_path(folder, model.name, name), KeptPredictions("k", model, record, settings, 1.0, answers)
             )
     write_results(folder / "results.json", results)
     return folder

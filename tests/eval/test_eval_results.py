@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from evatool.core.errors import DataError
-from evatool.eval.metrics import Metric, metrics_of
-from evatool.eval.prediction_store import Kept, read_predictions, write_predictions
+from evatool.eval.metrics import Metric
+from evatool.eval.prediction_store import KeptPredictions, read_predictions, write_predictions
 from evatool.eval.predictions import ClassificationResult, RetrievalResult, ScoreResult
 from evatool.eval.report.gallery import Gallery, data_uri, encode_image_file, read_gallery, write_gallery
 from evatool.eval.results import (
@@ -62,10 +62,10 @@ def test_a_file_that_is_no_result_is_refused(tmp_path: Path, content: str) -> No
     assert caught.value.where == str(path)
 
 
-def kept(answers: ClassificationResult | RetrievalResult | ScoreResult) -> Kept:
+def kept(answers: ClassificationResult | RetrievalResult | ScoreResult) -> KeptPredictions:
     made = made_up_results()
     settings = {"precision": "fp32", "resize": "shortest", "decode": "exact", "prompts": "ab"}
-    return Kept("key", made.models[0], made.sets[0], settings, 1.5, answers)
+    return KeptPredictions("key", made.models[0], made.sets[0], settings, 1.5, answers)
 
 
 def test_predictions_are_compact_and_read_back(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_predictions_are_compact_and_read_back(tmp_path: Path) -> None:
     assert back.model == kept(answers).model
     assert (back.key, back.seconds, back.set) == ("key", 1.5, kept(answers).set)
     for name, value in vars(answers).items():
-        assert np.array_equal(getattr(back.answers, name), value), name
+        assert np.array_equal(getattr(back.predictions, name), value), name
     assert path.stat().st_size < 14 * 50_000
 
 
@@ -96,9 +96,9 @@ def test_predictions_are_compact_and_read_back(tmp_path: Path) -> None:
 )
 def test_other_answers_read_back_with_the_same_metrics(tmp_path: Path, answers: RetrievalResult | ScoreResult) -> None:
     write_predictions(tmp_path / "p.npz", kept(answers))
-    back = read_predictions(tmp_path / "p.npz").answers
-    assert [(m.metric, m.value, m.chance) for m in metrics_of(back)] == [
-        (m.metric, m.value, m.chance) for m in metrics_of(answers)
+    back = read_predictions(tmp_path / "p.npz").predictions
+    assert [(m.metric, m.value, m.chance) for m in back.metrics()] == [
+        (m.metric, m.value, m.chance) for m in answers.metrics()
     ]
 
 
@@ -149,7 +149,7 @@ def test_top5_is_left_out_where_it_says_nothing() -> None:
     answers = ClassificationResult(
         labels, np.zeros((4, 5), np.int32), np.zeros(4, np.int32), 5, np.zeros(4, np.float32)
     )
-    assert [m.metric for m in metrics_of(answers)] == ["top1"]
+    assert [m.metric for m in answers.metrics()] == ["top1"]
 
 
 def test_a_measure_compares_the_same_samples() -> None:

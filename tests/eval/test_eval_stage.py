@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from evatool.core.errors import CheckpointError, DataError, EvatoolError, ExitCode, RecipeError, UsageError
+from evatool.eval import result_rows
 from evatool.eval.report.gallery import read_gallery
 from evatool.eval.results import EvalResults, read_results
 from evatool.recipe.schema import (
@@ -24,7 +25,6 @@ from evatool.runs.result import Result
 from evatool.runs.run_dir import RunOptions
 from evatool.stages import data_prepare
 from evatool.stages import eval as eval_stage
-from evatool.stages.evaluating import measure as eval_measure
 
 TOY = "EVA02-CLIP-toy-small"
 
@@ -309,9 +309,9 @@ def test_published_numbers_stand_beside_those_of_a_published_model(
         'about = "As if"\nkind = "classification"\nmetric = "top1"\n'
     )
     shutil.copytree(drawings / "eval" / "black-and-white", tmp_path / "sets" / "cifar10")
-    load = eval_measure.published_value
+    load = result_rows.published_value
     as_b16 = lambda preset, *rest: load("EVA02-CLIP-B-16", *rest)  # noqa: E731
-    monkeypatch.setattr(eval_measure, "published_value", as_b16)
+    monkeypatch.setattr(result_rows, "published_value", as_b16)
     result = run(tmp_path / "sets", tmp_path / "run", suite=str(suite))
     row = read_results(result.outputs["results"]).row("a model", "cifar10", "top1")
     assert row is not None

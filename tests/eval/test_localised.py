@@ -14,8 +14,9 @@ from evatool.core.errors import DataError
 from evatool.data.eval.scenes import SceneSamples
 from evatool.data.image.eval_transforms import EvalTransform
 from evatool.data.image.header import encode_png
-from evatool.eval.tasks.localization import localize, patch_labels
-from tests.eval.toys import ToyClip, ToySet
+from evatool.eval.tasks.localization import Localization
+from evatool.eval.tasks.patch_scores import patch_labels
+from tests.eval.toys import ToyClip, ToySet, encoder_of
 
 # 2 x 2 quadrants of a 8 x 8 mask; classes are ids less one
 MASK = torch.zeros(8, 8, dtype=torch.int32)
@@ -34,7 +35,7 @@ def score(tokens: Tensor) -> Any:
     images = tokens.T.reshape(1, -1, 2, 2)
     toy = ToySet(kind="localisation", classnames=["a", "b", "c", "d"], loader=[(images, MASK[None])])
     model = Patches(torch.eye(4))
-    return localize(model, model.patch_tokens, model.tokenizer, toy)
+    return Localization().run(encoder_of(model, patch_tokens=model.patch_tokens), toy).predictions
 
 
 def test_a_model_that_knows_where_things_are_scores_one() -> None:
@@ -72,7 +73,7 @@ def test_masks_that_show_nothing_are_refused() -> None:
     toy = ToySet(kind="localisation", classnames=["a"], loader=[(torch.ones(1, 1, 2, 2), torch.zeros(1, 8, 8).int())])
     model = Patches(torch.ones(1, 1))
     with pytest.raises(DataError, match="shows no class"):
-        localize(model, model.patch_tokens, model.tokenizer, toy)
+        Localization().run(encoder_of(model, patch_tokens=model.patch_tokens), toy)
 
 
 # ---------------------------------------------------------------------------------------------------------- scenes

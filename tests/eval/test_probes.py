@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,9 @@ from sklearn.linear_model import LogisticRegression
 
 from evatool.core.errors import DataError
 from evatool.eval.cache import TensorCache
-from evatool.eval.encode import Encoding
-from evatool.eval.tasks.probes import few_shot, fit, image_features, linear_probe, predict
-from tests.eval.toys import ToyClip, ToySet, as_pictures
+from evatool.eval.tasks.logistic_regression import few_shot, fit, linear_probe, predict
+from evatool.eval.tasks.probes import image_features
+from tests.eval.toys import ToyClip, ToySet, as_pictures, encoder_of
 
 PROBE = {"weight_decays": [1e-4, 1e-2], "holdout": 0.25, "max_iterations": 100, "seed": 0}
 SHOTS = {"draws": 3, "weight_decay": 1e-3, "max_iterations": 50, "seed": 0}
@@ -69,6 +70,13 @@ def test_too_few_samples_of_a_class_are_named() -> None:
     assert "up to 10" in str(caught.value.fix)
 
 
+@dataclass
+class Stamped:
+    """Samples of which only the stamp is asked for."""
+
+    stamp: str
+
+
 def test_features_are_kept_by_weights_and_by_the_sets_files(tmp_path: Path) -> None:
     images = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     toy = ToySet(loader=[(as_pictures(images), torch.arange(6))])
@@ -77,7 +85,8 @@ def test_features_are_kept_by_weights_and_by_the_sets_files(tmp_path: Path) -> N
     def features(weights: str, stamp: str) -> torch.Tensor:
         store = TensorCache(tmp_path, "features", weights)
         model = ToyClip(torch.eye(4))
-        return image_features(model, toy, Encoding(), store=store, key=stamp, on_batch=counted.append)[0]
+        toy.samples = Stamped(stamp)
+        return image_features(encoder_of(model, on_batch=counted.append), toy, store)[0]
 
     first = features("a", "files-1")
     assert torch.equal(features("a", "files-1"), first)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from evatool.core.errors import DataError, NumericalError
 from evatool.eval.predictions import DIRECTIONS, RECALL_AT, Direction
 from evatool.eval.tasks import retrieval_ranks as ranks
-from evatool.eval.tasks.retrieval import PairFeatures, best_and_worst_retrievals, encode_pairs, retrieve
-from tests.eval.toys import ToyClip, ToySet, as_pictures
+from evatool.eval.tasks.retrieval_examples import best_and_worst_retrievals
+from evatool.eval.tasks.retrieval_features import PairFeatures, encode_pairs, retrieve
+from tests.eval.toys import ToyClip, ToySet, as_pictures, encoder_of
 
 
 def brute_force_hits(scores: np.ndarray, right: np.ndarray, k: int) -> list[bool]:
@@ -142,7 +143,7 @@ def test_equal_captions_are_one_query_with_several_right_pictures() -> None:
         loader=[(as_pictures(images[:3]), captions[:3]), (as_pictures(images[3:]), captions[3:])],
     )
     counted: list[int] = []
-    features = encode_pairs(model, model.tokenizer, toy, on_batch=counted.append)
+    features = encode_pairs(encoder_of(model, on_batch=counted.append), toy)
     assert features.captions == ["a cat", "a pet", "a dog"]
     assert features.pairs.tolist() == [[0, 0], [0, 1], [1, 2], [2, 0], [3, 2]]
     assert counted == [3, 1]
@@ -198,4 +199,4 @@ def test_no_query_is_both_best_and_worst(features: PairFeatures, direction: Dire
 def test_a_set_that_cannot_be_scored_is_refused(loader: list, error: type[Exception], says: str) -> None:
     model = ToyClip(torch.ones(4, 4))
     with pytest.raises(error, match=says):
-        encode_pairs(model, model.tokenizer, ToySet(kind="retrieval", loader=loader))
+        encode_pairs(encoder_of(model), ToySet(kind="retrieval", loader=loader))

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from evatool.data.eval.sets import EvalSet, open_eval_set
 from evatool.eval.encode import Encoding, ImageMemory, image_batches
-from evatool.eval.tasks.retrieval import encode_pairs
-from evatool.eval.tasks.zero_shot import classify
-from tests.eval.toys import ToyClip
+from evatool.eval.tasks.retrieval_features import encode_pairs
+from tests.eval.toys import ToyClip, classify, encoder_of
 
 SIDE = 2
 
@@ -81,10 +80,16 @@ def test_a_picture_that_comes_twice_in_a_set_is_encoded_once(tmp_path: Path, ima
     folder = folder_of(tmp_path / "set", images[:3] * 4, 2)
     clip = model()
     found = list(
-        image_batches(clip, opened(folder, Counted()).loader, Encoding(), where="set", memory=(memory := ImageMemory()))
+        image_batches(
+            clip.encode_image,
+            opened(folder, Counted()).loader,
+            Encoding(),
+            where="set",
+            memory=(memory := ImageMemory()),
+        )
     )
     assert clip.encoded == len(memory) == 3
-    plain = list(image_batches(model(), opened(folder, Counted()).loader, Encoding(), where="set"))
+    plain = list(image_batches(model().encode_image, opened(folder, Counted()).loader, Encoding(), where="set"))
     for (ours, labels), (expected, expected_labels) in zip(found, plain, strict=True):
         torch.testing.assert_close(ours, expected)
         assert torch.equal(labels, expected_labels)
@@ -108,7 +113,7 @@ def test_ranks_that_work_in_step_run_every_batch(tmp_path: Path, images: list[by
     """Weights divided over ranks come together in collectives: no rank may leave a batch out."""
     loader = opened(folder_of(tmp_path / "set", images[:3] * 4, 2), Counted()).loader
     clip, memory = model(), ImageMemory()
-    list(image_batches(clip, loader, Encoding(lockstep=True), where="set", memory=memory))
+    list(image_batches(clip.encode_image, loader, Encoding(lockstep=True), where="set", memory=memory))
     assert clip.encoded == 12
     assert not memory
 
@@ -127,7 +132,7 @@ def test_retrieval_takes_features_of_a_classified_set(tmp_path: Path, images: li
                 for digests, new, labels in first.loader.unknown(known):
                     yield digests, new, [[f"caption {int(label)}"] for label in labels]
 
-    features = encode_pairs(clip, clip.tokenizer, Captioned(), memory=memory)  # type: ignore[arg-type]
+    features = encode_pairs(encoder_of(clip, memory=memory), Captioned())  # type: ignore[arg-type]
     assert clip.encoded == len(images) == len(features.image)
 
 

@@ -8,9 +8,8 @@ import torch
 from clip_benchmark.metrics import zeroshot_classification as benchmark
 
 from evatool.core.errors import DataError, EvatoolError, NumericalError
-from evatool.eval.tasks.zero_shot import classify
 from evatool.eval.text_classifier import Memory
-from tests.eval.toys import ToyClip, ToySet, as_pictures
+from tests.eval.toys import ToyClip, ToySet, as_pictures, classify
 
 
 def random_set(num_samples: int = 90, num_classes: int = 12, dim: int = 16, num_templates: int = 3, seed: int = 0):

@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evatool.eval.encode import Encoding, ImageMemory
+from evatool.eval.encoder import Encoder
+from evatool.eval.predictions import ClassificationResult
 from evatool.eval.results import DifferenceRow, EvalResults, ModelRecord, ResultRow, SetRecord
+from evatool.eval.tasks.zero_shot import ZeroShotClassification
 
 
 @dataclass
@@ -22,6 +26,7 @@ class ToySet:
     classnames: list[str] = field(default_factory=list)
     templates: list[str] = field(default_factory=lambda: ["{c}"])
     loader: list[Any] = field(default_factory=list)
+    samples: Any = None
 
 
 class ToyClip:
@@ -42,6 +47,18 @@ class ToyClip:
     def encode_text(self, tokens: Tensor) -> Tensor:
         self.texts_encoded += len(tokens)
         return self.text_features[tokens[:, 0]]
+
+
+def encoder_of(
+    model: Any, tokenizer: Any = None, *, trim_text: bool = False, memory: ImageMemory | None = None, **options: Any
+) -> Encoder:
+    """A model on the CPU, ready for a task."""
+    return Encoder(model, tokenizer or model.tokenizer, Encoding(trim_text=trim_text), memory=memory, **options)
+
+
+def classify(model: Any, tokenizer: Any, eval_set: Any, **options: Any) -> ClassificationResult:
+    """Zero-shot predictions."""
+    return ZeroShotClassification().run(encoder_of(model, tokenizer, **options), eval_set).predictions
 
 
 def as_pictures(features: Tensor) -> Tensor:

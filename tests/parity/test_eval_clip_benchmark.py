@@ -12,14 +12,14 @@ import torch
 from evatool.core.image_norm import normalize_images
 from evatool.data.eval.sets import open_eval_set
 from evatool.data.image.eval_transforms import EvalTransform
-from evatool.eval.tasks.retrieval import encode_pairs, retrieve
-from evatool.eval.tasks.zero_shot import classify
+from evatool.eval.tasks.retrieval_features import encode_pairs, retrieve
 from evatool.formats.safetensors import write_safetensors
 from evatool.inference.loaded_clip import LoadedClip, load_clip
 from evatool.model.text import encode_text
 from evatool.recipe.schema import DataPrepareRecipe, DrawingsSource
 from evatool.runs.run_dir import RunOptions
 from evatool.stages import data_prepare
+from tests.eval.toys import classify, encoder_of
 
 pytestmark = pytest.mark.parity
 
@@ -75,7 +75,7 @@ def test_recalls_are_the_same(sets: Path, clip: LoadedClip) -> None:
     _, loader = theirs(sets / "retrieval", clip, "zeroshot_retrieval")
     reference = evaluate(clip, loader, clip.tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10])
     opened = open_eval_set(sets / "retrieval", transform=EvalTransform(clip.image_size), batch_size=50)
-    answers = retrieve(encode_pairs(clip, clip.tokenizer, opened))
+    answers = retrieve(encode_pairs(encoder_of(clip), opened))
     for k in (1, 5, 10):
         assert answers.hits("text_to_image", k).mean() == pytest.approx(reference[f"image_retrieval_recall@{k}"])
         assert answers.hits("image_to_text", k).mean() == pytest.approx(reference[f"text_retrieval_recall@{k}"])

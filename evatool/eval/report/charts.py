@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evatool.eval.report import wording as words
-from evatool.eval.results import EvalResults, ResultRow, SetRecord, main_metrics
+from evatool.eval.results import EvalResults, ResultRow, SetRecord
 
 NUM_COLOURS = 6
 _CURVE_POINTS = 240  # a curve is drawn at most this finely
@@ -110,7 +110,9 @@ class Names:
 def bar_panels(results: EvalResults, names: Names) -> list[BarPanel]:
     """A panel for each main metric of each measured set, in the suite's order."""
     panels = [
-        _bar_panel(results, record, metric, names) for record in results.sets for metric in main_metrics(record.kind)
+        _bar_panel(results, record, metric, names)
+        for record in results.sets
+        for metric in words.main_metrics(results, record.kind)
     ]
     return [panel for panel in panels if panel is not None]
 
@@ -121,10 +123,10 @@ def _bar_panel(results: EvalResults, record: SetRecord, metric: str, names: Name
         return None
     top, ticks = share_axis(max(max(row.high, row.chance) for row in rows))
     return BarPanel(
-        title=words.set_title(record, metric),
+        title=words.set_title(results, record, metric),
         about=record.about,
         facts=words.set_facts(record, rows[0].chance),
-        metric=words.label(metric),
+        metric=words.label(metric, results),
         bars=[_bar(row, top, names) for row in rows],
         ticks=ticks,
         chance=100 * rows[0].chance / top,
@@ -174,7 +176,7 @@ def difference_panels(results: EvalResults, names: Names, pairs: Sequence[tuple[
             after_colour=names.colours[after],
             whiskers=[
                 Whisker(
-                    title=words.set_title(record, row.metric),
+                    title=words.set_title(results, record, row.metric),
                     at=place(row.value),
                     low=place(row.low),
                     high=place(row.high),

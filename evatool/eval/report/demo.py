@@ -12,7 +12,7 @@ from evatool.eval.report import wording as words
 from evatool.eval.report.charts import CurvePanel, Names, bar_panels, curve_panel, difference_panels
 from evatool.eval.report.gallery import Gallery, Picture, data_uri
 from evatool.eval.report.page import Fact, model_notes, render, table_rows
-from evatool.eval.results import EvalResults, compared_pairs, main_metrics, write_atomically
+from evatool.eval.results import EvalResults, compared_pairs, write_atomically
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,13 @@ def _facts(data: DemoReport, names: Names) -> list[Fact]:
     facts = []
     record = data.results.headline_set()
     final = data.results.models[-1] if data.results.models else None
-    row = record and final and data.results.row(final.name, record.name, main_metrics(record.kind)[0])
+    row = (
+        record and final and data.results.row(final.name, record.name, words.main_metrics(data.results, record.kind)[0])
+    )
     if record and final and row:
         facts += [
             Fact(
-                f"{words.label(row.metric).capitalize()} on {record.phrase}",
+                f"{words.label(row.metric, data.results).capitalize()} on {record.phrase}",
                 words.percent(row.value),
                 f"{names.titles[final.name]}, {words.bounds(row.interval)}",
             ),

@@ -19,7 +19,7 @@ from evatool.core.renamed_keys import GALLERY_KEYS, rename
 from evatool.eval.results import write_atomically
 
 if TYPE_CHECKING:
-    from evatool.eval.tasks.retrieval import RetrievalExample
+    from evatool.eval.tasks.retrieval_examples import RetrievalExample
 
 Picture = bytes | Path | str
 """An encoded picture, a file of one, or a ready `data:` URI."""

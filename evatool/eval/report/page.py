@@ -9,9 +9,9 @@ from typing import Any
 
 from evatool.eval.report import wording as words
 from evatool.eval.report.charts import Names, bar_panels, difference_panels
-from evatool.eval.report.class_accuracy import ClassPanel
-from evatool.eval.report.gallery import Gallery, MissedImage
-from evatool.eval.results import EvalResults, ModelRecord, main_metrics, write_atomically
+from evatool.eval.report.gallery import Gallery
+from evatool.eval.results import EvalResults, ModelRecord, write_atomically
+from evatool.eval.tasks.base import Examples
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,20 @@ def write_eval_report(
     results: EvalResults,
     *,
     galleries: Sequence[Gallery] = (),
-    classes: Sequence[ClassPanel] = (),
-    missed: Mapping[str, Sequence[MissedImage]] | None = None,
+    examples: Mapping[str, Examples] | None = None,
     kicker: str = "evatool eval",
 ) -> None:
     """The report of one evaluation, or of one comparison; complete or not there.
 
     Args:
         galleries: retrieval examples of the last model, one a set.
-        classes, missed: what the last model does with classes and pictures of each set.
+        examples: what the last model does with classes and images of each set, by set.
     """
+    examples = examples or {}
     names = Names.of(results)
     models = ", ".join(names.titles.values())
     differences = difference_panels(results, names, pairs_of(results))
-    counted = [s for s in results.sets if s.kind != "average"]
+    counted = [s for s in results.sets if not s.is_average]
     last = results.models[-1].name if results.models else ""
     page = render(
         "eval.html.j2",
@@ -70,8 +70,8 @@ def write_eval_report(
         notes=model_notes(results.models),
         galleries=galleries,
         last=last,
-        classes=classes,
-        missed=missed or {},
+        classes=[found.classes for found in examples.values() if found.classes is not None],
+        missed={name: found.missed for name, found in examples.items() if found.missed},
         titles={s.name: s.title for s in results.sets},
         table=table_rows(results),
         caveats=words.caveats(results, sum(len(p.whiskers) for p in differences)),
@@ -103,7 +103,7 @@ def seed_rows(results: EvalResults) -> list[list[str]]:
     return [
         [
             titles[s.set],
-            words.label(s.metric),
+            words.label(s.metric, results),
             ", ".join(s.models),
             f"{words.percent(s.value)} {words.bounds(s.interval)}",
         ]
@@ -117,7 +117,7 @@ def published_rows(results: EvalResults) -> list[list[str]]:
     return [
         [
             titles[row.set],
-            words.label(row.metric),
+            words.label(row.metric, results),
             row.model,
             f"{words.percent(row.value)} {words.bounds(row.interval)}",
             words.percent(row.published),
@@ -145,13 +145,13 @@ def headline_facts(results: EvalResults, names: Names) -> list[Fact]:
     record = results.headline_set()
     if record is None:
         return []
-    metric = main_metrics(record.kind)[0]
+    metric = words.main_metrics(results, record.kind)[0]
     rows = [row for model in names.titles if (row := results.row(model, record.name, metric))]
     return [
         Fact(
             label=names.titles[row.model],
             value=words.percent(row.value),
-            note=f"{words.label(metric)} on {record.phrase}, {words.bounds(row.interval)}",
+            note=f"{words.label(metric, results)} on {record.phrase}, {words.bounds(row.interval)}",
         )
         for row in rows[-4:]
     ]
@@ -167,7 +167,7 @@ def table_rows(results: EvalResults) -> list[TableRow]:
             rows.append(
                 TableRow(
                     set=record.title,
-                    metric=words.label(metric),
+                    metric=words.label(metric, results),
                     cells={
                         model: (words.percent(row.value).removesuffix(f"{words.NO_BREAK}%"), words.bounds(row.interval))
                         if row

@@ -40,7 +40,7 @@ def markdown(results: EvalResults) -> str:
                 [
                     row.model,
                     _title(results, row.set),
-                    words.label(row.metric),
+                    words.label(row.metric, results),
                     f"{words.percent(row.value)} {words.bounds(row.interval)}",
                     words.percent(row.published or 0.0),
                     words.signed_points(row.value - (row.published or 0.0)),
@@ -55,7 +55,7 @@ def markdown(results: EvalResults) -> str:
             ["after", "before", "set", "metric", "difference", "verdict"],
             [
                 [
-                    *(d.after, d.before, _title(results, d.set), words.label(d.metric)),
+                    *(d.after, d.before, _title(results, d.set), words.label(d.metric, results)),
                     *(words.points(d.interval), words.verdict(d.interval)),
                 ]
                 for d in results.differences
@@ -67,7 +67,7 @@ def markdown(results: EvalResults) -> str:
             ["models", "set", "metric", "mean"],
             [
                 [
-                    *(", ".join(s.models), _title(results, s.set), words.label(s.metric)),
+                    *(", ".join(s.models), _title(results, s.set), words.label(s.metric, results)),
                     f"{words.percent(s.value)} {words.bounds(s.interval)}",
                 ]
                 for s in results.over_seeds
@@ -92,7 +92,13 @@ def _numbers(results: EvalResults, set_name: str, metric: str) -> list[str]:
     rows = [results.row(m.name, set_name, metric) for m in results.models]
     first = next(row for row in rows if row)
     cells = [f"{words.percent(row.value)} {words.bounds(row.interval)}" if row else "–" for row in rows]
-    return [_title(results, set_name), words.label(metric), *cells, words.percent(first.chance), f"{first.n:,}"]
+    return [
+        _title(results, set_name),
+        words.label(metric, results),
+        *cells,
+        words.percent(first.chance),
+        f"{first.n:,}",
+    ]
 
 
 def _title(results: EvalResults, set_name: str) -> str:

@@ -5,32 +5,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from evatool.eval.intervals import Interval
-from evatool.eval.results import DifferenceRow, EvalResults, SetRecord, main_metrics
+from evatool.eval.results import AVERAGE, DifferenceRow, EvalResults, ResultRow, SetRecord
+from evatool.eval.task_wording import TaskWording
+from evatool.eval.tasks.build import all_tasks, find_task
 
 MINUS = "\N{MINUS SIGN}"
 NO_BREAK = "\N{NO-BREAK SPACE}"
 
-LABELS = {
-    "top1": "top-1",
-    "top5": "top-5",
-    "mean_per_class": "mean per class",
-    "mean_recall": "mean recall",
-    "average": "average",
-    "patch_top1": "patches named right",
-    "segmentation_miou": "segmentation mIoU",
-    "patch_retrieval@1": "text → patch R@1",
-    "linear_probe_top1": "linear probe top-1",
-    **{f"text_to_image_recall@{k}": f"text → image R@{k}" for k in (1, 5, 10)},
-    **{f"image_to_text_recall@{k}": f"image → text R@{k}" for k in (1, 5, 10)},
-}
-"""Metric name in files -> words in reports."""
+AVERAGES = TaskWording(main_metrics=(AVERAGE,), labels={AVERAGE: "average"}, unnamed=(AVERAGE,))
+"""Figures over several sets, which no task makes."""
 
 
-def label(metric: str) -> str:
-    """A metric in words; few-shot metrics carry their number of samples a class."""
-    if metric.startswith("few_shot_"):
-        return f"{metric.split('_')[2]}-shot top-1"
-    return LABELS.get(metric, metric)
+def wording_of(results: EvalResults, kind: str) -> TaskWording:
+    """The words for sets and rows of a kind; for one that no task is known of, its first metric by its own name."""
+    if kind == AVERAGE:
+        return AVERAGES
+    if kind in results.own_wording:
+        return results.own_wording[kind]
+    task = find_task(kind)
+    if task is not None:
+        return task.wording
+    return TaskWording(main_metrics=tuple(row.metric for row in results.results if row.kind == kind)[:1])
+
+
+def main_metrics(results: EvalResults, kind: str) -> tuple[str, ...]:
+    """The metrics that charts and sentences use for a kind of set, the most telling first."""
+    return wording_of(results, kind).main_metrics
+
+
+def main_rows(results: EvalResults) -> list[ResultRow]:
+    """The rows of every set's main metrics, in the order they were measured."""
+    return [row for row in results.results if row.metric in main_metrics(results, row.kind)]
+
+
+def label(metric: str, results: EvalResults) -> str:
+    """A metric in words; its own name where no kind of evaluation words it."""
+    every = (AVERAGES, *results.own_wording.values(), *(task.wording for task in all_tasks()))
+    return next((words for wording in every if (words := wording.label(metric)) is not None), metric)
 
 
 def signed_points(difference: float) -> str:
@@ -80,7 +91,7 @@ def times_chance(value: float, chance: float) -> str:
 
 def set_facts(record: SetRecord, chance: float | None) -> str:
     """ "729 pictures · 729 classes · chance 0.14 %", and the share of the largest class where that is much more."""
-    if record.kind == "average":
+    if record.is_average:
         return f"chance {percent(chance)}" if chance else ""
     facts = [_counted(record.n, "picture", "pictures")]
     if record.partial:
@@ -100,14 +111,10 @@ def set_facts(record: SetRecord, chance: float | None) -> str:
 def headline(results: EvalResults, model: str, title: str) -> str | None:
     """What the model reaches on the set that is named first, or None where that was not measured."""
     record = results.headline_set()
-    row = record and results.row(model, record.name, main_metrics(record.kind)[0])
+    row = record and results.row(model, record.name, main_metrics(results, record.kind)[0])
     if not record or not row:
         return None
-    hits = round(row.value * row.n)
-    if record.kind == "classification":
-        what = f"names {hits} of {row.n:,} pictures right at the first try"
-    else:
-        what = f"finds the right picture among its first five for {hits} of {row.n:,} captions"
+    what = wording_of(results, record.kind).headline.format(hits=round(row.value * row.n), n=f"{row.n:,}")
     sentence = f"On {record.phrase}, the model “{title}” {what}: {percent(row.value)} {bounds(row.interval)}"
     if row.low > row.chance:
         return f"{sentence}, {times_chance(row.value, row.chance)} ({percent(row.chance)})."
@@ -118,7 +125,7 @@ def step_sentences(results: EvalResults, before: str, after: str) -> list[str]:
     """What `after` gained and lost against `before`, a sentence a verdict; never a gain whose interval includes 0."""
     grouped: dict[str, list[str]] = {"gain": [], "loss": [], "no clear difference": []}
     for record, row in compared_rows(results, before, after):
-        grouped[verdict(row.interval)].append(f"{_subject(record, row.metric)} {points(row.interval)}")
+        grouped[verdict(row.interval)].append(f"{_subject(results, record, row.metric)} {points(row.interval)}")
     openings = {
         "gain": "Gained, in points: ",
         "loss": "Lost, in points: ",
@@ -129,14 +136,14 @@ def step_sentences(results: EvalResults, before: str, after: str) -> list[str]:
 
 def comparison_sentences(results: EvalResults) -> list[str]:
     """One sentence a pair of models on the headline figure: "A is better than B by 1.2 [0.8, 1.6] points on ..."."""
-    averages = [s for s in results.sets if s.kind == "average"]
+    averages = [s for s in results.sets if s.is_average]
     record = averages[0] if averages else results.headline_set()
     if record is None:
         return []
-    metric = main_metrics(record.kind)[0]
+    metric = main_metrics(results, record.kind)[0]
     sentences = []
     for row in (d for d in results.differences if (d.set, d.metric) == (record.name, metric)):
-        where = f"in {label(metric)} on {record.phrase}" if record.kind != "average" else f"on the {record.phrase}"
+        where = f"on the {record.phrase}" if record.is_average else f"in {label(metric, results)} on {record.phrase}"
         low, high = sorted((row.low, row.high), key=abs)
         amount = f"{_number(abs(row.value))} [{_number(abs(low))}, {_number(abs(high))}] points {where}"
         if row.interval.excludes_zero:
@@ -150,13 +157,16 @@ def comparison_sentences(results: EvalResults) -> list[str]:
 
 def compared_rows(results: EvalResults, before: str, after: str) -> list[tuple[SetRecord, DifferenceRow]]:
     """The differences in each set's main metrics, in the suite's order."""
-    rows = [(s, results.difference(before, after, s.name, m)) for s in results.sets for m in main_metrics(s.kind)]
+    rows = [
+        (s, results.difference(before, after, s.name, m)) for s in results.sets for m in main_metrics(results, s.kind)
+    ]
     return [(record, row) for record, row in rows if row is not None]
 
 
-def set_title(record: SetRecord, metric: str) -> str:
-    """The set's title, with the direction where it has two."""
-    return record.title if metric in ("top1", "average") else f"{record.title}, {label(metric)}"
+def set_title(results: EvalResults, record: SetRecord, metric: str) -> str:
+    """The set's title, with the metric where it does not go without saying."""
+    unnamed = wording_of(results, record.kind).unnamed
+    return record.title if metric in unnamed else f"{record.title}, {label(metric, results)}"
 
 
 def caveats(results: EvalResults, comparisons: int) -> list[str]:
@@ -182,8 +192,8 @@ def _joined(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def _subject(record: SetRecord, metric: str) -> str:
-    return record.phrase if metric in ("top1", "average") else label(metric)
+def _subject(results: EvalResults, record: SetRecord, metric: str) -> str:
+    return record.phrase if metric in wording_of(results, record.kind).unnamed else label(metric, results)
 
 
 def _digits(share: float) -> int:

@@ -1,183 +1,94 @@
-"""Linear probe and few-shot classifiers on frozen features: logistic regression, on a CPU or a GPU."""
+"""Linear probe and few-shot classification on frozen features of a labelled training set."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
-from torch import Tensor
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from evatool.core.errors import DataError
-from evatool.eval.encode import (
-    Encoding,
-    ImageMemory,
-    fail_on_all_ranks,
-    gather_arrays,
-    gather_rows,
-    image_batches,
-    own_numbers,
-)
 from evatool.eval.predictions import ScoreResult
-from evatool.eval.tasks.base import ClipModel, EvaluationSet
-from evatool.eval.text_classifier import TensorStore
+from evatool.eval.task_wording import TaskWording
+from evatool.eval.tasks.base import EvalTask, Predicted
 
-# N samples, E embedding, C classes
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from evatool.eval.encoder import Encoder, EvaluationSet
+    from evatool.eval.text_classifier import TensorStore
+
+# N samples, E embedding
 
 
-def image_features(
-    model: ClipModel,
-    eval_set: EvaluationSet,
-    how: Encoding,
-    *,
-    store: TensorStore | None,
-    key: str,
-    memory: ImageMemory | None = None,
-    on_batch: Callable[[int], None] | None = None,
-) -> tuple[Tensor, Tensor]:
+@dataclass
+class Probes(EvalTask[ScoreResult]):
+    """Classifiers that are fitted on the features of a training set, beside the zero-shot predictions of a set.
+
+    A suite's set names its training data instead of this kind, and a recipe asks for them.
+
+    Attributes:
+        training: a set as `open_eval_set` gives it, with the same classes as the set that is measured.
+        linear_probe, few_shot: keyword arguments of the functions of that name; None leaves one out.
+        seed: of what is held out and drawn.
+        store: of features of this model's weights, arithmetic and transform; None to keep nothing.
+    """
+
+    kind: ClassVar[str] = "probes"
+    result = ScoreResult
+    wording = TaskWording(
+        labels={"linear_probe_top1": "linear probe top-1", "few_shot_#_top#": "#-shot top-#"},
+    )
+
+    training: Any = None
+    linear_probe: Mapping[str, Any] | None = None
+    few_shot: Mapping[str, Any] | None = None
+    seed: int = 0
+    store: TensorStore | None = None
+
+    def open_targets(self, encoder: Encoder, eval_set: EvaluationSet) -> tuple[Tensor, Tensor]:
+        """Features and labels of the training set. Raises: DataError where its classes are others."""
+        assert self.training is not None, "probes need a training set"
+        if self.training.classnames != eval_set.classnames:
+            raise DataError(
+                f"probes of {eval_set.name} are trained on {self.training.name}, whose classes are others",
+                expected="the same classnames.txt",
+                fix="prepare both sets in one run",
+            )
+        return image_features(encoder, self.training, self.store)
+
+    def predict(self, encoder: Encoder, eval_set: Any, targets: tuple[Tensor, Tensor]) -> Predicted[ScoreResult]:
+        """Top-1 of each classifier, sample by sample."""
+        from evatool.eval.tasks import logistic_regression as classifiers
+
+        assert self.training is not None, "probes need a training set"
+        test = image_features(encoder, eval_set, self.store)
+        num_classes = len(eval_set.classnames)
+        how: dict[str, Any] = {"seed": self.seed, "device": encoder.device}
+        found = []
+        if self.linear_probe is not None:
+            found.append(classifiers.linear_probe(targets, test, num_classes, **how, **self.linear_probe))
+        if self.few_shot is not None:
+            name = self.training.name
+            found.append(classifiers.few_shot(targets, test, num_classes, **how, name=name, **self.few_shot))
+        scores = {metric: values for each in found for metric, values in each.scores.items()}
+        chance = {metric: value for each in found for metric, value in each.chance.items()}
+        return Predicted(ScoreResult(scores, chance))
+
+
+def image_features(encoder: Encoder, eval_set: Any, store: TensorStore | None) -> tuple[Tensor, Tensor]:
     """Unit features (N, E) float32 and labels (N,) int64 of a set, on the CPU; every rank must call it.
 
     Args:
-        store: of this model's weights, arithmetic and transform; None to keep nothing.
-        key: changes whenever a file of the set does.
-        memory: features of pictures seen in other sets, see `image_batches`.
+        eval_set: as `open_eval_set` gives it; its samples have a stamp that changes whenever a file of the set does.
+        store: features are taken from it, and kept in it, by the set's stamp; None to keep nothing.
     """
+    import torch
+
+    key = eval_set.samples.stamp
     if store is not None and (kept := store.get(key)) is not None:
         return kept[:, :-1].float().contiguous(), kept[:, -1].long()
-    rows: list[Tensor] = []
-    labels: list[NDArray[Any]] = []
-    with fail_on_all_ranks():
-        for features, target in image_batches(model, eval_set.loader, how, where=eval_set.name, memory=memory):
-            rows.append(features.cpu())
-            labels.append(target.numpy())
-            if on_batch:
-                on_batch(len(target))
-    numbers = own_numbers(eval_set.loader, sum(map(len, labels)))
-    own = {"labels": np.concatenate(labels)} if labels else {}
-    every = torch.from_numpy(gather_arrays(own, numbers)["labels"])
-    features = gather_rows(torch.cat(rows) if rows else torch.zeros(0, 0), numbers, len(every))
+    features, targets = encoder.encode_images(eval_set)
+    labels = torch.tensor(targets, dtype=torch.int64)
     if store is not None:
-        store.put(key, torch.cat([features, every[:, None].float()], dim=1))
-    return features, every
-
-
-def linear_probe(
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    num_classes: int,
-    *,
-    weight_decays: Sequence[float],
-    holdout: float,
-    max_iterations: int,
-    seed: int,
-    device: str = "cpu",
-) -> ScoreResult:
-    """Top-1 of logistic regression on all training features, its weight decay chosen on a held-out share of them.
-
-    Args:
-        train, test: unit features (N, E) and labels (N,), on the CPU.
-        holdout: share of each class that is held out; a class with one sample stays in both parts.
-    """
-    fitted, held = _split(train[1].numpy(), holdout, seed)
-    accuracies = []
-    for weight_decay in weight_decays if len(weight_decays) > 1 else ():
-        weights = fit(train[0][fitted], train[1][fitted], num_classes, weight_decay, max_iterations, device)
-        accuracies.append(float((predict(weights, train[0][held]) == train[1][held]).float().mean()))
-    chosen = weight_decays[int(np.argmax(accuracies))] if accuracies else weight_decays[0]
-    weights = fit(*train, num_classes, chosen, max_iterations, device)
-    hits = (predict(weights, test[0]) == test[1]).numpy().astype(np.float32)
-    return ScoreResult({"linear_probe_top1": hits}, {"linear_probe_top1": 1 / num_classes})
-
-
-def few_shot(
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    num_classes: int,
-    *,
-    shots: Sequence[int],
-    draws: int,
-    weight_decay: float,
-    max_iterations: int,
-    seed: int,
-    device: str = "cpu",
-    name: str = "the training set",
-) -> ScoreResult:
-    """Top-1 with `shots` training samples a class: each test sample's share of right answers over seeded draws.
-
-    Raises: DataError naming a class that has fewer samples.
-    """
-    counts = np.bincount(train[1].numpy(), minlength=num_classes)
-    if counts.min() < max(shots):
-        raise DataError(
-            f"class {int(counts.argmin())} of {name} has {counts.min()} training samples for {max(shots)} shots",
-            expected=f"at least {max(shots)} samples of every class",
-            fix=f"set eval.few_shot.shots to numbers up to {counts.min()}"
-            if counts.min()
-            else "leave eval.few_shot out",
-        )
-    scores: dict[str, NDArray[np.float32]] = {}
-    for k in shots:
-        hits = np.zeros(len(test[1]), dtype=np.float64)
-        for draw in range(draws):
-            chosen = _per_class(train[1].numpy(), k, np.random.default_rng((seed, k, draw)))
-            weights = fit(train[0][chosen], train[1][chosen], num_classes, weight_decay, max_iterations, device)
-            hits += (predict(weights, test[0]) == test[1]).numpy()
-        # rounded as they are kept, so that a resumed run gives the same numbers
-        scores[f"few_shot_{k}_top1"] = (hits / draws).astype(np.float16).astype(np.float32)
-    return ScoreResult(scores, dict.fromkeys(scores, 1 / num_classes))
-
-
-def fit(
-    features: Tensor, labels: Tensor, num_classes: int, weight_decay: float, max_iterations: int, device: str
-) -> Tensor:
-    """Multinomial logistic regression by full-batch L-BFGS: (E + 1, C) float32 on the CPU, the bias in the last row.
-
-    Minimises mean cross-entropy + weight_decay / 2 * squared weights, of features scaled by sqrt(E); no randomness.
-    """
-    x, y = _scaled(features).to(device), labels.to(device)
-    weights = torch.zeros(x.shape[1], num_classes, device=device, requires_grad=True)
-    bias = torch.zeros(num_classes, device=device, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [weights, bias], max_iter=max_iterations, history_size=10, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(x @ weights + bias, y) + 0.5 * weight_decay * weights.square().sum()
-        loss.backward()
-        return loss
-
-    with torch.enable_grad():
-        optimizer.step(closure)
-    return torch.cat([weights, bias[None]]).detach().cpu()
-
-
-def predict(weights: Tensor, features: Tensor) -> Tensor:
-    """(N,) classes."""
-    return (_scaled(features) @ weights[:-1] + weights[-1]).argmax(dim=1)
-
-
-def _scaled(features: Tensor) -> Tensor:
-    return features * features.shape[1] ** 0.5  # a unit vector's entries then have a variance of about 1
-
-
-def _per_class(labels: NDArray[Any], count: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """`count` samples of every class that occurs."""
-    order = rng.permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]
-    place = np.arange(len(order)) - np.searchsorted(labels[order], labels[order])
-    return np.sort(order[place < count])
-
-
-def _split(labels: NDArray[Any], share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Samples to fit on and samples to choose by, class by class; a class with one sample is in both."""
-    order = np.random.default_rng(seed).permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]
-    sorted_labels = labels[order]
-    place = np.arange(len(order)) - np.searchsorted(sorted_labels, sorted_labels)
-    size = np.searchsorted(sorted_labels, sorted_labels, side="right") - np.searchsorted(sorted_labels, sorted_labels)
-    held = place < np.maximum(1, np.round(share * size))
-    return np.sort(order[~held | (size == 1)]), np.sort(order[held])
+        store.put(key, torch.cat([features, labels[:, None].float()], dim=1))
+    return features, labels

@@ -7,81 +7,97 @@ clip-benchmark's own functions are the reference of the tests and not called: it
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from evatool.core.errors import DataError
-from evatool.eval.encode import Encoding, ImageMemory, fail_on_all_ranks, gather_arrays, image_batches, own_numbers
 from evatool.eval.predictions import ClassificationResult
-from evatool.eval.tasks.base import ClipModel, EvaluationSet
-from evatool.eval.text_classifier import TensorStore, check_prompts, text_classifier
+from evatool.eval.report.class_accuracy import class_panel, missed_samples
+from evatool.eval.report.gallery import missed_image
+from evatool.eval.task_wording import TaskWording
+from evatool.eval.tasks.base import EvalTask, Examples, Predicted
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from evatool.eval.encoder import Encoder, EvaluationSet
 
 # N samples, C classes, E embedding, B of a batch
 
 NUM_KEPT = 5
 LOGIT_SCALE = 100.0  # clip-benchmark's, whatever the model's own temperature is
+_MISSES_SHOWN = 8  # images a set
 
 
-def classify(
-    model: ClipModel,
-    tokenizer: Callable[[Any], Tensor],
-    eval_set: EvaluationSet,
-    *,
-    device: str = "cpu",
-    stores: Sequence[TensorStore] = (),
-    memory: ImageMemory | None = None,
-    trim_text: bool = False,
-    lockstep: bool = False,
-    on_batch: Callable[[int], None] | None = None,
-) -> ClassificationResult:
-    """Zero-shot answers: class = largest dot product with the mean of the class's prompts' features, in float32.
+class ZeroShotClassification(EvalTask[ClassificationResult]):
+    """Class = largest dot product with the mean of the class's prompts' features, in float32.
 
     Equal logits rank by class id, as `argmax` does. Logits are reduced batch by batch: memory does not grow with N x C.
-    Every rank must call it, with a set that was opened for its rank; each gets the answers of all.
+    Batches of the set are (images, class ids (B,) int64).
+    """
+
+    kind: ClassVar[str] = "classification"
+    result = ClassificationResult
+    wording = TaskWording(
+        main_metrics=("top1",),
+        labels={"top#": "top-#", "mean_per_class": "mean per class"},
+        headline="names {hits} of {n} pictures right at the first try",
+        unnamed=("top1",),
+    )
+    in_averages = True
+    takes_probes = True
+
+    def open_targets(self, encoder: Encoder, eval_set: EvaluationSet) -> Tensor:
+        """(E, C) text classifier of the set's prompts."""
+        return encoder.text_classifier(eval_set)
+
+    def predict(self, encoder: Encoder, eval_set: EvaluationSet, targets: Tensor) -> Predicted[ClassificationResult]:
+        """Class ranks of every sample.
+
+        Raises: DataError for an empty set or a class id out of range; NumericalError for features not finite.
+        """
+        num_classes = len(eval_set.classnames)
+        check = functools.partial(check_labels, num_classes=num_classes, name=eval_set.name)
+
+        def rank_classes(features: Tensor, labels: Tensor) -> dict[str, NDArray[Any]]:
+            return rank_logits(LOGIT_SCALE * features @ targets, labels.to(features.device))
+
+        arrays = encoder.over_batches(eval_set, rank_classes, check=check)
+        if not arrays:
+            raise DataError(f"evaluation set {eval_set.name} has no samples", fix="prepare the set again")
+        return Predicted(ClassificationResult(num_classes=num_classes, **arrays))
+
+    def examples(self, predictions: ClassificationResult, eval_set: Any, title: str) -> Examples:
+        """The classes done best and worst, and the wrong images that the model is surest of."""
+        missed = [
+            missed_image(
+                eval_set.image(i),
+                eval_set.samples.keys[i],
+                eval_set.classnames[predictions.labels[i]],
+                eval_set.classnames[predictions.top[i, 0]],
+            )
+            for i in missed_samples(predictions, _MISSES_SHOWN)
+        ]
+        return Examples(class_panel(eval_set.name, title, predictions, eval_set.classnames), missed)
+
+
+def rank_logits(logits: Tensor, labels: Tensor) -> dict[str, NDArray[Any]]:
+    """The part of (B, C) logits that is kept, by the names of `ClassificationResult`.
 
     Args:
-        tokenizer: list of texts -> (T, L) int64.
-        device: where the model is.
-        stores: text classifiers of this model that are kept, see `text_classifier`.
-        memory: features of pictures seen in other sets, see `image_batches`.
-        trim_text, lockstep: see `Encoding`.
-        on_batch: called with the number of pictures after each batch.
-    Raises:
-        DataError: no class names or templates, a template without `{c}`, a class id out of range, an empty set.
-        NumericalError: features that are not finite.
+        labels: (B,) right classes, on the device of the logits.
     """
-    how = Encoding(device, trim_text, lockstep)
-    classnames, templates = list(eval_set.classnames or []), list(eval_set.templates or [])
-    check_prompts(eval_set.name, classnames, templates)
-    weights = text_classifier(model, tokenizer, classnames, templates, how, name=eval_set.name, stores=stores)
-    parts: list[dict[str, np.ndarray]] = []
-    with fail_on_all_ranks():
-        check = functools.partial(check_labels, num_classes=len(classnames), name=eval_set.name)
-        batches = image_batches(model, eval_set.loader, how, where=eval_set.name, check=check, memory=memory)
-        for features, target in batches:
-            parts.append(_predictions(LOGIT_SCALE * features @ weights, target.to(features.device)))
-            if on_batch:
-                on_batch(len(target))
-    own = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
-    whole = gather_arrays(own, own_numbers(eval_set.loader, len(own.get("labels", ()))))
-    if not whole:
-        raise DataError(f"evaluation set {eval_set.name} has no samples", fix="prepare the set again")
-    return ClassificationResult(num_classes=len(classnames), **whole)
+    import torch
 
-
-def _predictions(logits: Tensor, target: Tensor) -> dict[str, np.ndarray]:
-    """What is kept of (B, C) logits."""
     top, values = _first(logits, max(NUM_KEPT, 2))
-    own = logits.gather(1, target[:, None])
-    earlier = torch.arange(logits.shape[1], device=logits.device)[None] < target[:, None]
+    own = logits.gather(1, labels[:, None])
+    earlier = torch.arange(logits.shape[1], device=logits.device)[None] < labels[:, None]
     rank = ((logits > own) | ((logits == own) & earlier)).sum(dim=1)
     margin = values[:, 0] - values[:, 1] if values.shape[1] > 1 else torch.full_like(values[:, 0], torch.inf)
     return {
-        "labels": target.cpu().numpy().astype(np.int32),
+        "labels": labels.cpu().numpy().astype(np.int32),
         "top": top[:, :NUM_KEPT].cpu().numpy().astype(np.int32),
         "rank": rank.cpu().numpy().astype(np.int32),
         "margin": margin.cpu().numpy().astype(np.float32),
@@ -91,6 +107,8 @@ def _predictions(logits: Tensor, target: Tensor) -> dict[str, np.ndarray]:
 def _first(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Ids and values of the largest logits of each row, ties to the smaller id: `argmax` over and over, which for few
     of many classes costs a fraction of a stable sort."""
+    import torch
+
     left, ids = logits.clone(), []
     for _ in range(min(count, logits.shape[1])):
         ids.append(left.argmax(dim=1, keepdim=True))

@@ -7,31 +7,30 @@ from pathlib import Path
 
 from evatool.core.errors import EvatoolError
 from evatool.eval.model_differences import add_averages, add_differences, add_seed_rows
-from evatool.eval.predictions import ClassificationResult
-from evatool.eval.report.class_accuracy import ClassPanel, class_panel, missed_samples
-from evatool.eval.report.gallery import MissedImage, missed_image, write_gallery
+from evatool.eval.report.gallery import write_gallery
 from evatool.eval.report.page import how_measured, text_table, write_eval_report
 from evatool.eval.report.tables import write_csv, write_markdown
-from evatool.eval.results import EvalResults, compared_pairs, main_metrics, read_results, write_results
+from evatool.eval.report.wording import main_rows
+from evatool.eval.results import EvalResults, compared_pairs, read_results, write_results
+from evatool.eval.tasks.base import Examples
+from evatool.eval.tasks.build import task_of
 from evatool.runs.result import Result
-from evatool.stages.evaluating.measure import Evaluation, open_set
+from evatool.stages.evaluating.suite_evaluation import SuiteEvaluation
 
 log = logging.getLogger(__name__)
 
-_MISSES_SHOWN = 8  # pictures a set
 
-
-def write_outputs(evaluation: Evaluation) -> Result:
-    """Everything that follows from the answers. Every rank may call it; rank 0 writes.
+def write_outputs(evaluation: SuiteEvaluation) -> Result:
+    """Everything that follows from the predictions. Every rank may call it; rank 0 writes.
 
     Raises: EvatoolError naming the sets and models that failed, after everything else was written.
     """
     results, folder = evaluation.results, evaluation.run_dir
     order = {entry.name: i for i, entry in enumerate(evaluation.chosen)}
     results.sets.sort(key=lambda s: order[s.name])
-    add_averages(results, evaluation.answers, evaluation.suite)
-    add_differences(results, evaluation.answers, evaluation.suite, compared_pairs([m.name for m in results.models]))
-    add_seed_rows(results, evaluation.answers)
+    add_averages(results, evaluation.predictions, evaluation.suite)
+    add_differences(results, evaluation.predictions, evaluation.suite, compared_pairs([m.name for m in results.models]))
+    add_seed_rows(results, evaluation.predictions)
     outputs = {"results": folder / "results.json", "report": folder / "report.html"}
     if results.results and evaluation.world.is_main:
         outputs |= _write(evaluation, outputs)
@@ -40,21 +39,16 @@ def write_outputs(evaluation: Evaluation) -> Result:
     if results.failures:
         _raise_failures(results, outputs)
     log.info("measured with %s", how_measured(results))
-    main = {(s.name, metric) for s in results.sets for metric in main_metrics(s.kind)}
     return Result(
         stage="eval",
         run_dir=folder,
         outputs=outputs,
-        metrics={
-            f"eval/{row.model}/{row.set}/{row.metric}": round(row.value, 6)
-            for row in results.results
-            if (row.set, row.metric) in main
-        },
+        metrics={f"eval/{row.model}/{row.set}/{row.metric}": round(row.value, 6) for row in main_rows(results)},
         table=text_table(results),
     )
 
 
-def _write(evaluation: Evaluation, outputs: dict[str, Path]) -> dict[str, Path]:
+def _write(evaluation: SuiteEvaluation, outputs: dict[str, Path]) -> dict[str, Path]:
     results, folder = evaluation.results, evaluation.run_dir
     write_results(outputs["results"], results)
     results = read_results(outputs["results"])
@@ -66,34 +60,19 @@ def _write(evaluation: Evaluation, outputs: dict[str, Path]) -> dict[str, Path]:
     if galleries:
         more["gallery"] = folder / "gallery.json"
         write_gallery(more["gallery"], galleries[0])
-    panels, missed = _looked_into(evaluation, last)
-    write_eval_report(outputs["report"], results, galleries=galleries, classes=panels, missed=missed)
+    write_eval_report(outputs["report"], results, galleries=galleries, examples=_examples(evaluation, last))
     return more
 
 
-def _looked_into(evaluation: Evaluation, model: str) -> tuple[list[ClassPanel], dict[str, list[MissedImage]]]:
-    """Classes, confusions and pictures of the last model, for sets where there is something to see."""
-    panels, missed = [], {}
+def _examples(evaluation: SuiteEvaluation, model: str) -> dict[str, Examples]:
+    """By set, what the report shows of the last model's predictions besides numbers."""
+    found = {}
     for entry in evaluation.chosen:
-        answers = evaluation.answers.get((model, entry.name))
-        if not isinstance(answers, ClassificationResult):
-            continue
-        opened = open_set(evaluation, entry, evaluation.results.models[-1].image_size)
-        panel = class_panel(entry.name, entry.title, answers, opened.classnames)
-        if panel is not None:
-            panels.append(panel)
-        chosen = missed_samples(answers, _MISSES_SHOWN)
-        if chosen:
-            missed[entry.name] = [
-                missed_image(
-                    opened.image(i),
-                    opened.samples.keys[i],
-                    opened.classnames[answers.labels[i]],
-                    opened.classnames[answers.top[i, 0]],
-                )
-                for i in chosen
-            ]
-    return panels, missed
+        predictions = evaluation.predictions.get((model, entry.name))
+        if predictions is not None:
+            opened = evaluation.open(entry, evaluation.results.models[-1].image_size)
+            found[entry.name] = task_of(entry.kind).examples(predictions, opened, entry.title)
+    return found
 
 
 def _raise_failures(results: EvalResults, outputs: dict[str, Path]) -> None:

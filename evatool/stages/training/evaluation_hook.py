@@ -14,9 +14,10 @@ from evatool.data.image.eval_transforms import EvalTransform
 from evatool.data.tokenizer import build_tokenizer
 from evatool.distributed.engines.amp import autocast
 from evatool.distributed.world import World
+from evatool.eval.encode import Encoding
+from evatool.eval.encoder import Encoder
 from evatool.eval.suite import find_sets, load_suite
-from evatool.eval.tasks.retrieval import encode_pairs, retrieve
-from evatool.eval.tasks.zero_shot import classify
+from evatool.eval.tasks.build import task_of
 from evatool.model.config import ModelConfig
 from evatool.model.text import encode_text, is_trimmable
 from evatool.recipe.schema import EvaluateSection
@@ -24,6 +25,8 @@ from evatool.train.control import StepResult, TrainerControl
 from evatool.train.hooks.base import Hook
 
 log = logging.getLogger(__name__)
+
+_SHORT_NAMES = {"text_to_image_recall@5": "t2i_r5", "image_to_text_recall@5": "i2t_r5"}
 
 
 class Evaluation(Hook):
@@ -82,17 +85,11 @@ class Evaluation(Hook):
         return figures
 
     def _figures(self, opened: EvalSet) -> dict[str, float]:
-        device = str(self._device)
-        how = {"device": device, "trim_text": self._trims_text, "in_step": self._lockstep}
-        if opened.kind == "classification":
-            answers = classify(self._model, self._tokenizer, opened, **how)  # type: ignore[arg-type]
-            return {f"eval/{opened.name}/top1": float(answers.correct(1).mean())}
-        pairs = encode_pairs(self._model, self._tokenizer, opened, **how)  # type: ignore[arg-type]
-        found = retrieve(pairs, device=device)
-        return {
-            f"eval/{opened.name}/t2i_r5": float(found.hits("text_to_image", 5).mean()),
-            f"eval/{opened.name}/i2t_r5": float(found.hits("image_to_text", 5).mean()),
-        }
+        how = Encoding(str(self._device), self._trims_text, self._lockstep)
+        task = task_of(opened.kind)
+        predictions = task.run(Encoder(self._model, self._tokenizer, how), opened).predictions
+        main = [m for m in predictions.metrics() if m.metric in task.wording.main_metrics]
+        return {f"eval/{opened.name}/{_SHORT_NAMES.get(m.metric, m.metric)}": m.value for m in main}
 
 
 class _Towers:
