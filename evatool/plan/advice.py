@@ -32,11 +32,11 @@ def engines(job: Job) -> dict[str, Job]:
 
     whole = {"single": on("single")} if job.num_gpus == 1 else {"ddp": on("ddp"), "fsdp2": on("fsdp2")}
     if job.num_gpus > 1:
-        whole |= {f"ZeRO-{stage}": on("zero", stage) for stage in range(4)}
+        whole |= {f"ZeRO-{stage}": on("deepspeed", stage) for stage in range(4)}
     if job.optimizer != "adamw":
         return whole
-    offloaded = {f"ZeRO-{stage}, offload": on("zero", stage, "optimizer") for stage in (1, 2, 3)}
-    return whole | offloaded | {"ZeRO-3, all offload": on("zero", 3, "optimizer-and-weights")}
+    offloaded = {f"ZeRO-{stage}, offload": on("deepspeed", stage, "optimizer") for stage in (1, 2, 3)}
+    return whole | offloaded | {"ZeRO-3, all offload": on("deepspeed", 3, "optimizer-and-weights")}
 
 
 def fits(job: Job, gpu: Hardware) -> bool:
@@ -49,7 +49,7 @@ def choices(job: Job, gpu: Hardware, assumed: Assumptions) -> list[Choice]:
     found = []
     for each in engines(job).values():
         for checkpointing in _KEPT:
-            if checkpointing == "selective" and each.engine == "zero" and each.zero_stage == 3:
+            if checkpointing == "selective" and each.engine == "deepspeed" and each.zero_stage == 3:
                 continue  # refused by the recipe
             options = (replace(each, checkpointing=checkpointing, accumulation=n) for n in _accumulations(job))
             fitting = next((option for option in options if fits(option, gpu)), None)  # less accumulation is faster

@@ -15,7 +15,7 @@ from typing import Literal
 
 from evatool.plan.memory import FP32, Numerics
 
-Kind = Literal["single", "ddp", "fsdp2", "zero"]
+Kind = Literal["single", "ddp", "fsdp2", "deepspeed"]
 Offload = Literal["none", "optimizer", "optimizer-and-weights"]
 
 ZERO_BUCKET_ELEMENTS = 500_000_000
@@ -29,7 +29,7 @@ class Setup:
     """One engine on a number of ranks.
 
     Attributes:
-        kind: "zero" is DeepSpeed, with `zero_stage`; the others leave it at 0.
+        kind: as recipes name the engine; "deepspeed" goes with `zero_stage`, the others leave that at 0.
         offload: what DeepSpeed keeps in the machine's own memory.
         accumulates: several backward passes a step.
         on_gpu: DeepSpeed takes a second bucket there, to reduce one while the other fills.
@@ -45,12 +45,12 @@ class Setup:
     @property
     def shards_nothing(self) -> bool:
         """Whether every rank holds all of it."""
-        return self.kind in ("single", "ddp") or (self.kind == "zero" and self.zero_stage == 0)
+        return self.kind in ("single", "ddp") or (self.kind == "deepspeed" and self.zero_stage == 0)
 
     @property
     def shards_weights(self) -> bool:
         """Whether weights have to be gathered to be used."""
-        return self.kind == "fsdp2" or (self.kind == "zero" and self.zero_stage == 3)
+        return self.kind == "fsdp2" or (self.kind == "deepspeed" and self.zero_stage == 3)
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def average_bytes(sizes: Sequence[int], setup: Setup, frozen: Sequence[int] = ()
     whole_frozen = FP32 * sum(frozen)
     if setup.shards_nothing:
         return FP32 * sum(sizes) + whole_frozen, 0
-    even = 2 if setup.kind == "zero" and setup.zero_stage < 3 else 1
+    even = 2 if setup.kind == "deepspeed" and setup.zero_stage < 3 else 1
     own = FP32 * sum(min(n, even * -(-n // (even * ranks))) for n in sizes)
     if setup.shards_weights:
         whole_frozen = FP32 * sum(-(-n // ranks) for n in frozen)
@@ -164,7 +164,7 @@ def sharded_axis(shape: Sequence[int], num_ranks: int) -> int:
 
 def zero_buckets(setup: Setup, numerics: Numerics) -> int:
     """Bytes of DeepSpeed's buckets of gradients on their way, which are there from the first backward pass on."""
-    if setup.kind != "zero" or setup.zero_stage == 0:
+    if setup.kind != "deepspeed" or setup.zero_stage == 0:
         return 0
     num_buckets = 2 if setup.zero_stage == 2 and setup.on_gpu else 1  # overlap_comm
     return num_buckets * numerics.weight * ZERO_BUCKET_ELEMENTS
@@ -183,9 +183,9 @@ def engine_buffers(params: int, block_params: int, root_params: int, setup: Setu
         # A block at work and the next one with the buffer it comes in; a block's gradients and the copy that is sent.
         # What stands outside of blocks stays gathered from the forward pass to the end of the backward pass.
         return size * (min(5 * block_params, 2 * params) + 2 * root_params)
-    if setup.kind == "zero" and setup.zero_stage == 0 and setup.num_ranks > 1:
+    if setup.kind == "deepspeed" and setup.zero_stage == 0 and setup.num_ranks > 1:
         return size * min(params, ZERO_BUCKET_ELEMENTS)  # a flat copy of each bucket
-    if not (setup.kind == "zero" and setup.zero_stage == 3):
+    if not (setup.kind == "deepspeed" and setup.zero_stage == 3):
         return zero_buckets(setup, numerics)
     # two blocks with their gradients, or what DeepSpeed is allowed to keep gathered
     return zero_buckets(setup, numerics) + size * min(params, max(4 * block_params, ZERO_LIVE_ELEMENTS))

@@ -5,52 +5,53 @@ Source: docs/reference/memory-and-scale.md#operations, #states, #activations and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evatool.plan import memory as mem
 from evatool.plan import towers
+from evatool.plan.costs import Costs, PartCost, step_costs
 from evatool.plan.engines import States, average_bytes, engine_buffers, states
 from evatool.plan.job import Job
-from evatool.plan.locked import forward_only_flops, frozen_params, idle_blocks
+from evatool.plan.locked import frozen_params
 
 # ------------------------------------------------------------------------------------------------------- operations
 
 
 @dataclass(frozen=True)
 class Operations:
-    """Floating-point operations a sample: forward passes by part, and what a step does with them."""
+    """Floating-point operations a sample: forward passes by part, and what a step does with them.
+
+    Attributes:
+        image: forward passes of the image tower, a masked one among them.
+        text: forward pass of the text tower.
+        teacher: forward passes of all teachers that run.
+        model: three forward passes of what learns, one of what is frozen and of the teachers: what utilisation (MFU) is
+            counted on.
+        executed: `model`, and the forward passes that are repeated to save memory.
+    """
 
     image: int
     text: int
     teacher: int
     model: int
-    """Three forward passes of what learns, one of what is frozen and of the teacher: what utilisation (MFU) is counted
-    on."""
     executed: int
-    """`model`, and the forward passes that are repeated to save memory."""
 
 
 def operations(job: Job) -> Operations:
     """Operations a sample of this job."""
-    image, text, teacher = 0, 0, 0
-    if job.stage == "pretrain-mim":
-        image = towers.mim_flops(job.model, job.masked)
-        teacher = sum(towers.image_flops(config, all_tokens=True) for config in job.teachers)
-    else:
-        image = round(sum(part * towers.image_flops(job.model, share) for part, share in job.dropout_shares))
-        text = towers.text_flops(job.model, job.text_tokens)
-        if job.joint is not None:
-            image += towers.mim_flops(job.joint, job.masked)
-        for config in job.teachers:
-            teacher += towers.image_flops(config, all_tokens=job.joint is not None)
-            teacher += towers.text_flops(config, job.text_tokens) if job.joint is None else 0
-    shares = job.dropout_shares if job.stage != "pretrain-mim" else []
-    idle = round(sum(p * forward_only_flops(job.model, job.locks, share, job.text_tokens) for p, share in shares))
-    model = 3 * (image + text) - 2 * idle + teacher
-    repeated = image + text - idle if job.checkpointing == "full" else 0
+    costs = step_costs(job.step)
+    forward = sum(part.forward for part in costs.parts)
+    repeated = sum(part.forward - part.forward_only for part in costs.parts) if job.checkpointing == "full" else 0
     if job.accumulation > 1 and job.stage != "pretrain-mim":  # features of the whole batch first, then again
-        repeated += image + text
-    return Operations(image, text, teacher, model, model + repeated)
+        repeated += forward
+    return Operations(
+        image=costs.forward("image", "mim"),
+        text=costs.forward("text"),
+        teacher=sum(teacher.forward for teacher in costs.teachers),
+        model=costs.flops,
+        executed=costs.flops + repeated,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- memory
@@ -80,18 +81,19 @@ def memory(job: Job) -> Memory:
     numerics, setup = mem.NUMERICS[job.numerics], job.setup
     params = towers.count_parameters(job.model).total
     held, average = held_states(job), _average(job)
-    stacks, activations = _activations(job, numerics)
+    costs = step_costs(job.step, numerics, checkpointing=job.checkpointing)
+    stacks = [stack for part in costs.parts for stack in part.blocks]
     in_blocks = sum(stack.params for stack in stacks)
     batch = job.micro_batch_size
-    kept = batch * sum(part.kept for part in activations)
+    kept = batch * sum(part.activations.kept for part in costs.parts)
     is_recomputed = job.checkpointing != "none"
     # What is recomputed casts its weights again, a block at a time; otherwise the casts wait for the backward pass.
-    casts = 0 if is_recomputed else mem.cast_weights(_cast_params(job, stacks), numerics)
+    casts = 0 if is_recomputed else mem.cast_weights(_cast_params(costs.parts), numerics)
     always = {
         "weights": held.weights,
         "optimizer": held.optimizer,
         "average": average[0],
-        "teacher": _teacher_bytes(job, numerics, batch),
+        "teacher": _teacher_bytes(costs, batch),
         "buffers": mem.model_buffers(job.model)
         + engine_buffers(params, max(stack.block_params for stack in stacks), params - in_blocks, setup, numerics),
         "context": int(mem.CONTEXT_BYTES),
@@ -106,7 +108,7 @@ def memory(job: Job) -> Memory:
         "gradients": held.gradients,
         "activations": kept,
         "weight copies": casts,
-        "recomputed block": batch * max(part.block for part in activations),
+        "recomputed block": batch * max(part.activations.block for part in costs.parts),
     }
     alone = {"loss": loss, "gradients": held.gradients if has_gradients else 0}  # of features without their graph
     moments = [Memory(_in_order(always | moment), held.host + average[1]) for moment in (forward, backward, alone)]
@@ -137,46 +139,17 @@ def _average(job: Job) -> tuple[int, int]:
     return average_bytes([learned_params(job)], job.setup, [frozen_params(job.model, job.locks)])
 
 
-def _cast_params(job: Job, stacks: list[towers.Blocks]) -> int:
+def _cast_params(parts: Sequence[PartCost]) -> int:
     """Entries of the matrices that autocast keeps copies of: only of weights that learn."""
-    idle = idle_blocks(job.model, job.locks) if job.stage != "pretrain-mim" else (0, 0)
-    depths = [stack.depth - own for stack, own in zip(stacks, idle, strict=False)]
-    depths += [stack.depth for stack in stacks[len(depths) :]]
-    return sum(depth * stack.matrix_params for depth, stack in zip(depths, stacks, strict=True))
-
-
-def _activations(job: Job, numerics: mem.Numerics) -> tuple[list[towers.Blocks], list[mem.Activations]]:
-    """Each tower's blocks, and what it keeps of a sample."""
-    stacks = [towers.image_blocks(job.model)]
-    if job.stage == "pretrain-mim":
-        if job.model.decoder is not None:
-            stacks.append(towers.decoder_blocks(job.model))
-        return stacks, [mem.mim_activations(job.model, numerics, job.masked, checkpointing=job.checkpointing)]
-    idle = idle_blocks(job.model, job.locks)
-    image = mem.image_activations(
-        job.model,
-        numerics,
-        patch_dropout=job.least_dropout,
-        checkpointing=job.checkpointing,
-        idle_blocks=idle[0] if job.locks.visual is not None and job.model.is_eva else None,
-        is_locked=job.locks.visual == "all",
-    )
-    text = mem.text_activations(
-        job.model,
-        numerics,
-        tokens=job.text_tokens,
-        checkpointing=job.checkpointing,
-        idle_blocks=idle[1],
-        is_locked=job.locks.text == "all",
-    )
-    found = [image, text]
-    if job.joint is not None:
-        found.append(mem.mim_activations(job.joint, numerics, job.masked, checkpointing=job.checkpointing))
-    return [*stacks, towers.text_blocks(job.model)], found
+    found = 0
+    for part in parts:
+        for number, stack in enumerate(part.blocks):
+            found += (stack.depth - (part.idle_blocks if number == 0 else 0)) * stack.matrix_params
+    return found
 
 
 def _loss_bytes(job: Job, numerics: mem.Numerics) -> int:
-    """Of a contrastive loss, which is taken over all micro-batches at once."""
+    """Bytes of a contrastive loss, which is taken over all micro-batches at once."""
     if job.stage == "pretrain-mim":
         return 0
     batch = job.micro_batch_size * job.accumulation
@@ -188,13 +161,9 @@ def _loss_bytes(job: Job, numerics: mem.Numerics) -> int:
     return found + 3 * batch * job.masked * (job.joint.predict_dim or 0) * mem.FP32
 
 
-def _teacher_bytes(job: Job, numerics: mem.Numerics, batch: int) -> int:
-    """Whole float32 weights of all teachers on every rank, one block at work, and the targets."""
-    weights, working, targets = 0, 0, 0
-    for config in job.teachers:
-        blocks, tokens = towers.image_blocks(config), 1 + towers.num_patches(config)
-        weights += mem.FP32 * towers.count_parameters(config).total
-        working = max(working, batch * mem.teacher_activations(blocks, tokens, numerics))
-        rows = towers.num_patches(config) if job.masked else 2
-        targets += batch * rows * (config.embed_dim or 0) * mem.FP32
+def _teacher_bytes(costs: Costs, batch: int) -> int:
+    """Whole float32 weights of all teachers on every rank, the one at work, and the targets."""
+    weights = sum(mem.FP32 * teacher.params for teacher in costs.teachers)
+    working = max((batch * teacher.working_bytes for teacher in costs.teachers), default=0)
+    targets = sum(batch * teacher.target_numbers * mem.FP32 for teacher in costs.teachers)
     return weights + working + targets

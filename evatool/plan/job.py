@@ -11,10 +11,20 @@ from typing import Literal
 from evatool.core.errors import EvatoolError, RecipeError, UsageError
 from evatool.model.config import ModelConfig, mim_config
 from evatool.model.presets import resolve_preset
+from evatool.plan.costs import Stage, Step, TeacherModel, joint_tower
 from evatool.plan.engines import Kind, Offload, Setup
 from evatool.plan.locked import Locks
 from evatool.plan.memory import Checkpointing
-from evatool.recipe.schema import DistillRecipe, JointMim, PretrainMimRecipe, Recipe, TeacherSection, TrainClipRecipe
+from evatool.plan.traced import traced_timm_model
+from evatool.recipe.schema import (
+    DistillRecipe,
+    JointMim,
+    PatchTeacherSection,
+    PretrainMimRecipe,
+    Recipe,
+    TeacherSection,
+    TrainClipRecipe,
+)
 from evatool.recipe.schema.teacher import TIMM_PREFIX
 
 CAPTION_COLUMNS = 20
@@ -29,10 +39,10 @@ class Job:
     Attributes:
         stage: "train-clip", "pretrain-mim" or "distill".
         model: configuration.
-        teachers: configurations of the teachers that run at every step, as far as their shapes are known.
+        teachers: the teachers that run at every step, as far as their shapes are known.
         teacher_widths: of the embeddings that a student is compared with, stored ones among them.
         numerics: a key of `memory.NUMERICS`.
-        engine: "single", "ddp", "fsdp2" or "zero", with `zero_stage` and `offload` for the last.
+        engine: as recipes name it; `zero_stage` and `offload` are DeepSpeed's.
         accumulation: micro-batches of one optimiser step.
         checkpointing: what blocks recompute in the backward pass.
         patch_dropout, dropout_phases: share of dropped patches at first, and (samples seen, share) from then on.
@@ -45,9 +55,9 @@ class Job:
     """
 
     name: str
-    stage: Literal["train-clip", "pretrain-mim", "distill"]
+    stage: Stage
     model: ModelConfig
-    teachers: tuple[ModelConfig, ...]
+    teachers: tuple[TeacherModel, ...]
     samples_seen: int
     global_batch_size: int
     num_gpus: int
@@ -85,9 +95,18 @@ class Job:
         return Setup(self.engine, self.zero_stage, self.offload, self.num_gpus, self.accumulation > 1)
 
     @property
-    def least_dropout(self) -> float:
-        """The smallest share of dropped patches of any phase: what memory has to be enough for."""
-        return min([self.patch_dropout, *(share for _, share in self.dropout_phases)])
+    def step(self) -> Step:
+        """What a sample goes through, as `plan.costs` counts it."""
+        return Step(
+            self.stage,
+            self.model,
+            self.teachers,
+            self.masked,
+            self.joint,
+            self.locks,
+            tuple(self.dropout_shares),
+            self.text_tokens,
+        )
 
     @property
     def dropout_shares(self) -> list[tuple[float, float]]:
@@ -166,20 +185,17 @@ def job_of_recipe(recipe: Recipe, name: str, num_gpus: int) -> Job:
     )
 
 
-def _with_mim(job: Job, section: JointMim, known: tuple[ModelConfig, ...]) -> Job:
+def _with_mim(job: Job, section: JointMim, known: tuple[TeacherModel, ...]) -> Job:
     """The same with a second, masked pass through the image tower."""
     rows, columns = job.model.grid
-    predict = known[0].embed_dim if known else DEFAULT_PREDICT_DIM
-    joint = replace(mim_config(job.model, predict), vision=job.model.vision)  # the CLIP's tower, its inner norms too
-    return replace(job, joint=joint, masked=round(section.mask_ratio * rows * columns))
+    predict = (known[0].embed_dim if known else None) or DEFAULT_PREDICT_DIM
+    return replace(job, joint=joint_tower(job.model, predict), masked=round(section.mask_ratio * rows * columns))
 
 
 def _engine(kind: str, num_gpus: int) -> Kind:
     match kind:
         case "auto":
             return "single" if num_gpus == 1 else "fsdp2"
-        case "deepspeed":
-            return "zero"
         case "ddp" if num_gpus == 1:
             return "single"
         case _:
@@ -193,16 +209,17 @@ def _accumulation(micro_batch_size: int | None, samples: int) -> int:
 
 def _teachers(
     recipe: PretrainMimRecipe | TrainClipRecipe | DistillRecipe, notes: list[str]
-) -> tuple[tuple[ModelConfig, ...], tuple[ModelConfig, ...]]:
+) -> tuple[tuple[TeacherModel, ...], tuple[TeacherModel, ...]]:
     """All teachers whose shape is known, and those of them that run at every step; `notes` says what is left out."""
     sections: list[TeacherSection] = []
     if isinstance(recipe, DistillRecipe):
         sections = list(recipe.all_teachers.values())
     elif recipe.teacher is not None:
         sections = [recipe.teacher]
-    known, live = [], []
+    known: list[TeacherModel] = []
+    live: list[TeacherModel] = []
     for section in sections:
-        config, note = teacher_config(section.model)
+        config, note = _teacher(section)
         notes += [note] if note else []
         if config is None:
             continue
@@ -212,6 +229,15 @@ def _teachers(
         else:
             notes.append(f"what {section.model} says is stored: only the first {section.store.views} epochs run it")
     return tuple(known), tuple(live)
+
+
+def _teacher(section: TeacherSection) -> tuple[TeacherModel | None, str | None]:
+    """The teacher's architecture, and what to say of where its figures come from, or of why there are none."""
+    if not (isinstance(section, PatchTeacherSection) and section.is_timm):
+        return teacher_config(section.model)
+    name = section.model.removeprefix(TIMM_PREFIX)
+    note = f"what {section.model} costs was counted on its layers without weights: there is no formula for it"
+    return traced_timm_model(name, section.layer, section.image_size), note
 
 
 def teacher_config(name: str) -> tuple[ModelConfig | None, str | None]:

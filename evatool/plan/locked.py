@@ -38,8 +38,8 @@ def frozen_params(config: ModelConfig, locks: Locks) -> int:
     if text is None or locks.text is None:
         return frozen
     if locks.text == "all":
-        return frozen + counted.text - text["width"] * (config.embed_dim or 0)
-    table = (text["vocab_size"] + text["context_length"]) * text["width"]
+        return frozen + counted.text - int(text["width"]) * (config.embed_dim or 0)
+    table = int(text["vocab_size"] + text["context_length"]) * int(text["width"])
     return frozen + table + locks.text * towers.text_blocks(config).block_params
 
 
@@ -49,14 +49,19 @@ def idle_blocks(config: ModelConfig, locks: Locks) -> tuple[int, int]:
     return visual, config.text_depth if locks.text == "all" else locks.text or 0
 
 
-def forward_only_flops(config: ModelConfig, locks: Locks, patch_dropout: float, text_tokens: int | None) -> int:
-    """Operations a sample of what has a forward pass alone."""
-    image, text = idle_blocks(config, locks)
-    found = 0
-    if locks.visual is not None:
-        tokens = towers.kept_tokens(config, patch_dropout)
-        found += towers.patch_flops(config) + towers.image_blocks(config).flops(tokens) * image // config.depth
-    if text:
-        length = config.context_length if text_tokens is None else min(text_tokens, config.context_length)
-        found += towers.text_blocks(config).flops(length) * text // config.text_depth
-    return found
+def image_forward_only_flops(config: ModelConfig, locks: Locks, patch_dropout: float) -> int:
+    """Operations a picture of the frozen part of the image tower, which has a forward pass alone."""
+    if locks.visual is None:
+        return 0
+    blocks, _ = idle_blocks(config, locks)
+    tokens = towers.kept_tokens(config, patch_dropout)
+    return towers.patch_flops(config) + towers.image_blocks(config).flops(tokens) * blocks // config.depth
+
+
+def text_forward_only_flops(config: ModelConfig, locks: Locks, text_tokens: int | None) -> int:
+    """Operations a caption of the frozen part of the text tower, which has a forward pass alone."""
+    _, blocks = idle_blocks(config, locks)
+    if not blocks:
+        return 0
+    length = config.context_length if text_tokens is None else min(text_tokens, config.context_length)
+    return towers.text_blocks(config).flops(length) * blocks // config.text_depth

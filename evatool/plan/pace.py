@@ -41,7 +41,7 @@ def traffic(job: Job, gpu: Hardware, compute_sec: float) -> Traffic:
     learned, params = learned_params(job) * weight, towers.count_parameters(job.model).total * weight
     setup, passes = job.setup, job.accumulation
     reduced = 2 * learned if setup.shards_nothing else learned  # given to everyone, or scattered only
-    if setup.kind == "zero" and setup.zero_stage > 1:
+    if setup.kind == "deepspeed" and setup.zero_stage > 1:
         reduced *= passes  # after each backward pass, not once a step
     gathered = 0 if setup.shards_nothing else params if setup.shards_weights else learned
     if setup.shards_weights:
@@ -55,7 +55,7 @@ def traffic(job: Job, gpu: Hardware, compute_sec: float) -> Traffic:
     rate = 1e9 * (gpu.node_gb_per_sec if job.num_gpus <= gpu.gpus_per_node else gpu.fabric_gb_per_sec)
     # Stage 1 reduces after the backward pass; stages 1 and 2 gather the new weights after the step.
     behind_compute = reduced + gathered if setup.shards_weights else reduced
-    if setup.kind == "zero" and setup.zero_stage < 2:
+    if setup.kind == "deepspeed" and setup.zero_stage < 2:
         behind_compute = reduced if setup.zero_stage == 0 else 0
     room = compute_sec * (1.0 if setup.shards_weights else 2 / 3)
     total = (reduced + gathered + features) / rate

@@ -9,6 +9,7 @@ from evatool.core.errors import EvatoolError
 from evatool.plan import memory as mem
 from evatool.plan import towers
 from evatool.plan.advice import Choice, choices, engines, enough_gpus, largest_micro_batch
+from evatool.plan.costs import step_costs
 from evatool.plan.estimate import learned_params, memory, operations
 from evatool.plan.hardware import GPUS, Assumptions, Hardware
 from evatool.plan.job import Job
@@ -73,7 +74,7 @@ def make_plan(
 
 def _parameters(job: Job) -> dict[str, Any]:
     counted = towers.count_parameters(job.model)
-    frozen = sum(towers.count_parameters(config).total for config in job.teachers)
+    frozen = sum(teacher.params for teacher in step_costs(job.step).teachers)
     learned = learned_params(job)
     return {
         "image": counted.image,
@@ -177,7 +178,7 @@ def _settings(chosen: Job, job: Job) -> list[str]:
     """What `--set` must say to turn `job` into `chosen`."""
     settings = []
     if (chosen.engine, chosen.zero_stage, chosen.offload) != (job.engine, job.zero_stage, job.offload):
-        settings = [f"engine.kind={'deepspeed' if chosen.engine == 'zero' else chosen.engine}"]
+        settings = [f"engine.kind={chosen.engine}"]
         settings.append(f"engine.zero_stage={chosen.zero_stage}")
         settings.append(f"engine.offload={chosen.offload}")
     if chosen.checkpointing != job.checkpointing:
@@ -269,7 +270,7 @@ def _text(job: Job, data: dict[str, Any]) -> str:
         (
             "rank",
             f"{r['micro_batch_size']} samples a pass, {_times(r['grad_accum_steps'])} a step; engine {r['engine']}"
-            + (f" stage {r['zero_stage']}" if job.engine == "zero" else "")
+            + (f" stage {r['zero_stage']}" if job.engine == "deepspeed" else "")
             + (f", offload {r['offload']}" if r["offload"] != "none" else "")
             + f", {r['numerics']}, checkpointing {r['activation_checkpointing']}",
         ),

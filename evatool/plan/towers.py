@@ -173,8 +173,8 @@ def _text_params(config: ModelConfig) -> int:
     text = config.text
     assert text is not None
     assert config.embed_dim is not None
-    width = text["width"]
-    table = (text["vocab_size"] + text["context_length"]) * width
+    width = int(text["width"])
+    table = int(text["vocab_size"] + text["context_length"]) * width
     return table + text_blocks(config).params + 2 * width + width * config.embed_dim
 
 
@@ -207,7 +207,7 @@ def text_flops(config: ModelConfig, tokens: int | None = None) -> int:
     """Forward pass of the text tower for one caption of `tokens` (the whole context when None)."""
     assert config.text is not None
     length = config.context_length if tokens is None else min(tokens, config.context_length)
-    return text_blocks(config).flops(length) + 2 * config.text["width"] * (config.embed_dim or 0)
+    return text_blocks(config).flops(length) + 2 * int(config.text["width"]) * (config.embed_dim or 0)
 
 
 def mim_flops(config: ModelConfig, masked: int) -> int:
@@ -216,7 +216,7 @@ def mim_flops(config: ModelConfig, masked: int) -> int:
     patches = num_patches(config)
     if config.decoder is None:
         return patch_flops(config) + image_blocks(config).flops(1 + patches) + 2 * masked * config.width * predict
-    visible, inner = 1 + patches - masked, config.decoder["width"]
+    visible, inner = 1 + patches - masked, int(config.decoder["width"])
     encoder = image_blocks(config).flops(visible) + 2 * visible * config.width * inner
     return patch_flops(config) + encoder + decoder_blocks(config).flops(1 + patches) + 2 * masked * inner * predict
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from evatool.model.mim import build_mim
-from evatool.model.presets import ModelConfig
 from evatool.objective.build import build_objective
-from evatool.plan.towers import image_flops, mim_flops
 from evatool.recipe.schema import PretrainMimRecipe
 from evatool.runs import chain
 from evatool.runs.result import Result
 from evatool.runs.run_dir import RunOptions
 from evatool.stages.training import build as wiring
 from evatool.stages.training import loop as training_loop
-from evatool.stages.training.mim_data import MimData, open_mim_data
+from evatool.stages.training.mim_data import open_mim_data
 from evatool.stages.training.mim_hooks import ImageSheets, Validation
 
 
@@ -35,7 +33,7 @@ def run(recipe: PretrainMimRecipe, run: RunOptions) -> Result:
         hooks = [images, *training_loop.build_hooks(job, model.config)]
         if recipe.validation is not None:  # before what writes its figure
             hooks.insert(0, Validation(recipe.validation, job, recipe, data, objective))
-        flops = flops_per_sample(model.config, data)
+        flops = data.flops_per_sample(recipe, model.config)
         trainer = training_loop.build_trainer(job, objective, engine, data.loader, groups, hooks, state, flops)
         trainer.fit()
         with engine.summon_full_weights():
@@ -44,10 +42,3 @@ def run(recipe: PretrainMimRecipe, run: RunOptions) -> Result:
         following = chain.next_in_chain(recipe, run.name, path)
         following = following or chain.use_image_tower(recipe, recipe.model.preset, path)
         return training_loop.training_result(job, trainer, next_command=following, images={"mim_pictures": sheet})
-
-
-def flops_per_sample(student: ModelConfig, data: MimData) -> float:
-    """Of a step; the teacher's only where it is a CLIP that runs at every step."""
-    masked = round(data.mask.mask_ratio * data.mask.grid[0] * data.mask.grid[1])
-    has_teacher = data.views is None and data.teacher.facts.config is not None
-    return 3 * mim_flops(student, masked) + (image_flops(data.teacher.config, all_tokens=True) if has_teacher else 0)

@@ -46,8 +46,7 @@ class Cell:
     @property
     def setup(self) -> Setup:
         """As the plan names it, on as many ranks as there are."""
-        kind = "zero" if self.kind == "deepspeed" else self.kind
-        return Setup(kind, self.stage, self.offload, on_gpu=False)  # type: ignore[arg-type]
+        return Setup(self.kind, self.stage, self.offload, on_gpu=False)  # type: ignore[arg-type]
 
 
 COVERING = [Cell("ddp"), Cell("fsdp2", is_locked=True), Cell("deepspeed", 2), Cell("deepspeed", 3, "optimizer")]

@@ -107,9 +107,9 @@ def test_averages_stay_with_the_numbers_they_are_of() -> None:
     learned, frozen, ranks = [4_000_000], [1_000_000], 4
     assert average_bytes(learned, Setup("ddp", num_ranks=ranks), frozen) == (20_000_000, 0)
     assert average_bytes(learned, Setup("fsdp2", num_ranks=ranks), frozen) == (5_000_000, 0)
-    assert average_bytes(learned, Setup("zero", 2, num_ranks=ranks), frozen) == (8_000_000, 0)
-    assert average_bytes(learned, Setup("zero", 2, "optimizer", ranks), frozen) == (4_000_000, 4_000_000)
-    assert average_bytes(learned, Setup("zero", 3, "optimizer-and-weights", ranks), frozen) == (0, 5_000_000)
+    assert average_bytes(learned, Setup("deepspeed", 2, num_ranks=ranks), frozen) == (8_000_000, 0)
+    assert average_bytes(learned, Setup("deepspeed", 2, "optimizer", ranks), frozen) == (4_000_000, 4_000_000)
+    assert average_bytes(learned, Setup("deepspeed", 3, "optimizer-and-weights", ranks), frozen) == (0, 5_000_000)
 
 
 def test_frozen_weights_are_divided_where_weights_are() -> None:

@@ -84,7 +84,7 @@ def test_the_tiled_loss_does_not_grow_with_the_ranks() -> None:
 
 def test_zero_divides_what_its_stage_says() -> None:
     numerics, params = NUMERICS["fp32"], 1_000_003
-    ours = {stage: states([params], Setup("zero", stage, num_ranks=4), numerics) for stage in range(4)}
+    ours = {stage: states([params], Setup("deepspeed", stage, num_ranks=4), numerics) for stage in range(4)}
     assert ours[0].total == 16 * params
     even = 250_002  # elements of a rank's piece under stages 1 and 2
     assert [ours[stage].optimizer for stage in (1, 2, 3)] == [12 * even, 12 * even, 12 * 250_001]
@@ -99,7 +99,7 @@ def test_fsdp2_is_not_zero_3() -> None:
         states([params], Setup("fsdp2", num_ranks=8, accumulates=several), numerics) for several in (False, True)
     )
     assert once.total == 16 * params / 8
-    assert states([params], Setup("zero", 3, num_ranks=8), numerics).total == 20 * params / 8
+    assert states([params], Setup("deepspeed", 3, num_ranks=8), numerics).total == 20 * params / 8
     assert twice.gradients == once.gradients + 4 * params
     held = [fsdp2_states([(10, 3), (1, 8)], Setup("fsdp2", num_ranks=4), numerics, rank) for rank in range(4)]
     assert [each.weights for each in held] == [4 * (9 + 2)] * 4
@@ -108,9 +108,9 @@ def test_fsdp2_is_not_zero_3() -> None:
 
 def test_offload_moves_states_to_the_host() -> None:
     numerics, params = NUMERICS["fp32"], 4_000_000
-    at_home = states([params], Setup("zero", 3, num_ranks=4), numerics)
-    moved = states([params], Setup("zero", 3, "optimizer", num_ranks=4), numerics)
-    all_moved = states([params], Setup("zero", 3, "optimizer-and-weights", num_ranks=4), numerics)
+    at_home = states([params], Setup("deepspeed", 3, num_ranks=4), numerics)
+    moved = states([params], Setup("deepspeed", 3, "optimizer", num_ranks=4), numerics)
+    all_moved = states([params], Setup("deepspeed", 3, "optimizer-and-weights", num_ranks=4), numerics)
     assert (moved.weights, moved.total, moved.host) == (at_home.weights, at_home.weights, 5 * params)
     assert (all_moved.total, all_moved.host) == (0, 6 * params)
 
@@ -118,12 +118,12 @@ def test_offload_moves_states_to_the_host() -> None:
 def test_sixteen_bit_engine_is_the_published_formula() -> None:
     """docs/reference/memory-and-scale.md#states: 4P + 12P/N, 2P + 14P/N, 16P/N."""
     params, ranks, numerics = 4_000_000, 8, NUMERICS["bf16"]
-    totals = [states([params], Setup("zero", stage, num_ranks=ranks), numerics).total for stage in (1, 2, 3)]
+    totals = [states([params], Setup("deepspeed", stage, num_ranks=ranks), numerics).total for stage in (1, 2, 3)]
     assert totals == [4 * params + 12 * params / ranks, 2 * params + 14 * params / ranks, 16 * params / ranks]
 
 
 def test_buckets_are_there_whatever_the_model() -> None:
     numerics = NUMERICS["fp32"]
     for params in (1000, 10**11):
-        assert engine_buffers(params, 10, 10, Setup("zero", 2, num_ranks=2), numerics) == 2 * 4 * 500_000_000
+        assert engine_buffers(params, 10, 10, Setup("deepspeed", 2, num_ranks=2), numerics) == 2 * 4 * 500_000_000
     assert engine_buffers(1000, 10, 10, Setup("ddp", num_ranks=2), numerics) == 0

@@ -274,10 +274,10 @@ def test_engines_are_shown_as_themselves() -> None:
     [
         ([], "fsdp2", 0, "none"),
         (['engine.kind="ddp"'], "ddp", 0, "none"),
-        (["engine.kind=deepspeed", "engine.zero_stage=2", "engine.offload=optimizer"], "zero", 2, "optimizer"),
+        (["engine.kind=deepspeed", "engine.zero_stage=2", "engine.offload=optimizer"], "deepspeed", 2, "optimizer"),
         (
             ["engine.kind=deepspeed", "engine.zero_stage=3", "engine.offload=optimizer-and-weights"],
-            "zero",
+            "deepspeed",
             3,
             "optimizer-and-weights",
         ),

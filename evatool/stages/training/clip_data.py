@@ -8,7 +8,7 @@ from evatool.core.errors import RecipeError
 from evatool.data.train.loader import TrainLoader
 from evatool.model.presets import ModelConfig
 from evatool.objective.build import PatchTargets
-from evatool.plan.towers import image_flops, mim_flops, text_flops
+from evatool.plan.costs import flops_per_sample
 from evatool.recipe.schema import TrainClipRecipe
 from evatool.stages.training import build as wiring
 from evatool.stages.training.mim_data import MimData, open_masked_data
@@ -27,9 +27,8 @@ class ClipData:
         return None if self.mim is None else self.mim.patch_targets
 
     def flops_per_sample(self, recipe: TrainClipRecipe, config: ModelConfig) -> int:
-        """Model FLOPs of a sample's forward and backward pass, and of the teacher's forward pass where it runs."""
-        flops = 3 * (image_flops(config, recipe.model.patch_dropout) + text_flops(config))
-        return flops if self.mim is None else flops + _mim_flops(config, self.mim)
+        """Operations a sample, a teacher's forward pass among them where it runs, as `plan.costs` counts them."""
+        return flops_per_sample(recipe, config) if self.mim is None else self.mim.flops_per_sample(recipe, config)
 
 
 def open_clip_data(job: wiring.Job, recipe: TrainClipRecipe, config: ModelConfig) -> ClipData:
@@ -50,13 +49,3 @@ def open_clip_data(job: wiring.Job, recipe: TrainClipRecipe, config: ModelConfig
         )
     data = open_masked_data(job, config, mim, recipe.teacher, context_length=config.context_length)
     return ClipData(data.loader, data)
-
-
-def _mim_flops(config: ModelConfig, data: MimData) -> int:
-    """What masked image modelling adds to a sample: three passes over the masked image, and the teacher's where it is a
-    CLIP that runs at every step."""
-    masked = data.mask.generator().num_masked
-    head = 2 * masked * config.width * data.teacher.facts.width
-    has_teacher = data.views is None and data.teacher.facts.config is not None
-    teacher = image_flops(data.teacher.config, all_tokens=True) if has_teacher else 0
-    return 3 * (mim_flops(config, masked) + head) + teacher

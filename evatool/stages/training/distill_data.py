@@ -10,7 +10,7 @@ from evatool.core.errors import RecipeError
 from evatool.data.feature_store.store import StoreSpec, Views
 from evatool.data.train.loader import TrainLoader
 from evatool.model.config import ModelConfig
-from evatool.plan.towers import image_flops, text_flops
+from evatool.plan.costs import flops_per_sample
 from evatool.recipe.schema import DistillRecipe, DistillTeacherSection
 from evatool.recipe.schema.distill import EMBEDDINGS
 from evatool.stages.training import build as wiring
@@ -29,9 +29,8 @@ class DistillData:
     """The configurations of the teachers that run at every step."""
 
     def flops_per_sample(self, recipe: DistillRecipe, config: ModelConfig) -> int:
-        """Model FLOPs of a sample's forward and backward pass, and of the teachers' forward passes."""
-        flops = 3 * (image_flops(config, recipe.model.patch_dropout) + text_flops(config))
-        return flops + sum(image_flops(teacher) + text_flops(teacher) for teacher in self.live)
+        """Operations a sample, the teachers' forward passes among them, as `plan.costs` counts them."""
+        return flops_per_sample(recipe, config, teachers=self.live)
 
 
 def open_distill_data(job: wiring.Job, recipe: DistillRecipe, config: ModelConfig) -> DistillData:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from evatool.core.errors import RecipeError
@@ -10,8 +11,11 @@ from evatool.data.train.loader import TrainLoader
 from evatool.data.train.masking import MaskSpec
 from evatool.model.presets import ModelConfig, resolve_preset
 from evatool.objective.build import PatchTargets
+from evatool.plan.costs import TeacherModel, flops_per_sample
+from evatool.plan.traced import TracedModel
 from evatool.recipe import schema
-from evatool.recipe.schema import PretrainMimRecipe
+from evatool.recipe.schema import PretrainMimRecipe, TrainClipRecipe
+from evatool.recipe.schema.teacher import TIMM_PREFIX
 from evatool.stages.training import build as wiring
 from evatool.stages.training.teachers import (
     LazyTeacher,
@@ -20,6 +24,9 @@ from evatool.stages.training.teachers import (
     required_store_path,
     views_of,
 )
+from evatool.teachers.trace import trace_timm_teacher
+
+log = logging.getLogger(__name__)
 
 STORE = "patches"
 """Name of the store of a teacher's patch features."""
@@ -48,6 +55,33 @@ class MimData:
             width=self.shape.width,
             store=self.loader.stores.get(STORE),
         )
+
+    def flops_per_sample(self, recipe: PretrainMimRecipe | TrainClipRecipe, config: ModelConfig) -> int:
+        """Operations a sample with this run's masks and its teacher, as `plan.costs` counts them.
+
+        Args:
+            config: of the model that learns.
+        """
+        assert recipe.teacher is not None, "a student of masked image modelling has a teacher"
+        return flops_per_sample(
+            recipe,
+            config,
+            teachers=[] if self.views is not None else running_teacher(self.teacher, recipe.teacher),
+            masked=self.mask.generator().num_masked,
+            predict_dim=self.teacher.facts.width,
+        )
+
+
+def running_teacher(teacher: LazyTeacher, section: schema.PatchTeacherSection) -> list[TeacherModel]:
+    """The teacher's architecture for counting; nothing, with a warning, where torch cannot count a timm model."""
+    if teacher.facts.config is not None:
+        return [teacher.config]
+    name = section.model.removeprefix(TIMM_PREFIX)
+    try:
+        return [TracedModel(**trace_timm_teacher(name, section.layer, section.image_size))]
+    except RecipeError as error:
+        log.warning("the share of the peak (MFU) leaves the teacher out: %s", error.what)
+        return []
 
 
 def open_mim_data(job: wiring.Job, recipe: PretrainMimRecipe) -> MimData:
