@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -159,7 +160,7 @@ def _chosen_kind(path: Path, table: Any) -> str | None:
 
 
 def _about(path: Path, context: Mapping[str, Any], model: type[schema.Section]) -> str:
-    """What a missing key stands for."""
+    """The first sentence of a missing key's description, or the values that it may have."""
     if "discriminator" in context and path[-1] == "kind":
         tags = sorted({k.kind for k in schema_keys(model) if k.path == path and k.kind})
         return " (one of " + ", ".join(f'"{tag}"' for tag in tags) + ")"
@@ -173,8 +174,8 @@ def _about(path: Path, context: Mapping[str, Any], model: type[schema.Section]) 
         description = next((doc for s in owners if (doc := field_doc(s, part))), "")
         if not description and len(current) == 1:
             description = (current[0].__doc__ or "").splitlines()[0]
-    text = " ".join(description.split()).rstrip(".")
-    return f" ({text})" if text else ""
+    first_sentence = re.split(r"\.(?= [A-Z`])", " ".join(description.split()))[0].rstrip(".")
+    return f" ({first_sentence})" if first_sentence else ""
 
 
 def _expected(kind: str, message: str, given: Any, context: Mapping[str, Any]) -> str:

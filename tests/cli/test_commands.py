@@ -255,7 +255,7 @@ def test_recipe_show_reads_back_equal(invoke: Invoke) -> None:
     result = invoke("recipe", "show", "demo/distill", "--docs")
     Path("shown.toml").write_text(result.stdout)
     assert load_recipe("shown.toml").recipe == load_recipe("demo/distill").recipe
-    assert "# Weight of the contrastive loss." in result.stdout
+    assert "# Weight of the contrastive loss on the data itself." in result.stdout
 
 
 def test_recipe_show_has_an_origin_for_every_value(invoke: Invoke) -> None:

@@ -135,8 +135,8 @@ def test_absent_values_are_left_out() -> None:
 
 def test_docs_describe_keys_and_tables() -> None:
     text = to_toml(load_recipe("demo/train-clip").recipe, docs=True)
-    assert "# Peak learning rate.\nlr = " in text
-    assert "\n# Length, batch and precision.\n[train]\n" in text
+    assert "# Peak learning rate, reached at the end of the warm-up.\nlr = " in text
+    assert "\n# Length, batch and precision of the run.\n[train]\n" in text
 
 
 def test_the_schema_and_this_test_know_the_same_types() -> None:

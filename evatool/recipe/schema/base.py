@@ -1,4 +1,4 @@
-"""What every recipe section is, and the numbers that sections are made of. No torch."""
+"""The base of every recipe section, and the bounded numbers that fields are made of. No torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, strict, unknown keys refused. What a field means: `recipe.docs.field_doc`."""
+    """Base of all sections: frozen, strict, and without keys that it does not know.
+
+    The docstring below a field is the field's entry in docs/recipes.md (`recipe.field_docs`). It says in whole
+    sentences what the field does, its unit, where the default comes from, and when to change it.
+    """
 
     # Validators are built on first use: a command needs one stage's.
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
 def by_kind(default: str) -> Discriminator:
-    """The `kind` that chooses among sections (each with its `Tag`), and the one that is meant where there is none."""
+    """A discriminator that chooses among sections by their `kind`, the `Tag` of each; `default` without one."""
 
     def kind_of(value: Any) -> str:
         return value.get("kind", default) if isinstance(value, dict) else getattr(value, "kind", default)

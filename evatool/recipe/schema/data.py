@@ -13,33 +13,44 @@ from evatool.recipe.schema.base import Fraction, NonNegative, NonNegativeFloat, 
 
 
 class DrawingsSource(Section):
-    """The 6,816 captioned drawings that ship with the package (docs/data.md)."""
+    """Captioned drawings that ship with evatool: 6,816 small pictures of 849 concepts (docs/data.md).
+
+    They need no download, so the demo and the debug recipes use them.
+    """
 
     kind: Literal["drawings"] = "drawings"
+    """Selects the drawings as the pictures to prepare."""
     num_unseen: NonNegative = 120
-    """Concepts removed from training in every set, for the never-seen evaluation."""
+    """Number of concepts that are left out of training in every set. They form the evaluation set `never-seen`. The
+    default, 120 of 849, leaves most concepts for training. Lower it together with `max_concepts`."""
     split_seed: int = 0
-    """Seed of the never-seen split."""
+    """Seed that decides which concepts are left out of training. Two recipes with the same seed leave out the same
+    ones; change it to repeat an experiment with other concepts."""
     max_concepts: Positive | None = None
-    """Use only this many concepts, spread evenly over the groups (debug recipes)."""
+    """Largest number of concepts to use, spread evenly over the groups of drawings. All are used when it is absent.
+    Debug recipes set it so that they finish in seconds."""
 
 
 class FolderSource(Section):
-    """A folder of pictures and a caption file."""
+    """A folder of your own pictures, and a file with their captions."""
 
     kind: Literal["folder"] = "folder"
+    """Selects a folder of pictures and a caption file as what to prepare."""
     images: Path
-    """Folder of pictures, searched recursively."""
+    """Folder of the pictures. It is searched recursively."""
     captions: Path
-    """CSV, TSV or JSONL, told apart by its suffix; one picture a row."""
+    """File with the captions: CSV, TSV or JSONL, told apart by its suffix. Each row names one picture; several rows for
+    one picture give it several captions."""
     image_column: str = "image"
-    """Column (or JSON key) with the picture's path relative to `images`."""
+    """Column (in JSONL: key) that holds the picture's path, relative to `images`. Change it where your file calls the
+    column something else."""
     caption_column: str = "caption"
-    """Column (or JSON key) with the caption."""
+    """Column (in JSONL: key) that holds the caption. Change it where your file calls the column something else."""
     encoding: str = "utf-8"
-    """Text encoding of the caption file."""
+    """Text encoding of the caption file, by Python's name. Set it to `utf-16` or `cp1252`, for instance, for a file
+    that is not UTF-8."""
     license: str | None = None
-    """Licence of the pictures, for the manifest."""
+    """Licence of the pictures, written to the manifest. It changes nothing else."""
 
     @field_validator("encoding")
     @classmethod
@@ -52,52 +63,67 @@ class FolderSource(Section):
 
 
 class ShardSection(Section):
-    """WebDataset shards to write."""
+    """The WebDataset shards that are written."""
 
     samples_per_shard: Positive = 1000
-    """Samples a tar file."""
+    """Number of samples in one tar file. At 1,000 a shard of web pictures has 8 to 40 MB. Raise it for sets of many
+    millions of samples, so that there are fewer files."""
     shuffle_seed: int = 0
-    """Seed of the order in which samples are written."""
+    """Seed of the order in which samples are written to the shards. Training shuffles again, so there is rarely a
+    reason to change it."""
     max_bad_fraction: Fraction = 0.01
-    """Pictures and rows that cannot be used, as a share of all: skipped and named up to here, refused beyond."""
+    """Largest share of pictures and rows that may be unusable, from 0 to 1. Up to it they are skipped and named; beyond
+    it the stage ends with exit code 78 and writes nothing. The default of 1 % bears a few damaged files and still
+    notices a wrong folder."""
     max_pixels: Positive = 89_478_485
-    """Largest picture accepted, in pixels, judged by its header (Pillow's warning limit)."""
+    """Largest picture that is accepted, in pixels, judged by its header before it is decoded. The default is the size
+    at which Pillow warns of a decompression bomb. Raise it for very large scans that you trust."""
     contact_sheet_images: Positive = 60
-    """Pictures on the contact sheet."""
+    """Number of pictures on the contact sheet, a glance at what was prepared."""
 
 
 class DataPrepareRecipe(Section):
-    """Pictures and captions to WebDataset shards, evaluation sets, a manifest and a contact sheet."""
+    """Turns pictures and captions into WebDataset shards, evaluation sets, a manifest and a contact sheet."""
 
     stage: Literal["data-prepare"] = "data-prepare"
+    """Stage that this recipe is for. The commands of other stages refuse it."""
     source: str | None = None
-    """Where the figures of this recipe come from."""
+    """Text that says where the values of this recipe come from. It is shown by `evatool recipe list` and changes
+    nothing."""
     run_dir: Path | None = None
-    """Output folder; `runs/<recipe name>` when absent."""
+    """Folder to write. It is `runs/<recipe name>` when absent."""
     data: Annotated[DrawingsSource | FolderSource, Field(discriminator="kind")]
+    """Pictures and captions to prepare; its `kind` says where they are."""
     shards: ShardSection = ShardSection()
+    """How the shards are written."""
 
 
 # ---------------------------------------------------------------------------------------------------- training data
 
 
 class AugmentSection(Section):
-    """Random transforms of a training picture. The defaults are EVA-CLIP's: a crop and nothing else
-    (docs/reference/eva.md#clip-data).
+    """Random changes of each training picture.
+
+    The defaults are EVA-CLIP's: a crop and nothing else (docs/reference/eva.md#clip-data).
     """
 
     crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.9, 1.0)
-    """Area of the random crop as a share of the picture (low, high)."""
+    """Smallest and largest area of the random crop, as shares of the picture. The default keeps nearly the whole
+    picture, since captions describe all of it. Lower the first number where pictures are few or repeated often."""
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.3333333333333333)
-    """Aspect ratio of the random crop (low, high)."""
+    """Smallest and largest aspect ratio (width / height) of the random crop before it is scaled to a square. The
+    default is torchvision's."""
     horizontal_flip: Fraction = 0.0
-    """Probability of mirroring left and right."""
+    """Probability of mirroring a picture left to right. It is 0 because captions may speak of left and right, and
+    pictures may show text."""
     rotate_degrees: NonNegativeFloat = 0.0
-    """Largest rotation either way, corners filled with white."""
+    """Largest rotation to either side, in degrees; corners are filled with white. At 0 nothing is rotated. It helps
+    small sets of drawings."""
     color_jitter: NonNegativeFloat = 0.0
-    """Strength of random brightness, contrast, saturation and hue changes; 0 is off."""
+    """Strength of random changes of brightness, contrast, saturation and hue; 0 switches them off and 0.4 is strong. It
+    is off because captions name colours."""
     grayscale: Fraction = 0.0
-    """Probability of dropping the colour."""
+    """Probability of removing the colour. It is 0 because captions name colours."""
 
     @model_validator(mode="after")
     def _ranges_are_ordered(self) -> AugmentSection:
@@ -109,35 +135,38 @@ class AugmentSection(Section):
 
 
 class DataSource(Section):
-    """One set of shards among several."""
+    """One set of shards among several that are mixed."""
 
     name: Annotated[str, Field(min_length=1)]
-    """What logs, metrics and `phases` call it."""
+    """Name of the set in logs, metrics and `phases`."""
     shards: str | Annotated[list[str], Field(min_length=1)]
-    """A folder or manifest written by `evatool data-prepare`, or tars: path, URL (fsspec), glob, `{000..123}` list."""
+    """Where the shards are: a folder or manifest written by `evatool data-prepare`, or tars as a path, a URL that
+    fsspec can open, a glob, or a list with `{000..123}`."""
     weight: NonNegativeFloat | None = None
-    """Its share of what is read, relative to the other sources'; its number of samples when absent. 0: only phases
-    that name it read it."""
+    """Share of this set in what is read, relative to the weights of the other sets. When absent its number of samples
+    counts, so that all samples are equally frequent. With 0 only the phases that name the set read it."""
 
 
 class DataPhase(Section):
-    """Other weights from a point of the run on."""
+    """Other weights of the sources, from a point of the run on."""
 
     from_samples: Positive
-    """Samples seen when it begins, rounded up to a whole global batch."""
+    """Number of samples seen at which the phase begins. It is rounded up to a whole global batch."""
     weights: Annotated[dict[str, NonNegativeFloat], Field(min_length=1)]
-    """Source name -> weight from here on; a source that is not named is not read."""
+    """Weight of each source from there on, by the source's name. A source that is not named is not read."""
 
 
 class CaptionChoice(Section):
-    """One place of a sample where captions may stand."""
+    """One place of a sample in which its captions may stand."""
 
     member: str = "txt"
-    """Extension of the member: UTF-8 text, or JSON with `field`."""
+    """Extension of the sample's file that holds the caption: UTF-8 text, or a JSON object whose key `field` names."""
     field: str | None = None
-    """Key in the JSON object: a string, or a list of strings of which one is drawn each time."""
+    """Key in the JSON object. Its value is a string, or a list of strings of which one is drawn each time. A text file
+    has no `field`."""
     probability: PositiveFloat = 1.0
-    """How often it is drawn, relative to the other places where the sample has a caption."""
+    """Frequency with which this place is drawn, relative to the other places in which the sample has a caption. Lower
+    it for captions that are worse than the others."""
 
     @model_validator(mode="after")
     def _field_is_of_json(self) -> CaptionChoice:
@@ -149,16 +178,17 @@ class CaptionChoice(Section):
 
 
 class ExtraMember(Section):
-    """An array stored beside each sample, for instance a teacher's features."""
+    """An array that is stored beside each sample, for instance a teacher's features."""
 
     name: Annotated[str, Field(min_length=1)]
-    """Its name in the batch."""
+    """Name of the array in `Batch.extras`."""
     member: str
-    """Extension of the member: ends in `npy` or `safetensors`, for instance `teacher.npy`."""
+    """Extension of the sample's file that holds the array. It ends in `npy` or `safetensors`, for instance
+    `teacher.npy`."""
     tensor: str | None = None
-    """Name of the tensor in a `safetensors` member."""
+    """Name of the tensor in a `safetensors` file; an `npy` file has none."""
     shape: list[Positive]
-    """Its shape; a sample with another is a bad sample."""
+    """Shape of the array. A sample whose array has another shape counts as a bad sample."""
 
     @model_validator(mode="after")
     def _format_is_read(self) -> ExtraMember:
@@ -171,53 +201,73 @@ class ExtraMember(Section):
 
 
 class RemoteSection(Section):
-    """How shards on other machines are read: whole, into a bounded folder on this one."""
+    """How shards on other machines are read: each is fetched whole into a folder of bounded size on this machine."""
 
     cache_dir: Path | None = None
-    """Folder of fetched shards, shared by a machine's processes; one in the system's temporary folder when absent."""
+    """Folder of the fetched shards, shared by all processes of a machine. A folder in the system's temporary folder is
+    used when it is absent. Set it to the machine's fastest local disk."""
     cache_bytes: Positive = 64 * 2**30
-    """Most bytes kept there; what was not used longest goes first. The windows under way must fit."""
+    """Largest number of bytes in that folder; the shards that were not used for longest are removed first. It must hold
+    the windows that are being read. The default is 64 GiB."""
     attempts: Positive = 4
-    """Tries to fetch a shard before its samples count as bad."""
+    """Number of tries to fetch a shard before all of its samples count as bad. Raise it for a store that fails often.
+    """
     timeout_sec: PositiveFloat = 30.0
-    """A try fails when no byte arrives for so long."""
+    """Seconds without a byte after which a try fails. Raise it for a slow connection."""
     backoff_sec: PositiveFloat = 1.0
-    """Pause after the first failed try; doubled after each further one, up to 30 s."""
+    """Seconds of pause after the first failed try. The pause doubles after each further one, up to 30 s."""
 
 
 class TrainDataSection(Section):
-    """Shards to train on."""
+    """The shards to train on, their order, and how their pictures and captions are read."""
 
     train: Path | None = None
-    """Folder with shards and their `manifest.json`, as `evatool data-prepare` writes it; or local tars by glob."""
+    """Folder with shards and their `manifest.json`, as `evatool data-prepare` writes it, or local tars given by a glob.
+    Use `sources` instead to mix several sets or to read from another machine."""
     sources: Annotated[list[DataSource], Field(min_length=1)] | None = None
-    """Sets of shards that are mixed, instead of `train`."""
+    """Sets of shards that are mixed, each in a table `[[data.sources]]`. They take the place of `train`."""
     sampling: Literal["epochs", "with-replacement"] = "epochs"
-    """`epochs`: each sample of a source once before any comes again. `with-replacement`: drawn independently."""
+    """Order in which the samples of a source come. With `epochs` each sample comes once before any comes again. With
+    `with-replacement` every sample is drawn independently, so that some come again before others have come."""
     mixing: Literal["samples", "alternating", "weighted-batches"] = "samples"
-    """`samples`: each batch holds every source in its share. EVA's whole-batch modes: in turn, or drawn by weight."""
+    """How sources share the batches. With `samples` every batch holds each source in its share. `alternating` and
+    `weighted-batches` give whole batches to one source, in turn or drawn by weight, as EVA's released code does; choose
+    them to repeat such a run."""
     phases: Annotated[list[DataPhase], Field(min_length=1)] | None = None
-    """Changes of the sources' weights at stated samples seen."""
+    """Changes of the sources' weights at stated numbers of samples seen, each in a table `[[data.phases]]`. The weights
+    stay the same when it is absent."""
     window_shards: Positive | None = None
-    """Shards shuffled together; when absent 64, or 16 where any shard is remote."""
+    """Number of shards whose samples are shuffled together. It is 64 when absent, or 16 where any shard is remote. More
+    of them mix the samples better; fewer keep less on the disk, and more samples of one shard close together."""
     streams: Positive = 1
-    """Places of an epoch read at once. As many as ranks (or a multiple): each rank fetches only its own shards."""
+    """Number of places of an epoch that are read at the same time. Set it to the number of ranks, or a multiple, where
+    machines fetch remote shards: each machine then fetches only the shards of its own ranks. At 1 every machine fetches
+    all shards."""
     caption: Literal["txt", "json-captions"] | Annotated[list[CaptionChoice], Field(min_length=1)] = "txt"
-    """`txt`: the txt member; `json-captions`: one of the `captions` in the json member; or a list of places."""
+    """Where the caption of a sample is. `txt` is the text file; `json-captions` draws one of the `captions` in the JSON
+    file; or a list of places, each with a probability."""
     extras: Annotated[list[ExtraMember], Field(min_length=1)] | None = None
-    """Arrays stored beside the samples that come with each batch."""
+    """Arrays that are stored beside the samples and come with each batch. None are read when it is absent."""
     augment: AugmentSection = AugmentSection()
+    """Random changes of each training picture."""
     decode: Literal["fast", "exact", "scaled"] = "fast"
-    """`exact`: Pillow's bicubic, byte for byte. `fast`: 2 grey levels from it. `scaled`: large JPEGs at 1/2 or 1/4."""
+    """How pictures are decoded and resized. `exact` gives the bytes of Pillow's decoder and bicubic, as EVA's code
+    does. `fast` is faster and at most two grey levels away from that. `scaled` also decodes large JPEGs at half or a
+    quarter of their size where that is enough; choose it where the CPU is the bottleneck."""
     nonstandard: Literal["skip", "convert"] = "skip"
-    """CMYK, 16-bit and animated pictures: `skip` replaces them as bad samples, `convert` makes RGB of them as EVA's."""
+    """What becomes of CMYK, 16-bit and animated pictures, whose right colours cannot be known. `skip` replaces them as
+    bad samples; `convert` makes RGB of the first frame as EVA's readers did, without a limit on their number."""
     num_workers: NonNegative = 0
-    """Loader processes per rank; 0 reads in the training process."""
+    """Number of loader processes of each rank. With 0 the training process reads by itself, which suits small sets and
+    debugging. On a GPU take as many as the cores of the rank allow."""
     max_wait_sec: PositiveFloat = 900.0
-    """Longest wait for a batch from the loader processes before the run ends with exit code 76."""
+    """Seconds of waiting for a batch from the loader processes after which the run ends with exit code 76. It has no
+    effect with `num_workers = 0`."""
     max_bad_fraction: Fraction = 0.01
-    """Samples that cannot be read, as a share of those tried: replaced and counted up to here, refused beyond."""
+    """Largest share of the samples tried that may be unreadable, from 0 to 1. Up to it they are replaced, named and
+    counted; beyond it the run ends with exit code 78. The default of 1 % bears the broken pictures of a web set."""
     remote: RemoteSection = RemoteSection()
+    """How shards on other machines are fetched and kept."""
 
     @model_validator(mode="after")
     def _one_kind_of_source(self) -> TrainDataSection:

@@ -57,46 +57,63 @@ class DistillTeacherSection(TeacherSection):
     """A frozen CLIP model that a student learns from."""
 
     weight: PositiveFloat = 1.0
-    """Factor on the weights of all that is learned from this teacher."""
+    """Factor on the weights of all that is learned from this teacher. It only matters where there are several teachers:
+    lower it for the weaker one."""
     temperature: Annotated[float, Field(ge=0.001, le=1.0)] | None = None
-    """What its cosines are divided by; its own temperature when absent."""
+    """Number that the teacher's cosines are divided by in logit distillation. Its own temperature is used when absent.
+    """
     bias: float | None = None
-    """Added to its scaled similarities in a sigmoid loss's logit distillation, which needs it: about -ln(batch) for a
-    teacher trained with a softmax, its learned bias for one trained with a sigmoid loss."""
+    """Number added to the teacher's scaled similarities where logits are distilled with `loss = "sigmoid"`, which needs
+    it. Take about -ln(batch) for a teacher that was trained with a softmax, and the learned bias for one that was
+    trained with a sigmoid loss."""
 
 
 class DistillObjective(Section):
     """Contrastive loss plus what the student learns from each teacher, each part with its own weight.
 
-    A weight is a number, or `[[samples_seen, weight], ...]`: linear between the points, constant before and after.
+    A weight is a number, or `[[samples_seen, weight], ...]`: linear between the points, constant before the first and
+    after the last.
     """
 
     kind: Literal["distill"] = "distill"
+    """Selects distillation, the only objective of this stage."""
     loss: Literal["infonce", "sigmoid"] = "infonce"
-    """Of the similarities: softmax over the batch, or a yes-or-no question for every pair (`train-clip`'s two). Said of
-    the contrastive, the logit and the interactive part at once."""
+    """Form in which similarities are compared, in the contrastive, the logit and the interactive part at once.
+    `infonce` is a softmax over the global batch; `sigmoid` asks a yes-or-no question about every pair. They are the two
+    objectives of `train-clip`."""
     positives: Literal["pair", "equal-captions"] = "pair"
-    """As in the contrastive loss."""
+    """Captions that count as right for a picture in the contrastive part. `pair` is only its own; `equal-captions` is
+    every equal caption in the batch, which suits sets in which captions repeat."""
     initial_scale: Annotated[float, Field(ge=1.0, le=100.0)] | None = None
-    """As in train-clip's sigmoid loss, and only with it; 10 when absent."""
+    """Factor on the cosines at the start, only with `loss = "sigmoid"`. It is 10 when absent, as in `train-clip`'s
+    sigmoid loss, and is learned."""
     initial_bias: float | None = None
-    """As in train-clip's sigmoid loss, and only with it; -10 when absent."""
+    """Number added to the similarities at the start, only with `loss = "sigmoid"`. It is -10 when absent, as in
+    `train-clip`'s sigmoid loss, and is learned."""
     contrastive_weight: Weight = 1.0
-    """Weight of the contrastive loss."""
+    """Weight of the contrastive loss on the data itself. Set it to 0 to learn from the teachers alone."""
     feature_weight: Weight = 1.0
-    """Weight of feature matching between student and teacher features of both towers; where their widths differ, a
-    learned projection carries the student's to the teacher's."""
+    """Weight of feature matching, in which the student's embeddings of pictures and captions approach the teacher's.
+    Where their widths differ, a learned projection carries the student's embedding to the teacher's width."""
     feature_loss: Literal["cosine", "mse"] = "cosine"
-    """`cosine`: 1 - cosine, averaged over both towers. `mse`: CLIP-KD's squared difference of unit vectors, a mean over
-    elements and the sum of both towers: 4 / T of the other one at width T, so its weights are in the thousands."""
+    """Form of feature matching. `cosine` is 1 - cosine, averaged over both towers. `mse` is CLIP-KD's squared
+    difference of unit vectors, a mean over elements and a sum over both towers: it is 4 / T times the other one at
+    width T, so its weight has to be in the thousands."""
     logit_weight: Weight = 1.0
-    """Weight of the KL divergence from the teacher's to the student's softmax, averaged over both directions."""
+    """Weight of logit distillation. With `loss = "infonce"` it is the KL divergence from the teacher's softmax over the
+    global batch to the student's, averaged over both directions; with `sigmoid` the divergence of their answers for
+    every pair."""
     logit_temperature: PositiveFloat = 1.0
-    """Divides both models' similarities before that softmax (Hinton's temperature, with its factor T^2 on the loss)."""
+    """Number that divides both models' similarities before that softmax; the loss is multiplied by its square (Hinton's
+    temperature). Values above 1 soften both, so that wrong captions of high similarity count more. It has no effect
+    while `logit_weight` is 0."""
     relation_weight: Weight = 0.0
-    """Weight of relation matching: squared difference of cosines within a tower, over all pairs of the batch."""
+    """Weight of relation matching, the squared difference between student and teacher in the cosines of two pictures,
+    and of two captions, over all pairs of the batch. It is off by default; it needs no projection where widths differ.
+    """
     interactive_weight: Weight = 0.0
-    """Weight of the contrastive loss of student pictures against teacher captions, and the reverse."""
+    """Weight of the contrastive loss of the student's pictures against the teacher's captions, and of its captions
+    against the teacher's pictures (CLIP-KD). It is off by default."""
 
     @property
     def weights(self) -> dict[str, float | WeightPoints]:

@@ -10,26 +10,33 @@ from evatool.recipe.schema.base import Positive, PositiveFloat, Section
 
 
 class EngineSection(Section):
-    """How the training step is carried out; what works with what is in docs/engines.md."""
+    """How the training step is carried out over processes and devices; what works with what is in docs/engines.md."""
 
     kind: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = "auto"
-    """`auto`: `single` in one process, `fsdp2` in several. `fsdp2`: PyTorch's own, weights, gradients and moments
-    divided over ranks. `ddp`: its replicated mode, all of them whole on every rank. `deepspeed`: ZeRO."""
+    """Engine that carries out the step. `auto` is `single` in one process and `fsdp2` in several. `fsdp2` is PyTorch's
+    own: weights, gradients and moments are divided over the ranks. `ddp` keeps all of them whole on every rank, for
+    models that fit. `deepspeed` is ZeRO, for `zero_stage` and `offload`."""
     processes: Positive | None = None
-    """Processes to start on this machine; one a GPU, or one without GPUs, when absent. Ignored under torchrun."""
+    """Number of processes to start on this machine. When absent, one is started for each GPU, or one where there are
+    none. It is ignored under torchrun, which starts the processes itself."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
-    """What DeepSpeed divides over ranks: 0 nothing, 1 moments, 2 gradients too, 3 weights too."""
+    """What DeepSpeed divides over the ranks: 0 nothing, 1 the moments, 2 also the gradients, 3 also the weights. Higher
+    stages need less memory and more communication. It needs `kind = "deepspeed"`."""
     offload: Literal["none", "optimizer", "optimizer-and-weights"] = "none"
-    """What DeepSpeed keeps in the machine's own memory instead of the GPU's: moments and master weights (ZeRO 1 to 3,
-    stepped on the CPU), or the weights too (ZeRO 3). AdamW only."""
+    """What DeepSpeed keeps in the machine's own memory instead of the GPU's. `optimizer` moves moments and master
+    weights, which are then stepped on the CPU (ZeRO 1 to 3); `optimizer-and-weights` moves the weights too (ZeRO 3). It
+    works with AdamW only, and is slow: use it where a model fits no other way."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What a block computes again in its backward pass instead of keeping it: nothing, all but matrix products and
-    attention, or everything."""
+    """What a block computes again in its backward pass instead of keeping it. `full` keeps only the block's input and
+    repeats a third of the work; `selective` also keeps the results of matrix products and attention and repeats little;
+    `none` is fastest and needs most memory. `evatool plan` shows the difference."""
     compile: bool = False
-    """Compile every block with torch.compile, where a compiler is found."""
+    """Whether every transformer block is compiled with torch.compile, where a compiler is found. It takes a while at
+    the start and makes the steps after that faster."""
 
     hang_timeout_sec: PositiveFloat = 600.0
-    """Longest time without a finished step, saves and evaluations included, before the run ends with exit code 76."""
+    """Longest time in seconds without a finished step, saves and evaluations included, before the run ends with exit
+    code 76. Raise it where one evaluation or save takes longer than ten minutes."""
 
     @model_validator(mode="after")
     def _settings_reach_the_engine(self) -> EngineSection:

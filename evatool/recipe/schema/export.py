@@ -13,37 +13,45 @@ Format = Literal["open_clip", "baai", "timm", "safetensors", "onnx", "torch-expo
 
 
 class ExportSection(Section):
-    """What to write."""
+    """The model to export, and the files to write."""
 
     checkpoint: str
-    """Model to export, as `evatool.load_clip` reads it: run folder, checkpoint folder or released file."""
+    """Model to export, as `evatool.load_clip` reads it: a run folder, a checkpoint folder or a released file."""
     model: str | None = None
-    """The model of a file that no preset fits: a preset, or a JSON file with embed_dim, vision_cfg and text_cfg."""
+    """Architecture of a weight file that no preset fits: a preset's name, or a JSON file with `embed_dim`, `vision_cfg`
+    and `text_cfg`. Most files need none."""
     format: Format = "open_clip"
-    """`open_clip`: a folder for `local-dir:`. `baai`: a flat file with EVA-CLIP's names. `timm`: the image tower.
-    `safetensors`: our names in one file. `onnx`, `torch-export`: a graph a tower, any batch size. `deepspeed`: a
-    training checkpoint with its moments, as DeepSpeed's universal one."""
+    """Form of the written files. `open_clip` is a folder that open_clip loads as `local-dir:`. `baai` is one file under
+    EVA-CLIP's names. `timm` is the image tower alone. `safetensors` is one file under evatool's names. `onnx` and
+    `torch-export` are a graph for each tower that takes any batch size. `deepspeed` is a training checkpoint with its
+    moments, as DeepSpeed's universal one."""
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
-    """Numbers of the written weights; as at the source when absent."""
+    """Numbers of the written weights. They are as at the source when absent. `fp16` and `bf16` halve the files."""
     image_size: Positive | None = None
-    """Input side in pixels where it differs from the model's; positions are resized."""
+    """Input side in pixels, where it is to differ from the model's; the position embeddings are resized."""
     patch_size: Positive | None = None
-    """Patch side in pixels where it differs from the model's; the patch kernel and positions are resized."""
+    """Side of a patch in pixels, where it is to differ from the model's; the patch kernel and the position embeddings
+    are resized."""
     patch_resize: Literal["bicubic", "pseudo-inverse"] | None = None
-    """How a patch kernel is resized: as EVA's scripts do (when absent), or FlexiViT's way. Only with `patch_size`."""
+    """How the patch kernel is resized, only with `patch_size`. `bicubic` is used when absent, as EVA's scripts do;
+    `pseudo-inverse` is FlexiViT's way, which keeps the features of upsampled pictures."""
     tower: Literal["image", "text"] | None = None
-    """Only this tower (`onnx`, `torch-export`, `safetensors`, `baai`); `timm` is always the image tower."""
+    """Tower to write alone, for `onnx`, `torch-export`, `safetensors` and `baai`. Both are written when absent; `timm`
+    is always the image tower."""
     opset: Annotated[int, Field(ge=18)] | None = None
-    """ONNX operator set; 20 when absent. Only with `onnx`."""
+    """ONNX operator set, only with `format = "onnx"`. It is 20 when absent. Lower it for an older runtime."""
     streamed: bool | None = None
-    """Write tensor by tensor without loading the model, and verify block by block (`open_clip`, `baai`, `safetensors`).
-    When absent: if the float32 model does not fit the free memory."""
+    """Whether tensors are written one by one without loading the model, and verified block by block (`open_clip`,
+    `baai` and `safetensors`). When absent this is done where the float32 model does not fit the free memory."""
     push_to_hub: str | None = None
-    """Repository on the Hugging Face hub, `owner/name`, to upload the verified files to."""
+    """Repository on the Hugging Face hub, as `owner/name`, to which the verified files are uploaded. Nothing is
+    uploaded when it is absent."""
     results: Path | None = None
-    """`results.json` of an evaluation, for the model card."""
+    """`results.json` of an evaluation whose figures are written to the model card. The card has none when it is absent.
+    """
     tolerance: PositiveFloat = 1e-5
-    """Largest relative L2 difference between our features and the reloaded export's."""
+    """Largest relative L2 difference between evatool's features and those of the reloaded files. A larger difference
+    leaves no files. Raise it only where you know where the difference comes from."""
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> ExportSection:
@@ -63,11 +71,14 @@ class ExportSection(Section):
 
 
 class ExportRecipe(Section):
-    """A trained model as files that other libraries load; verified by reloading it there."""
+    """Writes a trained model as files that other libraries load, and verifies them by reloading them there."""
 
     stage: Literal["export"] = "export"
+    """Stage that this recipe is for. The commands of other stages refuse it."""
     source: str | None = None
-    """Where the figures of this recipe come from."""
+    """Text that says where the values of this recipe come from. It is shown by `evatool recipe list` and changes
+    nothing."""
     run_dir: Path | None = None
-    """Output folder; `runs/<recipe name>` when absent."""
+    """Folder to write. It is `runs/<recipe name>` when absent."""
     export: ExportSection
+    """Model to export, and the form of its files."""

@@ -14,15 +14,21 @@ if TYPE_CHECKING:
 
 
 class JointMim(Section):
-    """The image tower also predicts a teacher's patch features, at masked places of a second, masked view of the same
-    picture; `[teacher]` says whose. Mask token and prediction head belong to the objective and are not exported."""
+    """Masked image modelling beside the contrastive loss: the image tower also predicts a teacher's patch features.
+
+    It does so at hidden places of a second, masked view of the same picture. `[teacher]` says whose features they are.
+    Mask token and prediction head belong to the objective and are not exported.
+    """
 
     weight: PositiveFloat = 1.0
-    """Of the negative cosine, beside the contrastive loss at 1."""
+    """Weight of the negative cosine; the contrastive loss has 1. The negative cosine lies between -1 and 1, so it is
+    the smaller loss at the start; docs/evidence.md shows what it brings at toy size."""
     mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.41
-    """As in pretrain-mim."""
+    """Target share of masked patches, as in `pretrain-mim`: at most round(mask_ratio N) of N patches are masked. EVA's
+    value is 0.41, 105 of 256."""
     min_block_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.0625
-    """As in pretrain-mim."""
+    """Area of the smallest masked block as a share of the grid, as in `pretrain-mim`. EVA's value is 1/16, 16 of 256
+    patches."""
 
 
 def check_joint(mim: JointMim | None, teacher: PatchTeacherSection | None, model: ClipModelSection) -> None:

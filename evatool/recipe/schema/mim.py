@@ -8,20 +8,23 @@ from evatool.recipe.schema.base import Positive, Section
 
 
 class ImagesSection(Section):
-    """What the student saw, and how well it filled in the rest."""
+    """Sheets of pictures that show what the student saw, and how well it filled in the rest."""
 
     every_steps: Positive | None = None
-    """Steps between two sheets in the run folder's `pictures/`; only one at the end when absent."""
+    """Number of optimiser steps between two sheets in the run folder's `pictures/`. One sheet is drawn at the end in
+    any case, and only that one when it is absent."""
     num_images: Positive = 6
-    """Pictures of a sheet, the first ones of the run."""
+    """Number of pictures on a sheet. They are the first ones of the run, so that sheets can be compared."""
 
 
 class ValidationSection(Section):
-    """The loss on held-out pictures, uncropped, under a mask that is always the same."""
+    """The loss on pictures that are not learned from, uncropped, under a mask that is always the same."""
 
     data: Path
-    """Folder with held-out shards and their `manifest.json`, or local tars by glob."""
+    """Folder with held-out shards and their `manifest.json`, or local tars given by a glob."""
     every_steps: Positive
-    """Steps between two validations; a multiple of train.log_every. One more at the end."""
+    """Number of optimiser steps between two validations, a multiple of `train.log_every`. One more is made at the end.
+    """
     max_samples: Positive | None = None
-    """Use only this many; all when absent."""
+    """Largest number of samples to use. All are used when it is absent; lower it where the set is so large that
+    validation slows training down."""

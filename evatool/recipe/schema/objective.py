@@ -11,57 +11,72 @@ from evatool.recipe.schema.joint import JointMim
 
 
 class LearnedTemperature(Section):
-    """Learned, from the model's first value on, and kept within [1/100, 1]."""
+    """A temperature that is learned from the model's first value on, and kept within [1/100, 1]."""
 
     kind: Literal["learned"] = "learned"
+    """Selects a learned temperature."""
 
 
 class FixedTemperature(Section):
-    """The same from the first step to the last."""
+    """A temperature that stays the same from the first step to the last."""
 
     kind: Literal["fixed"] = "fixed"
+    """Selects a fixed temperature."""
     value: Annotated[float, Field(ge=0.01, le=1.0)] = 0.01
-    """What similarities are divided by: 0.01 in EVA-CLIP-8B and 18B (docs/reference/eva.md#eva-clip-8b-and-18b)."""
+    """Number that similarities are divided by. It is 0.01 in EVA-CLIP-8B and 18B
+    (docs/reference/eva.md#eva-clip-8b-and-18b)."""
 
 
 class InfoNceObjective(Section):
-    """Contrastive loss over the global batch (docs/reference/eva.md#contrastive-loss)."""
+    """Softmax contrastive loss over the global batch (docs/reference/eva.md#contrastive-loss)."""
 
     kind: Literal["infonce"] = "infonce"
+    """Selects the softmax loss of CLIP."""
     positives: Literal["pair", "equal-captions"] = "pair"
-    """`pair`: only the picture's own caption is right. `equal-captions`: every equal caption in the batch is."""
+    """Captions that count as right for a picture. `pair` is only its own; `equal-captions` is every equal caption in
+    the batch, which suits sets in which captions repeat."""
     temperature: Annotated[
         Annotated[LearnedTemperature, Tag("learned")] | Annotated[FixedTemperature, Tag("fixed")], by_kind("learned")
     ] = LearnedTemperature()
-    """Whether the temperature of the softmax is learned."""
+    """Whether the temperature of the softmax is learned or fixed."""
     mim: JointMim | None = None
-    """Masked image modelling beside it, in one stage; none when absent."""
+    """Masked image modelling beside the contrastive loss, in one stage. There is none when it is absent; it needs
+    `[teacher]`."""
 
 
 class SigmoidObjective(Section):
-    """A yes-or-no question for every pair of the global batch (SigLIP, arXiv 2303.15343)."""
+    """Sigmoid contrastive loss: a yes-or-no question for every pair of the global batch (SigLIP, arXiv 2303.15343)."""
 
     kind: Literal["sigmoid"] = "sigmoid"
+    """Selects the sigmoid loss of SigLIP."""
     positives: Literal["pair", "equal-captions"] = "pair"
-    """As in `infonce`."""
+    """Captions that count as right for a picture. `pair` is only its own; `equal-captions` is every equal caption in
+    the batch, which suits sets in which captions repeat."""
     initial_scale: Annotated[float, Field(ge=1.0, le=100.0)] = 10.0
-    """Factor on the cosines at the start, whatever `[model.init]` brought; learned, and kept within [1, 100]."""
+    """Factor on the cosines at the start, whatever `[model.init]` brought. It is learned, and kept within [1, 100]. The
+    default is SigLIP's."""
     initial_bias: float = -10.0
-    """Added to all similarities at the start; learned. Nearly all pairs of a batch are wrong ones."""
+    """Number added to all similarities at the start; it is learned. Nearly all pairs of a batch are wrong ones, so it
+    begins at a strong no. The default is SigLIP's."""
     mim: JointMim | None = None
-    """As in `infonce`."""
+    """Masked image modelling beside the contrastive loss, in one stage. There is none when it is absent; it needs
+    `[teacher]`."""
 
 
 class MimObjective(Section):
     """Negative cosine to the teacher's patch features at masked places (docs/reference/eva.md#mim-loss)."""
 
     kind: Literal["mim"] = "mim"
+    """Selects masked image modelling, the only objective of this stage."""
     mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.41
-    """Target share of masked patches, reached at most; the count is round(mask_ratio N): 105 of 256 in EVA."""
+    """Target share of masked patches, between 0 and 1: at most round(mask_ratio N) of N patches are masked. EVA's value
+    is 0.41, 105 of 256; EVA-L's, with `masking = "random"`, is 0.75."""
     min_block_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.0625
-    """Smallest masked block as a share of the grid: 16 of 256 patches in EVA."""
+    """Area of the smallest masked block as a share of the grid. EVA's value is 1/16, 16 of 256 patches. It has no
+    effect with `masking = "random"`."""
     masking: Literal["blocks", "random"] = "blocks"
-    """`blocks`: rectangles, as EVA-01 and EVA-02. `random`: single patches, equally many in each picture, as EVA-L."""
+    """Shape of the mask. `blocks` hides rectangles, as EVA-01 and EVA-02; `random` hides single patches, equally many
+    in each picture, as EVA-L, whose masked autoencoder needs it."""
 
     @model_validator(mode="after")
     def _blocks_are_of_blocks(self) -> MimObjective:

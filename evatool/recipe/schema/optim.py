@@ -13,48 +13,59 @@ class GroupSection(Section):
     """Optimiser settings of one tower."""
 
     lr: PositiveFloat
-    """Peak learning rate."""
+    """Peak learning rate, reached at the end of the warm-up."""
     weight_decay: NonNegativeFloat = 0.05
-    """Decoupled weight decay of matrices; biases, norms, position and class embeddings have none
-    (docs/reference/eva.md#parameter-groups).
-    """
+    """Decoupled weight decay of matrices. Biases, norms, position and class embeddings have none
+    (docs/reference/eva.md#parameter-groups)."""
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Factor on the learning rate per layer away from the head."""
+    """Factor on the learning rate for each layer away from the head. At 1 all layers learn alike; below 1 the first
+    layers of a tower that was trained before change less."""
 
 
 class OptimSection(Section):
-    """What all optimisers have: one group per tower, layer and decay."""
+    """Settings that all optimisers have; parameters form one group for each tower, layer and decay."""
 
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
-    """Decay of the first and second moments; EVA's intended values (docs/reference/eva.md#betas-by-name)."""
+    """Decay of the first and second moments, from 0 to 1. The defaults are EVA's intended values
+    (docs/reference/eva.md#betas-by-name); a second one below Adam's usual 0.999 follows changes of the gradient sooner.
+    """
     eps: PositiveFloat = 1e-6
-    """Added to the root of the second moment."""
+    """Number added to the root of the second moment, against division by almost nothing. EVA's value is 1e-6."""
     grad_clip_norm: PositiveFloat | None = None
-    """Largest global gradient norm; no clipping when absent."""
+    """Largest norm of the gradient of all parameters together; a larger gradient is scaled down to it. Nothing is
+    clipped when it is absent. Set it where the loss has spikes."""
     visual: GroupSection
-    """Image tower."""
+    """Settings of the image tower."""
     text: GroupSection | None = None
-    """Text tower; required where there is one."""
+    """Settings of the text tower. They are required where there is one."""
     other: GroupSection | None = None
-    """Parameters in neither tower (temperature, prediction head, projections); as `visual` when absent."""
+    """Settings of parameters in neither tower: temperature, prediction head and projections. They are as `visual`'s
+    when absent."""
 
 
 class AdamWSection(OptimSection):
-    """AdamW."""
+    """The optimiser AdamW."""
 
     kind: Literal["adamw"] = "adamw"
+    """Selects AdamW."""
 
 
 class LambSection(OptimSection):
-    """LAMB, the optimiser of EVA-CLIP's released runs; the same under every engine and world size (docs/optim.md)."""
+    """The optimiser LAMB of EVA-CLIP's released runs.
+
+    It computes the same under every engine and world size (docs/optim.md).
+    """
 
     kind: Literal["lamb"] = "lamb"
+    """Selects LAMB."""
     variant: Literal["deepspeed", "timm"] = "deepspeed"
-    """Formula: `deepspeed` as EVA trained (ratios within [0.01, 10], every tensor adapted), or timm's `Lamb`."""
+    """Formula. `deepspeed` is the one that EVA trained with: trust ratios within [0.01, 10], every tensor adapted.
+    `timm` is timm's `Lamb`, without bounds and without adaptation of tensors that have no decay."""
     granularity: Literal["tensor", "flat-shard"] = "tensor"
-    """What has a trust ratio of its own: a `tensor`, or as in EVA's runs a rank's slice of a group (`flat-shard`)."""
+    """What has a trust ratio of its own: each weight tensor (`tensor`, LAMB as published), or each rank's slice of a
+    parameter group (`flat-shard`, as EVA's runs did). Choose the latter only to study those runs."""
     virtual_world_size: Positive | None = None
-    """Number of ranks whose slices `flat-shard` imitates, on any number of real ones."""
+    """Number of ranks whose slices `flat-shard` imitates, on any number of real ones. `tensor` has none."""
 
     @model_validator(mode="after")
     def _slices_are_counted(self) -> LambSection:
@@ -66,24 +77,31 @@ class LambSection(OptimSection):
 
 
 class ScheduleSection(Section):
-    """Linear warm-up from 0, then cosine to `min_lr_fraction` of the peak (docs/reference/eva.md#clip-settings)."""
+    """Linear warm-up from 0, then half a cosine down to `min_lr_fraction` of the peak.
+
+    It is EVA's schedule (docs/reference/eva.md#clip-settings).
+    """
 
     kind: Literal["warmup-cosine"] = "warmup-cosine"
+    """Selects warm-up and cosine, the schedule of EVA."""
     warmup_samples: NonNegative = 0
-    """Length of the warm-up in samples seen."""
+    """Length of the warm-up in samples seen. Without one (0) large models often diverge at the start."""
     min_lr_fraction: Fraction = 0.0
-    """Learning rate at the end as a share of the peak."""
+    """Learning rate at the end of the run, as a share of the peak."""
 
 
 class ConstantCooldownSection(Section):
-    """Linear warm-up from 0, then the peak, then a cooldown to `min_lr_fraction` of it over the last samples."""
+    """Linear warm-up from 0, then the peak, then a cooldown to `min_lr_fraction` of the peak over the last samples."""
 
     kind: Literal["constant-cooldown"] = "constant-cooldown"
+    """Selects warm-up, constant rate and cooldown. A run can be lengthened before its cooldown without starting again.
+    """
     warmup_samples: NonNegative = 0
-    """Length of the warm-up in samples seen."""
+    """Length of the warm-up in samples seen. Without one (0) large models often diverge at the start."""
     cooldown_samples: NonNegative = 0
-    """Length of the cooldown at the end of the run in samples seen."""
+    """Length of the cooldown at the end of the run, in samples seen."""
     cooldown_power: PositiveFloat = 1.0
-    """Shape of the cooldown: the peak's share falls as (what is left of it) to this power; 1 is linear."""
+    """Shape of the cooldown: the share of the peak falls as (what is left of the cooldown) to this power. At 1 it falls
+    linearly; above 1 it falls faster at first."""
     min_lr_fraction: Fraction = 0.0
-    """Learning rate at the end as a share of the peak."""
+    """Learning rate at the end of the run, as a share of the peak."""

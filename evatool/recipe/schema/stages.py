@@ -50,21 +50,28 @@ from evatool.recipe.schema.train import CheckpointSection, EvaluateSection, Trai
 
 
 class TrainingRecipe(Section):
-    """What every training stage has."""
+    """Sections that every training stage has."""
 
     source: str | None = None
-    """Where the figures of this recipe come from."""
+    """Text that says where the values of this recipe come from. It is shown by `evatool recipe list` and changes
+    nothing."""
     run_dir: Path | None = None
-    """Run folder; `runs/<recipe name>` when absent."""
+    """Folder of the run. It is `runs/<recipe name>` when absent."""
     data: TrainDataSection
+    """Shards to train on."""
     optim: Annotated[Annotated[AdamWSection, Tag("adamw")] | Annotated[LambSection, Tag("lamb")], by_kind("adamw")]
+    """Optimiser, and its settings by tower."""
     schedule: Annotated[
         Annotated[ScheduleSection, Tag("warmup-cosine")] | Annotated[ConstantCooldownSection, Tag("constant-cooldown")],
         by_kind("warmup-cosine"),
     ] = ScheduleSection()
+    """Course of the learning rate over the run."""
     train: TrainSection
+    """Length, batch and precision of the run."""
     checkpoint: CheckpointSection = CheckpointSection()
+    """When the run is saved."""
     engine: EngineSection = EngineSection()
+    """How the step is carried out over processes and devices."""
 
     @model_validator(mode="after")
     def _offload_has_its_optimizer(self) -> TrainingRecipe:
@@ -107,16 +114,20 @@ def check_logged(key: str, every_steps: int, train: TrainSection) -> None:
 
 
 class PretrainMimRecipe(TrainingRecipe):
-    """Masked image modelling against a frozen teacher's patch features."""
+    """Masked image modelling: an image encoder learns a frozen teacher's patch features at places it does not see."""
 
     stage: Literal["pretrain-mim"] = "pretrain-mim"
+    """Stage that this recipe is for. The commands of other stages refuse it."""
     model: MimModelSection
+    """Image encoder that learns."""
     teacher: PatchTeacherSection
+    """Frozen model whose patch features are learned."""
     objective: MimObjective = MimObjective()
+    """Masks of the student."""
     images: ImagesSection = ImagesSection()
-    """Sheets of pictures while it learns."""
+    """Sheets of pictures that are drawn while it learns."""
     validation: ValidationSection | None = None
-    """Loss on held-out pictures while it learns; none when absent."""
+    """Loss on held-out pictures while it learns. None is computed when it is absent."""
 
     @model_validator(mode="after")
     def _validations_are_logged(self) -> PretrainMimRecipe:
@@ -125,11 +136,12 @@ class PretrainMimRecipe(TrainingRecipe):
 
 
 class ClipTrainingRecipe(TrainingRecipe):
-    """What the stages have that train a CLIP model."""
+    """Sections of the stages that train a CLIP model."""
 
     model: ClipModelSection
+    """CLIP model that learns."""
     evaluate: EvaluateSection | None = None
-    """Zero-shot evaluation while the model trains; none when absent."""
+    """Zero-shot evaluation while the model trains. There is none when it is absent."""
 
     @model_validator(mode="after")
     def _text_tower_has_settings(self) -> ClipTrainingRecipe:
@@ -144,14 +156,16 @@ class ClipTrainingRecipe(TrainingRecipe):
 
 
 class TrainClipRecipe(ClipTrainingRecipe):
-    """Contrastive image-text training."""
+    """Contrastive training of a CLIP model on pictures and captions."""
 
     stage: Literal["train-clip"] = "train-clip"
+    """Stage that this recipe is for. The commands of other stages refuse it."""
     objective: Annotated[
         Annotated[InfoNceObjective, Tag("infonce")] | Annotated[SigmoidObjective, Tag("sigmoid")], by_kind("infonce")
     ] = InfoNceObjective()
+    """Contrastive loss, alone or with masked image modelling beside it."""
     teacher: PatchTeacherSection | None = None
-    """Whose patch features `[objective.mim]` predicts; absent without it."""
+    """Frozen model whose patch features `[objective.mim]` predicts. It is absent without that table."""
 
     @model_validator(mode="after")
     def _joint_mim_fits(self) -> TrainClipRecipe:
@@ -160,14 +174,16 @@ class TrainClipRecipe(ClipTrainingRecipe):
 
 
 class DistillRecipe(ClipTrainingRecipe):
-    """A student CLIP learns from the data and from one or several frozen teachers."""
+    """Distillation: a student CLIP learns from the data and from one or several frozen teachers."""
 
     stage: Literal["distill"] = "distill"
+    """Stage that this recipe is for. The commands of other stages refuse it."""
     teacher: DistillTeacherSection | None = None
-    """The only teacher; absent where there are several."""
+    """The only teacher. It is absent where there are several."""
     teachers: dict[TeacherName, DistillTeacherSection] | None = None
-    """Several teachers, each in a table of its own: `[teachers.big]`."""
+    """Several teachers, each in a table of its own such as `[teachers.big]`. They take the place of `[teacher]`."""
     objective: DistillObjective = DistillObjective()
+    """Losses and their weights."""
 
     @property
     def all_teachers(self) -> dict[str, DistillTeacherSection]:

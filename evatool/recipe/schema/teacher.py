@@ -21,47 +21,60 @@ class StoreSection(Section):
     """Teacher features on the disk, written when they are first needed and read from then on."""
 
     path: Path | None = None
-    """Folder of the store; `teacher-features` in the folder of the shards when absent (one local source only)."""
+    """Folder of the store. When absent it is `teacher-features` in the folder of the shards, which must then be one
+    local source."""
     views: Positive = 1
-    """Views of a sample that are kept: epoch e uses view e mod `views`, its augmentation, mask and caption with it."""
+    """Number of views of a sample whose features are kept. Epoch e uses view e mod `views`, with its augmentation, mask
+    and caption. More views keep more variety and take more disk; set 1 where the data is seen about once."""
     seed: int = 0
-    """Of augmentation, masks and caption choice, in place of train.seed: runs of other seeds share the store."""
+    """Seed of augmentation, masks and caption choice, in the place of `train.seed`. Runs of other seeds therefore share
+    one store."""
 
 
 class PatchStoreSection(StoreSection):
-    """Teacher patch features on the disk."""
+    """Teacher patch features on the disk, written when they are first needed and read from then on."""
 
     masked_only: bool = False
-    """Keep only the masked patches: mask_ratio of the bytes, and no other mask can be drawn over them."""
+    """Whether only the features of masked patches are kept. The store then takes `mask_ratio` of the bytes, and no
+    other mask can be drawn over it."""
 
 
 class TeacherSection(Section):
     """A frozen CLIP model to learn from."""
 
     model: str
-    """Run folder, exported folder, released file or preset name, as `evatool.load_clip` reads it."""
+    """Teacher, as `evatool.load_clip` reads it: a run folder, an exported folder, a released file or a preset's name
+    (random weights)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """What it computes and keeps its weights in, whatever the student does; `auto`: bf16 on a GPU, fp32 on a CPU."""
+    """Numbers in which the teacher computes and keeps its weights, whatever the student does. `auto` is bf16 on a GPU
+    and fp32 on a CPU."""
     compile: bool = True
-    """Compile its transformer blocks on a GPU, where a compiler is found; on a CPU they run as they are."""
+    """Whether its transformer blocks are compiled on a GPU, where a compiler is found. On a CPU they run as they are.
+    """
     store: StoreSection | None = None
-    """Where its features are kept; when absent the teacher runs at every step."""
+    """Where its features are kept. The teacher runs at every step when it is absent; a store pays off where the data is
+    seen several times."""
 
 
 class PatchTeacherSection(TeacherSection):
     """A frozen model whose patch features are learned: a CLIP, or any timm model that gives a grid of them."""
 
     model: str
-    """As in `distill`; or `timm/` and a timm model's name."""
+    """Teacher: a CLIP as `evatool.load_clip` reads it (a run folder, an exported folder, a released file or a preset's
+    name), or `timm/` and a timm model's name."""
     weights: Path | None = None
-    """State dict of the timm model, under its names or with the same tensors in the same order; random when absent."""
+    """State dict of the timm model, under timm's names or with the same tensors in the same order. Its weights are
+    random when it is absent."""
     layer: int | None = None
-    """Of the timm model, as its `forward_intermediates` counts them, -1 the last: blocks of a transformer, stages of a
-    convolutional network. The last when absent."""
+    """Layer of the timm model whose features are learned, as its `forward_intermediates` counts them from 0: blocks of
+    a transformer, stages of a convolutional network. Negative numbers count from the end; the last is used when it is
+    absent."""
     image_size: Positive | None = None
-    """Input side in pixels where it differs from the teacher's own; its grid is carried to the student's."""
+    """Input side in pixels, where it is to differ from the teacher's own. The teacher's grid of features is carried to
+    the student's."""
     store: PatchStoreSection | None = None
-    """Where its patch features are kept; when absent the teacher runs at every step."""
+    """Where its patch features are kept. The teacher runs at every step when it is absent; a store pays off where the
+    data is seen several times."""
 
     @model_validator(mode="after")
     def _timm_has_its_settings(self) -> PatchTeacherSection:

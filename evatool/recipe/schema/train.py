@@ -13,44 +13,54 @@ from evatool.recipe.schema.base import NonNegative, NonNegativeFloat, Positive, 
 class GuardSection(Section):
     """What becomes of a step whose loss or gradient is not finite, overflows in fp16, or is a spike.
 
-    Such a step never reaches the weights, on any rank."""
+    Such a step never reaches the weights, on any rank.
+    """
 
     policy: Literal["skip", "rollback", "stop"] = "skip"
-    """`skip`: go on; beyond `budget`, one rollback to the last checkpoint and on behind the samples met since, then
-    exit 80. `rollback`: the one rollback at the first such step. `stop`: exit 80 at the first."""
+    """What happens after such a step. `skip` leaves it out and goes on; after more than `budget` of them the run
+    returns once to its last checkpoint and leaves out the samples that it has met since, and the next time it ends with
+    exit code 80. `rollback` returns at the first such step, once, and ends at the next. `stop` ends with exit code 80
+    at the first."""
     budget: NonNegative = 8
-    """Skipped steps that `skip` bears in any `window` steps."""
+    """Number of skipped steps that `skip` allows within any `window` steps. Raise it where fp16 overflows often."""
     window: Positive = 100
-    """Steps over which they are counted."""
+    """Number of steps over which the skipped ones are counted."""
     spike_sigma: NonNegativeFloat = 6.0
-    """A loss this many standard deviations above the mean of the last `spike_window` is a spike; 0: only what is not
-    finite is skipped."""
+    """Number of standard deviations above the mean of the last `spike_window` losses from which a loss counts as a
+    spike. With 0 only losses and gradients that are not finite are skipped."""
     spike_window: Annotated[int, Field(ge=8)] = 128
-    """Losses that a new one is compared with; no spike is seen before there are so many."""
+    """Number of earlier losses that a new one is compared with. No spike is seen before there are so many."""
 
 
 class TrainSection(Section):
-    """Length, batch and precision."""
+    """Length, batch and precision of the run, and what is recorded of it."""
 
     samples_seen: Positive
-    """Length of the run in samples."""
+    """Length of the run in samples. It is divided by `global_batch_size` and rounded down to whole steps."""
     global_batch_size: Positive
-    """Samples of one optimiser step over all ranks."""
+    """Number of samples in one optimiser step over all ranks. A contrastive loss compares each picture with all
+    captions of it, so results depend on it; it must divide over the ranks."""
     micro_batch_size: Positive | None = None
-    """Samples of a rank that go through the model at once; all of its share of the batch when absent. The gradient
-    stays that of the whole batch: a contrastive loss keeps every sample of it as a negative (docs/train.md)."""
+    """Number of samples of a rank that go through the model at once; the rank's whole share of the batch when absent.
+    Lower it until the run fits into memory: the gradient stays that of the whole batch, and a contrastive loss keeps
+    every sample of it as a negative (docs/train.md)."""
     seed: int = 0
-    """Seed of initialisation, order, augmentation and masks."""
+    """Seed of first weights, order of samples, augmentation and masks. Two runs with the same seed and recipe see the
+    same samples; change it to measure how much results vary."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the forward pass; weights and optimiser stay float32. `fp16` scales the loss dynamically."""
+    """Arithmetic of the forward pass; weights and optimiser stay float32. `bf16` suits GPUs that have it; `fp16` is for
+    older ones and scales the loss dynamically; `fp32`, the default, is the reference and runs everywhere."""
     log_every: Positive = 10
-    """Steps between two log lines."""
+    """Number of steps between two lines of the log and of `metrics.jsonl`. Each one makes a GPU wait, so keep it at 10
+    or more there."""
     guard: GuardSection = GuardSection()
-    """Steps that go wrong."""
+    """What becomes of steps that go wrong."""
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Decay of a moving average of the weights, kept in checkpoints as `ema.safetensors`; none when absent."""
+    """Decay of a moving average of the weights, between 0 and 1, such as 0.9999. Checkpoints have it as
+    `ema.safetensors`. None is kept when it is absent; it costs memory for one more copy of the weights."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Where the figures go beside `metrics.jsonl`; needs the extra `track`."""
+    """Programs that get the metrics beside `metrics.jsonl`. They need the extra `track` (`pip install
+    'evatool[track]'`)."""
 
     @model_validator(mode="after")
     def _at_least_one_step(self) -> TrainSection:
@@ -73,31 +83,35 @@ class TrainSection(Section):
 
 
 class EvaluateSection(Section):
-    """Zero-shot evaluation of the model while it trains, sharded over ranks."""
+    """Zero-shot evaluation of the model while it trains, divided over the ranks."""
 
     every_steps: Positive
-    """Steps between two evaluations, a multiple of `train.log_every`; the end of the run is always evaluated."""
+    """Number of steps between two evaluations, a multiple of `train.log_every`. The end of the run is always evaluated.
+    """
     data: Path
-    """Folder with the evaluation sets, as `[eval]` has it."""
+    """Folder with the evaluation sets, one folder for each set."""
     suite: str = "drawings"
-    """Name of a suite of evaluation sets (docs/eval.md)."""
+    """Name of a suite of evaluation sets, or the path of a suite file of your own (docs/eval.md)."""
     sets: list[str] | None = None
-    """Only these sets of the suite."""
+    """Names of the sets of the suite to evaluate. All are evaluated when it is absent; a few small ones keep the run
+    fast."""
     batch_size: Positive = 256
-    """Pictures a forward pass on each rank."""
+    """Number of pictures in a forward pass on each rank. Lower it where evaluation does not fit into memory beside the
+    training."""
 
 
 class CheckpointSection(Section):
     """When the run is saved. Its end, a signal and a file named STOP in the run folder always save it."""
 
     every_steps: Positive | None = None
-    """Steps between two saves."""
+    """Number of steps between two saves. None are made by steps when it is absent. `evatool plan` suggests a number."""
     every_minutes: PositiveFloat | None = None
-    """Minutes between two saves, beside those by steps."""
+    """Minutes between two saves, beside those by steps. None are made by time when it is absent."""
     keep: Positive = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints that stay on the disk; older ones are deleted."""
     keep_every_steps: Positive | None = None
-    """Checkpoints at multiples of this step are kept for good."""
+    """Checkpoints at multiples of this number of steps are kept for good. It must be a multiple of `every_steps`; none
+    are kept when it is absent."""
 
     @model_validator(mode="after")
     def _kept_ones_are_saved(self) -> CheckpointSection:
