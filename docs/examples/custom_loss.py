@@ -10,6 +10,7 @@ which it is content, which learns with the rest. docs/extending.md explains each
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ def main(shards: str, num_steps: str = "20") -> None:
         bounds=objective.parameter_bounds,
     )
     loader = build_train_loader(
-        TrainDataSection.model_validate({"train": shards, "num_workers": 0}),
+        TrainDataSection(train=Path(shards), num_workers=0),
         image_size=config.image_size,
         context_length=config.context_length,
         global_batch_size=batch_size,
