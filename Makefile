@@ -46,7 +46,7 @@ docs: $(STAMP)
 
 # The runs behind docs/evidence.md, an hour of two cores, and the page. Resumable: a finished run is not repeated.
 evidence: $(STAMP)
-	$(PY) recipes/evidence/run.py
+	$(PY) docs/evidence/run.py
 
 install: $(STAMP)
 

@@ -11,22 +11,21 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from plan_speeds import speeds_table
+from published_jobs import job_of
+
+from evatool.model.presets import PRESETS, resolve_preset
+from evatool.plan.estimate import memory
+from evatool.plan.hardware import Assumptions, hardware
+from evatool.plan.job import Job, job_of_recipe
+from evatool.plan.memory import GIB, NUMERICS, image_activations, text_activations
+from evatool.plan.pace import failures, pace
+from evatool.plan.published import PARAMETERS, PUBLISHED_RUNS
+from evatool.plan.towers import count_parameters, image_flops, text_flops
+from evatool.recipe.load import load_recipe
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, README = ROOT / "docs" / "plan.md", ROOT / "README.md"
-sys.path[:0] = [str(ROOT / "tests" / "plan"), str(ROOT / "tests" / "benchmarks")]
-
-from plan_speeds import speeds_table  # noqa: E402
-from published_jobs import job_of  # noqa: E402
-
-from evatool.model.presets import PRESETS, resolve_preset  # noqa: E402
-from evatool.plan.estimate import memory  # noqa: E402
-from evatool.plan.hardware import Assumptions, hardware  # noqa: E402
-from evatool.plan.job import Job, job_of_recipe  # noqa: E402
-from evatool.plan.memory import GIB, NUMERICS, image_activations, text_activations  # noqa: E402
-from evatool.plan.pace import failures, pace  # noqa: E402
-from evatool.plan.published import PARAMETERS, PUBLISHED_RUNS  # noqa: E402
-from evatool.plan.towers import count_parameters, image_flops, text_flops  # noqa: E402
-from evatool.recipe.load import load_recipe  # noqa: E402
 
 CLIP = [name for name in PARAMETERS if PRESETS[name].task == "clip"]
 TOWERS = ["EVA02-CLIP-B-16", "EVA02-CLIP-L-14", "EVA02-CLIP-L-14-336", "EVA02-CLIP-bigE-14-plus"]

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import plan_gpu
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import plan_gpu
 
 from evatool.model.presets import resolve_preset
 from evatool.plan.estimate import memory

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tests" / "benchmarks"))
-
-from plan_tables import INSTANT, MEASURED, PAGE, replaced  # noqa: E402
+from plan_tables import INSTANT, MEASURED, PAGE, replaced
 
 
 @pytest.mark.parametrize("name", INSTANT)

