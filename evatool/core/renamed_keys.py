@@ -56,6 +56,7 @@ def rename_recipe_keys(table: dict[str, Any]) -> tuple[list[tuple[str, str]], li
         target = new.rpartition(".")[2]
         if target in inner:
             refused.append(f"{old} and {new}")
+            del inner[last]  # one problem is enough: the schema would call it unknown as well
             continue
         # Other keys keep their places: the order of a recipe's keys is that of its file.
         items = [(target if key == last else key, value) for key, value in inner.items()]

@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -195,9 +196,15 @@ def _layer_of(table: dict[str, Any], origin: str) -> _Layer:
     """A table as a layer, its keys under today's names."""
     renamed, refused = rename_recipe_keys(table)
     for old, new in renamed:
-        log.info("%s: %s is called %s now", origin, old, new)
+        note_renamed(origin, old, new)
     problems = [f"{origin}: {keys} are one key under two names; keep the second" for keys in refused]
     return _Layer(table, dict.fromkeys(flatten(table), origin), problems)
+
+
+@cache
+def note_renamed(origin: str, old: str, new: str) -> None:
+    """Say, once in a process, that a key has another name today: recipes are read several times in one command."""
+    log.info("%s: %s is called %s now", origin, old, new)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -247,7 +254,10 @@ def _unset(layer: _Layer, keys: Sequence[str], where: str) -> None:
     """Drop values of the bases. A key that no base sets is a problem: it would silently do nothing."""
     for key in keys:
         try:
-            *parents, last = _key_path(renamed_recipe_key(key))
+            renamed = renamed_recipe_key(key)
+            if renamed != key:
+                note_renamed(where, key, renamed)
+            *parents, last = _key_path(renamed)
             table = layer.table
             for part in parents:
                 table = table[part]
