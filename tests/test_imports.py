@@ -29,8 +29,8 @@ ARROWS: dict[str, str] = {
     "optim": "core recipe distributed",
     "train": "core distributed objective",
     "eval": "core distributed",
-    "export": "core formats model weights",
     "inference": "core formats data model weights",
+    "export": "core formats model weights inference",
     "plan": "core recipe model",
     "runs": "core recipe",
     "stages": "core formats recipe distributed checkpoint data model weights teachers objective optim train eval "

@@ -36,10 +36,9 @@ def baai_state(tensors: Mapping[str, Tensor], config: ModelConfig) -> TensorMap:
             fix="export it as open_clip",
         )
     vision = config.vision
-    rename = lambda name: baai_name(  # noqa: E731
-        name, separate_qkv=vision["subln"], swiglu=vision["naiveswiglu"] or vision["swiglu"]
-    )
-    state = renamed_tensors(tensors, {rename(name): name for name in tensors})
+    swiglu = vision["naiveswiglu"] or vision["swiglu"]
+    names = {baai_name(name, separate_qkv=vision["subln"], swiglu=swiglu): name for name in tensors}
+    state = renamed_tensors(tensors, names)
     tables: dict[str, Tensor] = {}
     if vision["rope"] and "visual.pos_embed" in state:
         dtype = state.dtype("visual.pos_embed")

@@ -13,14 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from evatool.core.errors import DependencyError
+from evatool.export.base import Exporter
 from evatool.export.folder import Exported, Target, staged_folder, sync_file, write_json, write_text
 from evatool.export.model_card import CardFacts, model_card
-from evatool.export.verify import ExportableClip, fixed_inputs, largest_difference, our_outputs
+from evatool.export.verify import fixed_inputs, largest_difference, our_outputs
+from evatool.export.written import Tower
+from evatool.inference.loaded_clip import LoadedClip
+from evatool.model.config import ModelConfig
 
 CONFIG, CARD = "model_config.json", "README.md"
 DEFAULT_OPSET = 20
 
-# B pictures or captions, S input side in pixels, L text tokens
+# B images or captions, S input side in pixels, L text tokens
 
 
 class Encoder(nn.Module):
@@ -32,7 +36,59 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features of a batch."""
-        return self.tower(x)
+        features: Tensor = self.tower(x)
+        return features
+
+
+class OnnxExporter(Exporter):
+    """Each tower as an ONNX graph.
+
+    Args:
+        tower: write this tower alone; both when None.
+        opset: ONNX operator set; `DEFAULT_OPSET` when None.
+    """
+
+    format = "onnx"
+    writes = "`image.onnx`, `text.onnx`, `model_config.json`, a card"
+    verified_by = "onnxruntime, on one and on four inputs"
+
+    def __init__(self, tower: Tower | None = None, opset: int | None = None) -> None:
+        self.tower, self.opset = tower, opset
+
+    def export(self, clip: LoadedClip, facts: CardFacts, target: Target) -> Exported:
+        """See `export_onnx`."""
+        return export_onnx(clip, _towers(self.tower), clip.config.to_json(), facts, target, opset=self.opset)
+
+    def loading_code(self, config: ModelConfig, folder: Path) -> str:
+        """Through onnxruntime, of the image tower where both were written."""
+        return f"import onnxruntime; onnxruntime.InferenceSession('{folder}/{_towers(self.tower)[0]}.onnx')"
+
+
+class TorchExporter(Exporter):
+    """Each tower as a program of torch.export.
+
+    Args:
+        tower: write this tower alone; both when None.
+    """
+
+    format = "torch-export"
+    writes = "`image.pt2`, `text.pt2`, `model_config.json`, a card"
+    verified_by = "torch.export, on one and on four inputs"
+
+    def __init__(self, tower: Tower | None = None) -> None:
+        self.tower = tower
+
+    def export(self, clip: LoadedClip, facts: CardFacts, target: Target) -> Exported:
+        """See `export_torch`."""
+        return export_torch(clip, _towers(self.tower), clip.config.to_json(), facts, target)
+
+    def loading_code(self, config: ModelConfig, folder: Path) -> str:
+        """Through torch.export, of the image tower where both were written."""
+        return f"import torch; torch.export.load('{folder}/{_towers(self.tower)[0]}.pt2')"
+
+
+def _towers(tower: Tower | None) -> list[Tower]:
+    return [tower] if tower else ["image", "text"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +104,7 @@ class _GraphFormat:
 
 
 def export_torch(
-    clip: ExportableClip, towers: Sequence[str], config: Mapping[str, Any], facts: CardFacts, target: Target
+    clip: LoadedClip, towers: Sequence[str], config: Mapping[str, Any], facts: CardFacts, target: Target
 ) -> Exported:
     """Write the target folder: `image.pt2` and `text.pt2` (torch.export), our configuration and a model card.
 
@@ -71,7 +127,7 @@ def export_torch(
 
 
 def export_onnx(
-    clip: ExportableClip,
+    clip: LoadedClip,
     towers: Sequence[str],
     config: Mapping[str, Any],
     facts: CardFacts,
@@ -128,7 +184,7 @@ def _read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _export(
-    clip: ExportableClip,
+    clip: LoadedClip,
     towers: Sequence[str],
     config: Mapping[str, Any],
     facts: CardFacts,
@@ -143,8 +199,8 @@ def _export(
     with staged_folder(target, files, optional=[f"{name}.data" for name in graphs]) as work:
         for tower, name in zip(towers, graphs, strict=True):
             example = inputs["image"] if tower == "image" else inputs["tokens"]
-            model: Any = clip.model
-            graph.write(Encoder(model.visual if tower == "image" else model.text).eval(), example, work / name)
+            encoder = Encoder(clip.model.visual if tower == "image" else clip.model.text).eval()
+            graph.write(encoder, example, work / name)
             sync_file(work / name)
             run = graph.read(work / name)
             feature = f"{tower}_features"
@@ -157,7 +213,7 @@ def _export(
 
 
 def _card(
-    clip: ExportableClip, graphs: list[str], facts: CardFacts, graph: _GraphFormat, largest: float, allowed: float
+    clip: LoadedClip, graphs: list[str], facts: CardFacts, graph: _GraphFormat, largest: float, allowed: float
 ) -> str:
     note = (
         f"Files: {', '.join(graphs)}. Inputs are normalised pictures (B, 3, {clip.image_size}, {clip.image_size}) or "

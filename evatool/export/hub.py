@@ -8,7 +8,7 @@ from pathlib import Path
 
 from evatool.core.errors import DependencyError, EvatoolError, UsageError
 from evatool.export.folder import Exported
-from evatool.export.open_clip import CONFIG
+from evatool.weights.source import OPEN_CLIP_CONFIG
 
 
 def check_credentials(repository: str) -> None:
@@ -45,7 +45,7 @@ def push_to_hub(exported: Exported, repository: str) -> str:
         address = str(api.create_repo(repository, exist_ok=True))
         for name in exported.files:
             path = exported.folder / name
-            if name == CONFIG:
+            if name == OPEN_CLIP_CONFIG:
                 with tempfile.TemporaryDirectory(prefix="evatool-hub-") as scratch:
                     changed = _for_the_hub(path, repository, Path(scratch))
                     api.upload_file(path_or_fileobj=changed, path_in_repo=name, repo_id=repository)

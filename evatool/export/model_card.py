@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import torch
+
+import evatool
+from evatool.weights.load import UnloadedClip
 
 
 @dataclass(frozen=True)
@@ -18,6 +25,62 @@ class CardFacts:
     recipe_toml: str | None = None  # the resolved recipe of its training
     results: Sequence[tuple[str, str]] = field(default_factory=tuple)  # evaluation set -> figure
     evatool_version: str = ""
+
+
+def card_facts(clip: UnloadedClip, dtype: torch.dtype, results: Sequence[tuple[str, str]] = ()) -> CardFacts:
+    """What the model card says: shape and size of `clip`, the recipe found beside its weights, and `results`."""
+    config = clip.config
+    assert config.text is not None, "exports are of CLIP models only"
+    text = config.text
+
+    def count(prefix: str) -> int:
+        return sum(math.prod(clip.tensors.shape(name)) for name in clip.tensors if name.startswith(prefix))
+
+    return CardFacts(
+        name=config.name,
+        source=clip.source,
+        architecture=[
+            (
+                "image size, patch, grid",
+                f"{config.image_size}, {config.patch_size}, {config.grid[0]} x {config.grid[1]}",
+            ),
+            ("image tower: width, depth, heads", f"{config.width}, {config.depth}, {config.num_heads}"),
+            ("image tower: blocks", _block_words(config.vision)),
+            ("text tower: width, depth, heads", f"{text['width']}, {text['layers']}, {text['heads']}"),
+            ("context, vocabulary", f"{config.context_length}, {text['vocab_size']}"),
+            ("embedding", str(config.embed_dim)),
+            ("weights", dtype_name(dtype)),
+        ],
+        parameters={"image": count("visual."), "text": count("text."), "temperature": 1},
+        recipe_toml=_recipe_beside(Path(clip.source)),
+        results=results,
+        evatool_version=evatool.__version__,
+    )
+
+
+def _block_words(vision: Mapping[str, Any]) -> str:
+    if vision["tower"] == "clip-vit":
+        return f"OpenAI's ViT, MLP ratio {vision['mlp_ratio']:.4g}"
+    words = [
+        "post-norm" if vision["postnorm"] else "pre-norm",
+        "RMSNorm" if vision["use_rms_norm"] else "LayerNorm",
+        "SwiGLU" if vision["naiveswiglu"] or vision["swiglu"] else "GELU",
+        f"MLP ratio {vision['mlp_ratio']:.4g}",
+        *(["sub-LN"] if vision["subln"] else []),
+        *(["RoPE"] if vision["rope"] else []),
+        "q and v biases" if vision["qkv_bias"] else "no q/k/v biases",
+    ]
+    return ", ".join(words)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` and the like, without torch's prefix."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _recipe_beside(source: Path) -> str | None:
+    path = source / "resolved.toml"
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def model_card(facts: CardFacts, *, library: str, loading: str, notes: Sequence[str], verification: str) -> str:

@@ -5,22 +5,33 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+import evatool
+from evatool.core.image_norm import CLIP_MEAN, CLIP_STD
+from evatool.export.base import Exporter
 from evatool.export.folder import Exported, Target, staged_folder, write_json, write_text
 from evatool.export.model_card import CardFacts, model_card
+from evatool.export.read_back import LibraryMap
+from evatool.export.streamed import StreamedFormat
 from evatool.export.verify import (
     OPEN_CLIP_READER,
-    ExportableClip,
     fixed_inputs,
     foreign_outputs,
     largest_difference,
     our_outputs,
 )
+from evatool.export.written import written_tensors
 from evatool.formats.safetensors import write_safetensors
+from evatool.inference.loaded_clip import LoadedClip
+from evatool.model.clip import open_clip_model_config
+from evatool.model.config import ModelConfig
+from evatool.model.vision import STOCK_NAMES, timm_config
+from evatool.weights.load import UnloadedClip
 from evatool.weights.source import OPEN_CLIP_CONFIG as CONFIG
 from evatool.weights.source import OPEN_CLIP_WEIGHTS as WEIGHTS
 
@@ -53,8 +64,55 @@ class OpenClipDescription:
     evatool: Mapping[str, Any]
 
 
+def open_clip_description(model: ModelConfig) -> OpenClipDescription:
+    """How open_clip is told to build `model`."""
+    model_cfg = open_clip_model_config(model)
+    name = model_cfg["vision_cfg"].get("timm_model_name")  # None: open_clip's own ViT
+    is_stock = name is None or name in STOCK_NAMES
+    config = None if is_stock else timm_config(model)
+    return OpenClipDescription(
+        model_cfg=model_cfg,
+        timm_config=config if config is not None and config["model_args"] else None,
+        needs_evatool=config is not None and config["architecture"] not in STOCK_NAMES,
+        preprocess_cfg={"mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic", "resize_mode": "shortest"},
+        evatool={"version": evatool.__version__, "model": model.to_json()},
+    )
+
+
+class OpenClipExporter(Exporter):
+    """A folder for open_clip's `local-dir:`."""
+
+    format = "open_clip"
+    writes = "`open_clip_config.json`, `open_clip_model.safetensors`, timm's `config.json` where needed, a card"
+    verified_by = "stock open_clip in a fresh process"
+
+    def export(self, clip: LoadedClip, facts: CardFacts, target: Target) -> Exported:
+        """See `export_open_clip`."""
+        return export_open_clip(clip, open_clip_description(clip.config), written_tensors(clip), facts, target)
+
+    def loading_code(self, config: ModelConfig, folder: Path) -> str:
+        """Through `local-dir:`."""
+        register = "import evatool; evatool.register(); " if config.vision["use_rms_norm"] else ""
+        return f"{register}import open_clip; open_clip.create_model_from_pretrained('local-dir:{folder}')"
+
+    def streamed_format(self, clip: UnloadedClip, facts: CardFacts, target: Target) -> StreamedFormat:
+        """The same files, tensor by tensor."""
+        description = open_clip_description(clip.config)
+        configs: dict[str, Mapping[str, Any]] = {}
+        if description.timm_config is not None:
+            configs[TIMM_CONFIG] = description.timm_config
+        configs[CONFIG] = config_of(description, target.folder)
+        return StreamedFormat(
+            weights=WEIGHTS,
+            write=partial(write_safetensors, metadata={"format": "pt"}),
+            read=LibraryMap,
+            configs=configs,
+            card=lambda difference, how: card_of(description, facts, target, difference=difference, how=how),
+        )
+
+
 def export_open_clip(
-    clip: ExportableClip,
+    clip: LoadedClip,
     description: OpenClipDescription,
     tensors: Mapping[str, Tensor],
     facts: CardFacts,

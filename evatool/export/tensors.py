@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,25 @@ import torch.nn.functional as F
 from timm.models.eva import checkpoint_filter_fn
 from torch import Tensor
 
+from evatool.export.baai import baai_config, baai_state
+from evatool.export.base import Exporter
 from evatool.export.folder import Exported, Target, staged_folder, write_json, write_text
 from evatool.export.model_card import CardFacts, model_card
+from evatool.export.read_back import LibraryMap, TorchMap
+from evatool.export.streamed import NamedBlock, StreamedFormat
 from evatool.export.verify import (
-    ExportableClip,
     fixed_inputs,
     largest_difference,
     our_outputs,
     refuse_different_tensors,
 )
-from evatool.formats.safetensors import write_safetensors
+from evatool.export.written import Tower, written_tensors
+from evatool.formats.safetensors import TensorMap, write_safetensors
 from evatool.formats.torch_zip import write_torch_archive
+from evatool.inference.loaded_clip import LoadedClip, load_clip
+from evatool.model.config import ModelConfig
+from evatool.model.vision import build_trunk
+from evatool.weights.load import UnloadedClip
 
 BAAI_WEIGHTS, SAFETENSORS_WEIGHTS, CONFIG, CARD = "model.pt", "model.safetensors", "model_config.json", "README.md"
 
@@ -32,8 +41,103 @@ SAFETENSORS_NOTE = "`model.safetensors` holds the weights under the names of ope
 Outputs = dict[str, Tensor]
 
 
+class BaaiExporter(Exporter):
+    """EVA-CLIP's own format.
+
+    Args:
+        tower: write this tower alone; both when None.
+    """
+
+    format = "baai"
+    writes = "`model.pt` with the names of EVA-CLIP's releases, `model_config.json` in its vocabulary, a card"
+    verified_by = "torch's restricted loader and timm's filter for these names"
+
+    def __init__(self, tower: Tower | None = None) -> None:
+        self.tower = tower
+
+    def export(self, clip: LoadedClip, facts: CardFacts, target: Target) -> Exported:
+        """See `export_baai`."""
+        tensors = baai_state(written_tensors(clip, self.tower), clip.config)
+        return export_baai(clip, tensors, baai_config(clip.config), facts, target)
+
+    def loading_code(self, config: ModelConfig, folder: Path) -> str:
+        """Through `load_clip`; EVA-CLIP's code has no name to import."""
+        return _our_code(folder)
+
+    def streamed_format(self, clip: UnloadedClip, facts: CardFacts, target: Target) -> StreamedFormat:
+        """The same files, tensor by tensor."""
+        return StreamedFormat(
+            weights=BAAI_WEIGHTS,
+            write=write_torch_archive,
+            read=TorchMap,
+            configs={CONFIG: baai_config(clip.config)},
+            card=lambda difference, how: card_of(facts, "pytorch", BAAI_NOTE, how, difference, target.tolerance),
+            tower=self.tower,
+            rename=lambda tensors: baai_state(tensors, clip.config),
+            block=partial(_block_through_timm, clip.config),
+        )
+
+
+class SafetensorsExporter(Exporter):
+    """Our names in one safetensors file.
+
+    Args:
+        tower: write this tower alone; both when None.
+    """
+
+    format = "safetensors"
+    writes = "`model.safetensors` with open_clip's names, `model_config.json`, a card"
+    verified_by = "the safetensors library, and the model built from the file again"
+
+    def __init__(self, tower: Tower | None = None) -> None:
+        self.tower = tower
+
+    def export(self, clip: LoadedClip, facts: CardFacts, target: Target) -> Exported:
+        """See `export_safetensors`."""
+        reopen = None if self.tower else load_clip
+        tensors = written_tensors(clip, self.tower)
+        return export_safetensors(clip, tensors, clip.config.to_json(), facts, target, reopen=reopen)
+
+    def loading_code(self, config: ModelConfig, folder: Path) -> str:
+        """Through `load_clip`."""
+        return _our_code(folder)
+
+    def streamed_format(self, clip: UnloadedClip, facts: CardFacts, target: Target) -> StreamedFormat:
+        """The same files, tensor by tensor."""
+        note = SAFETENSORS_NOTE
+        return StreamedFormat(
+            weights=SAFETENSORS_WEIGHTS,
+            write=partial(write_safetensors, metadata={"format": "pt"}),
+            read=LibraryMap,
+            configs={CONFIG: clip.config.to_json()},
+            card=lambda difference, how: card_of(facts, "safetensors", note, how, difference, target.tolerance),
+            tower=self.tower,
+        )
+
+
+def _our_code(folder: Path) -> str:
+    return f"import evatool; evatool.load_clip('{folder}')"
+
+
+def _block_through_timm(config: ModelConfig, read: TensorMap) -> NamedBlock:
+    """A block of a file with EVA-CLIP's names as timm's filter finds it."""
+    with torch.device("meta"):
+        trunk = build_trunk(config)
+
+    def block(number: int) -> dict[str, Tensor]:
+        prefix = f"visual.blocks.{number}."
+        found = {name.removeprefix(prefix): read[name] for name in read if name.startswith(prefix)}
+        # The filter looks at these names to tell the layout.
+        state = {"visual.pos_embed": read["visual.pos_embed"]}
+        state |= {f"visual.blocks.0.{name}": tensor for name, tensor in found.items()}
+        named = checkpoint_filter_fn(state, trunk)
+        return {n.removeprefix("blocks.0."): t for n, t in named.items() if n.startswith("blocks.0.")}
+
+    return block
+
+
 def export_baai(
-    clip: ExportableClip,
+    clip: LoadedClip,
     tensors: Mapping[str, Tensor],
     config: Mapping[str, Any],
     facts: CardFacts,
@@ -63,13 +167,13 @@ def export_baai(
 
 
 def export_safetensors(
-    clip: ExportableClip,
+    clip: LoadedClip,
     tensors: Mapping[str, Tensor],
     config: Mapping[str, Any],
     facts: CardFacts,
     target: Target,
     *,
-    reopen: Callable[[Path], ExportableClip] | None,
+    reopen: Callable[[Path], LoadedClip] | None,
 ) -> Exported:
     """Write the target folder: one safetensors file under open_clip's names, the configuration and a model card.
 
@@ -98,7 +202,7 @@ def export_safetensors(
 
 
 def _compare(
-    clip: ExportableClip,
+    clip: LoadedClip,
     config: Mapping[str, Any],
     target: Target,
     outputs: Callable[[Mapping[str, Tensor]], Outputs],
@@ -110,10 +214,10 @@ def _compare(
 
 
 @torch.no_grad()
-def _through_timm(clip: ExportableClip, read: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Outputs:
+def _through_timm(clip: LoadedClip, read: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Outputs:
     """Features of the towers in `read`, the image tower's names translated by timm."""
     outputs: Outputs = {}
-    model: Any = clip.model
+    model = clip.model
     if "visual.pos_embed" in read:
         trunk = copy.deepcopy(model.visual.trunk)
         state = {name: tensor.float() for name, tensor in checkpoint_filter_fn(dict(read), trunk).items()}

@@ -6,17 +6,17 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from evatool.core.errors import EvatoolError
 from evatool.export.folder import Target
 from evatool.formats.safetensors import SafetensorsMap, write_safetensors
+from evatool.inference.loaded_clip import LoadedClip
 
 # B pictures or captions, S input side in pixels, L text tokens
 
@@ -58,26 +58,6 @@ with torch.no_grad():
 """
 
 
-class ExportableClip(Protocol):
-    """The part of a loaded CLIP that exporting calls."""
-
-    @property
-    def model(self) -> nn.Module: ...
-    @property
-    def preprocess(self) -> Callable[[Any], Tensor]: ...
-    @property
-    def image_size(self) -> int: ...
-    @property
-    def context_length(self) -> int: ...
-    def encode_image(self, image: Tensor) -> Tensor:
-        """(B, 3, S, S) normalised float -> (B, E)."""
-        ...
-
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """(B, L) -> (B, E)."""
-        ...
-
-
 def fixed_inputs(image_size: int, context_length: int, vocab_size: int) -> dict[str, Tensor]:
     """The same inputs for every verification: `image` (4, 3, S, S) float, `tokens` (4, L), `picture` (H, W, 3) uint8.
 
@@ -93,14 +73,12 @@ def fixed_inputs(image_size: int, context_length: int, vocab_size: int) -> dict[
     return {"image": image, "tokens": tokens, "picture": raw_image}
 
 
-def our_outputs(clip: ExportableClip, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def our_outputs(clip: LoadedClip, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the model itself makes of `fixed_inputs`, under the names that the readers use."""
-    logit_scale = clip.model.logit_scale
-    assert isinstance(logit_scale, Tensor)
     return {
         "image_features": clip.encode_image(inputs["image"]),
         "text_features": clip.encode_text(inputs["tokens"]),
-        "logit_scale": logit_scale.detach().exp().reshape(1),
+        "logit_scale": clip.model.logit_scale.detach().exp().reshape(1),
         "preprocessed": clip.preprocess(Image.fromarray(inputs["picture"].numpy())),
     }
 

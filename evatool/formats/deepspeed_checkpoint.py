@@ -2,6 +2,8 @@
 
 ZeRO 1 and 2 keep one flat float32 vector a parameter group, cut over the ranks; ZeRO 3 cuts every parameter over the
 ranks and lays the pieces of one rank end to end. ZeRO 0 keeps the weights whole, in the precision of the run.
+Why not DeepSpeed's own `zero_to_fp32.py`: it loads with `weights_only=False`, which runs code from the file (three
+calls in 0.19.8), and gives all tensors at once; here one is in memory at a time (docs/benchmarks.md#weight-files).
 Source: deepspeed/utils/zero_to_fp32.py describes the layout; tests/model/test_foreign.py compares with it.
 """
 

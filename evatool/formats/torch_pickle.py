@@ -2,6 +2,8 @@
 
 Reads zip archives (`torch.save` since 1.6, TorchScript files of OpenAI's CLIP included) tensor by tensor, and the
 older single-pickle format through torch's own `weights_only` loader.
+Why not that loader for all: it refuses TorchScript files and DeepSpeed's checkpoints, whose pickles name classes, and
+it touches the whole file even when it maps it (480 MB of 512, this 16 at most: docs/benchmarks.md#weight-files).
 """
 
 from __future__ import annotations

@@ -103,6 +103,8 @@ def visual_tokens(clip: CustomTextCLIP, image: Tensor) -> Tensor:
         last = clip.visual.forward_intermediates(
             image, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NLC"
         )
-        return last["image_intermediates"][-1] @ clip.visual.proj
+        projected: Tensor = last["image_intermediates"][-1] @ clip.visual.proj
+        return projected
     tokens = clip.visual.trunk.forward_features(image)
-    return image_projection(clip)(tokens)[:, clip.visual.trunk.num_prefix_tokens :]
+    projected: Tensor = image_projection(clip)(tokens)[:, clip.visual.trunk.num_prefix_tokens :]
+    return projected

@@ -92,17 +92,17 @@ class ModelConfig:
     @property
     def is_eva(self) -> bool:
         """Whether the image tower is an EVA tower."""
-        return self.vision["tower"] == "eva"
+        return bool(self.vision["tower"] == "eva")
 
     @property
     def image_size(self) -> int:
         """Input side in pixels."""
-        return self.vision["image_size"]
+        return int(self.vision["image_size"])
 
     @property
     def patch_size(self) -> int:
         """Patch side in pixels."""
-        return self.vision["patch_size"]
+        return int(self.vision["patch_size"])
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -113,17 +113,17 @@ class ModelConfig:
     @property
     def width(self) -> int:
         """Width of the image tower."""
-        return self.vision["width"]
+        return int(self.vision["width"])
 
     @property
     def depth(self) -> int:
         """Blocks of the image tower."""
-        return self.vision["layers"]
+        return int(self.vision["layers"])
 
     @property
     def num_heads(self) -> int:
         """Attention heads of the image tower."""
-        return self.width // self.vision["head_width"]
+        return self.width // int(self.vision["head_width"])
 
     @property
     def has_inner_attn_norm(self) -> bool:
@@ -134,12 +134,12 @@ class ModelConfig:
     @property
     def text_depth(self) -> int:
         """Blocks of the text tower; 0 without one."""
-        return self.text["layers"] if self.text else 0
+        return int(self.text["layers"]) if self.text else 0
 
     @property
     def context_length(self) -> int:
         """Text tokens a caption is padded or cut to; 0 without a text tower."""
-        return self.text["context_length"] if self.text else 0
+        return int(self.text["context_length"]) if self.text else 0
 
     def with_image_size(self, image_size: int | None) -> ModelConfig:
         """The same model for another input side; None keeps the side. Raises RecipeError if patches do not fit."""

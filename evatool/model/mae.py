@@ -65,11 +65,13 @@ class MaeModel(nn.Module):
         Returns: (M, T), row by row over the batch: the order of `teacher_features[mask]`.
         Raises: ValueError if the samples hide different numbers of patches.
         """
-        return self.lm_head(self._decode(self._encode(image, mask), mask)[:, 1:][mask])
+        predicted: Tensor = self.lm_head(self._decode(self._encode(image, mask), mask)[:, 1:][mask])
+        return predicted
 
     def predict_all(self, image: Tensor, mask: Tensor) -> Tensor:
         """Predicted features (B, N, T) at all patches, for looking at."""
-        return self.lm_head(self._decode(self._encode(image, mask), mask)[:, 1:])
+        predicted: Tensor = self.lm_head(self._decode(self._encode(image, mask), mask)[:, 1:])
+        return predicted
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the encoder's activations in the backward pass instead of keeping them."""
@@ -83,7 +85,8 @@ class MaeModel(nn.Module):
         x = self.visual.patch_embed(image) + self.pos_embed[:, 1:]
         x = x[~mask].reshape(x.shape[0], -1, x.shape[2])
         cls = (self.visual.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
-        return self.visual.norm(self.visual.blocks(torch.cat([cls, x], dim=1)))
+        encoded: Tensor = self.visual.norm(self.visual.blocks(torch.cat([cls, x], dim=1)))
+        return encoded
 
     def _decode(self, encoded: Tensor, mask: Tensor) -> Tensor:
         """(B, 1 + N, W) in the order of the patches, hidden ones filled in."""
@@ -93,7 +96,8 @@ class MaeModel(nn.Module):
         x = torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_norm(x)
+        decoded: Tensor = self.decoder_norm(x)
+        return decoded
 
     def init_non_persistent_buffers(self) -> None:
         """Recompute the position tables, after a build on the meta device."""
@@ -101,7 +105,7 @@ class MaeModel(nn.Module):
             getattr(self, name).copy_(sincos_positions(self.config.grid, width))
 
     def _init_weights(self) -> None:
-        """As MAE: Xavier-uniform matrices, normal tokens of std 0.02."""
+        """Xavier-uniform matrices and normal tokens of std 0.02, which are MAE's."""
         for part in self.modules():
             if isinstance(part, nn.Linear):
                 nn.init.xavier_uniform_(part.weight)

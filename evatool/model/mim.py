@@ -40,11 +40,13 @@ class MimModel(nn.Module):
             mask: (B, N) bool, True where the patch is hidden; the count may differ between samples.
         Returns: (M, T), row by row over the batch: the order of `teacher_features[mask]`.
         """
-        return self.lm_head(self.encode(image, mask)[:, 1:][mask])
+        predicted: Tensor = self.lm_head(self.encode(image, mask)[:, 1:][mask])
+        return predicted
 
     def predict_all(self, image: Tensor, mask: Tensor) -> Tensor:
         """Predicted features (B, N, T) at all patches, for looking at."""
-        return self.lm_head(self.encode(image, mask)[:, 1:])
+        predicted: Tensor = self.lm_head(self.encode(image, mask)[:, 1:])
+        return predicted
 
     def encode(self, image: Tensor, mask: Tensor) -> Tensor:
         """All tokens after the final norm: (B, 1 + N, D), the class token first."""
@@ -58,10 +60,18 @@ class MimModel(nn.Module):
 def masked_tokens(
     trunk: Eva, image: Tensor, mask: Tensor, mask_token: Tensor, patch_embed_grad_scale: float = 1.0
 ) -> Tensor:
-    """All tokens (B, 1 + N, D) of pictures with a mask token at hidden places, after the final norm; arguments as
-    `MimModel`'s. The trunk must not drop patches."""
+    """All tokens (B, 1 + N, D) of images with a mask token at hidden places, after the final norm.
+
+    Args:
+        trunk: an EVA tower that drops no patches.
+        image: (B, 3, S, S) float, normalised.
+        mask: (B, N) bool, True where the patch is hidden.
+        mask_token: (1, 1, D), or a shape that broadcasts to the patches.
+        patch_embed_grad_scale: factor on the patch embedding's gradient; the values stay.
+    """
     assert trunk.patch_drop is None, "a tower that drops patches cannot say what is at each place"
     x = trunk.patch_embed(image)  # (B, N, D): every patch is embedded, hidden ones too
+    # Forward: x. Backward: scale * dx, since the detached part has no gradient.
     scale = patch_embed_grad_scale
     if scale != 1.0:
         x = x.detach() * (1.0 - scale) + x * scale
@@ -70,7 +80,8 @@ def masked_tokens(
     x = trunk.norm_pre(x)
     for block in trunk.blocks:
         x = checkpoint(block, x, rope=rope) if trunk.grad_checkpointing else block(x, rope=rope)
-    return trunk.norm(x)
+    normed: Tensor = trunk.norm(x)
+    return normed
 
 
 def build_mim(

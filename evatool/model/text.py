@@ -73,7 +73,9 @@ def encode_cut_tokens(tower: nn.Module, tokens: Tensor) -> Tensor:
     """
     length = tokens.shape[1]
     # open_clip slices the position table to the text but not the causal mask, so the mask is handed in sliced.
-    return functional_call(tower, {"attn_mask": tower.attn_mask[:length, :length]}, (tokens,))  # type: ignore[index]
+    mask = {"attn_mask": tower.attn_mask[:length, :length]}  # type: ignore[index]
+    features: Tensor = functional_call(tower, mask, (tokens,))
+    return features
 
 
 class _Given(nn.Module):

@@ -57,7 +57,10 @@ def signature_in(state: MappedTensors) -> tuple[Signature, int]:
 def _eva_signature(state: MappedTensors) -> tuple[Signature, int]:
     block = f"{TOWER}blocks.0."
     has = state.__contains__
-    mlp_shape = lambda name: state.shape(f"{block}mlp.{name}.weight")  # noqa: E731
+
+    def mlp_shape(name: str) -> tuple[int, ...]:
+        return state.shape(f"{block}mlp.{name}.weight")
+
     if has(f"{block}mlp.fc1_g.weight"):
         mlp, hidden = "subln", mlp_shape("fc1_g")[0]
     else:

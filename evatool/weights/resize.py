@@ -45,5 +45,6 @@ def resize_patch_kernel(kernel: Tensor, patch_size: int, method: PatchResize = "
     if tuple(kernel.shape[-2:]) == size:
         return kernel
     if method == "pseudo-inverse":
-        return resample_patch_embed(kernel, list(size)).to(kernel.dtype)
+        resized: Tensor = resample_patch_embed(kernel, list(size)).to(kernel.dtype)
+        return resized
     return F.interpolate(kernel.float(), size=size, mode="bicubic", align_corners=False).to(kernel.dtype)

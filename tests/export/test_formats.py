@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import torch
@@ -13,19 +14,21 @@ from safetensors.torch import load_file, save_file
 
 from evatool.core.errors import CheckpointError, DependencyError, EvatoolError, RecipeError, UsageError
 from evatool.eval.results import EvalResults, ModelRecord, ResultRow, write_results
-from evatool.export import graph, tensors
+from evatool.export import graph, read_back, tensors
 from evatool.export.baai import baai_config, baai_state
 from evatool.export.folder import Target
+from evatool.export.formats import EXPORTERS, build_exporter
 from evatool.export.model_card import CardFacts
 from evatool.export.tensors import export_baai, export_safetensors
+from evatool.export.written import written_tensors
 from evatool.inference.loaded_clip import load_clip
 from evatool.model.clip import build_clip
 from evatool.model.presets import resolve_preset
 from evatool.recipe.schema import ExportRecipe, ExportSection
+from evatool.recipe.schema.export import Format
 from evatool.runs.run_dir import RunOptions
 from evatool.stages.export import find_model, load_model, round_to, run
 from evatool.stages.exporting import streamed as export_streamed
-from evatool.stages.exporting.formats import export_model, load_written, written_tensors
 from evatool.weights.key_mapping import canonical_state
 
 FACTS = CardFacts(name="test", source="test", architecture=[], parameters={"image": 1})
@@ -54,6 +57,15 @@ def export(checkpoint, out, **options):
     clip = load_model(asked)
     round_to(clip, asked)
     return clip, export_model(clip, asked, FACTS, Target(out, asked.tolerance))
+
+
+def export_model(clip, asked, facts, target):
+    """By the exporter that the section names."""
+    return build_exporter(asked.format, tower=asked.tower, opset=asked.opset).export(clip, facts, target)
+
+
+def needs_streaming(asked):
+    return export_streamed.needs_streaming(find_model(asked), asked, build_exporter(asked.format))
 
 
 def run_stage(out, checkpoint, **options):
@@ -233,25 +245,25 @@ def test_released_files_are_converted_without_loading(name, tmp_path):
 
 
 def test_a_file_too_large_to_be_mapped_is_verified_by_our_reader(weights, tmp_path, monkeypatch):
-    whole = export_streamed.safe_open
+    whole = read_back.safe_open
 
     def refuse(path, framework):
         if framework == "pt":
             raise RuntimeError(f"unable to mmap 36651060594 bytes from file <{path}>: Cannot allocate memory (12)")
         return whole(path, framework=framework)
 
-    monkeypatch.setattr(export_streamed, "safe_open", refuse)
+    monkeypatch.setattr(read_back, "safe_open", refuse)
     done = run_stage(tmp_path / "out", weights, format="safetensors", dtype="bf16", streamed=True)
     assert done.metrics["max_difference"] <= 1e-6
     assert "evatool (the tensors: the file exceeds the memory)" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_streamed_export_that_reads_back_otherwise_is_removed(weights, tmp_path, monkeypatch):
-    class Damaged(export_streamed.LibraryMap):
+    class Damaged(read_back.LibraryMap):
         def __getitem__(self, name):
             return super().__getitem__(name) + (name == "text.ln_final.bias")
 
-    monkeypatch.setattr(export_streamed, "LibraryMap", Damaged)
+    monkeypatch.setattr(tensors, "LibraryMap", Damaged)
     with pytest.raises(EvatoolError, match=r"1 tensors of the export differ(.|\n)*text\.ln_final\.bias"):
         run_stage(tmp_path / "out", weights, format="safetensors", streamed=True)
     assert not (tmp_path / "out" / "model.safetensors").exists()
@@ -259,12 +271,12 @@ def test_a_streamed_export_that_reads_back_otherwise_is_removed(weights, tmp_pat
 
 def test_streaming_is_chosen_by_the_free_memory(weights, monkeypatch):
     asked = section(weights, format="safetensors")
-    assert not export_streamed.needs_streaming(find_model(asked), asked)
+    assert not needs_streaming(asked)
     monkeypatch.setattr(export_streamed, "available_memory", lambda: 10e6)
-    assert export_streamed.needs_streaming(find_model(asked), asked)
+    assert needs_streaming(asked)
     graph_format = section(weights, format="torch-export")
     with pytest.raises(RecipeError, match="runs the whole model"):
-        export_streamed.needs_streaming(find_model(graph_format), graph_format)
+        needs_streaming(graph_format)
 
 
 def test_a_preset_has_no_weights_to_export():
@@ -326,7 +338,7 @@ def test_a_file_that_does_not_read_back_alike_is_removed(weights, tmp_path, monk
     clip = load_clip(weights)
     with pytest.raises(EvatoolError, match=r"tensors of the reloaded export differ: text\.ln_final\.bias"):
         export_safetensors(
-            clip, written_tensors(clip), DEBUG.to_json(), FACTS, Target(tmp_path / "out", 1e-5), reopen=load_written
+            clip, written_tensors(clip), DEBUG.to_json(), FACTS, Target(tmp_path / "out", 1e-5), reopen=load_clip
         )
     assert not (tmp_path / "out").exists()
 
@@ -344,3 +356,10 @@ def test_the_command(weights, tmp_path):
     done = subprocess.run([sys.executable, "-m", "evatool", *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["metrics"]["max_difference"] == 0.0
+
+
+def test_every_format_of_the_recipe_has_its_exporter():
+    names = [exporter.format for exporter in EXPORTERS]
+    assert {*names, "deepspeed"} == set(get_args(Format))
+    for name, kind in zip(names, EXPORTERS, strict=True):
+        assert type(build_exporter(name)) is kind

@@ -18,13 +18,13 @@ from evatool.core.errors import EvatoolError, UsageError
 from evatool.export import open_clip as target
 from evatool.export.folder import Target
 from evatool.export.model_card import CardFacts
-from evatool.export.open_clip import export_open_clip
+from evatool.export.open_clip import export_open_clip, open_clip_description
 from evatool.export.verify import fixed_inputs, largest_difference
+from evatool.export.written import written_tensors
 from evatool.inference.loaded_clip import LoadedClip, load_clip
 from evatool.recipe.schema import ExportRecipe
 from evatool.runs.run_dir import RunOptions
 from evatool.stages.export import run as run_export
-from evatool.stages.exporting.formats import open_clip_description, written_tensors
 
 
 def export(clip, out):

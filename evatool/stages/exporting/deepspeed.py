@@ -30,13 +30,12 @@ def run(recipe: ExportRecipe, run: RunOptions) -> Result:
         )
     saved = load_checkpoint(path)
     run_dir = open_run_dir(recipe, run)
-    plain = lambda name: name.removeprefix(MODEL_PREFIX)  # noqa: E731
     files = write_universal(
         run_dir.path,
         path.name,
-        weights=renamed_tensors(saved.objective_state, {plain(name): name for name in saved.objective_state}),
+        weights=renamed_tensors(saved.objective_state, {_plain(name): name for name in saved.objective_state}),
         moments=renamed_tensors(saved.optimizer_state, {_plain_moment(name): name for name in saved.optimizer_state}),
-        groups=[group | {"parameters": [plain(name) for name in group["parameters"]]} for group in saved.groups],
+        groups=[group | {"parameters": [_plain(name) for name in group["parameters"]]} for group in saved.groups],
         step=saved.step,
         samples_seen=saved.train_state["samples_seen"],
         num_updates=int(saved.optimizer_state["num_updates"]),
@@ -56,6 +55,10 @@ def run(recipe: ExportRecipe, run: RunOptions) -> Result:
             ["size", f"{size / 1e6:.1f} MB"],
         ],
     )
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix(MODEL_PREFIX)
 
 
 def _plain_moment(name: str) -> str:

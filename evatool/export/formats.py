@@ -1,0 +1,49 @@
+"""The table of export formats.
+
+`deepspeed` is not among them: it is a training checkpoint, moments included, and no model to run
+(`stages/exporting/deepspeed.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from evatool.export.base import Exporter
+from evatool.export.graph import OnnxExporter, TorchExporter
+from evatool.export.open_clip import OpenClipExporter
+from evatool.export.tensors import BaaiExporter, SafetensorsExporter
+from evatool.export.timm import TimmExporter
+from evatool.export.written import Tower
+
+ModelFormat = Literal["open_clip", "baai", "timm", "safetensors", "onnx", "torch-export"]
+
+EXPORTERS: tuple[type[Exporter], ...] = (
+    OpenClipExporter,
+    BaaiExporter,
+    TimmExporter,
+    SafetensorsExporter,
+    OnnxExporter,
+    TorchExporter,
+)
+
+
+def build_exporter(format: ModelFormat, *, tower: Tower | None = None, opset: int | None = None) -> Exporter:
+    """The exporter of a format.
+
+    Args:
+        tower: write this tower alone; both when None. An open_clip folder always holds both, timm's the image tower.
+        opset: ONNX operator set; the default when None. Only `onnx` has one.
+    """
+    match format:
+        case "open_clip":
+            return OpenClipExporter()
+        case "baai":
+            return BaaiExporter(tower)
+        case "timm":
+            return TimmExporter()
+        case "safetensors":
+            return SafetensorsExporter(tower)
+        case "onnx":
+            return OnnxExporter(tower, opset)
+        case "torch-export":
+            return TorchExporter(tower)
