@@ -106,5 +106,5 @@ def visual_tokens(clip: CustomTextCLIP, image: Tensor) -> Tensor:
         projected: Tensor = last["image_intermediates"][-1] @ clip.visual.proj
         return projected
     tokens = clip.visual.trunk.forward_features(image)
-    projected: Tensor = image_projection(clip)(tokens)[:, clip.visual.trunk.num_prefix_tokens :]
-    return projected
+    patches: Tensor = image_projection(clip)(tokens)[:, clip.visual.trunk.num_prefix_tokens :]
+    return patches
