@@ -30,7 +30,7 @@ def compare(
     from dataclasses import asdict
 
     from evatool.eval.compare import compare_runs
-    from evatool.eval.report import wording as words
+    from evatool.eval.report import wording
     from evatool.eval.report.page import write_eval_report
     from evatool.eval.report.tables import write_csv, write_markdown
     from evatool.eval.results import write_results
@@ -39,14 +39,14 @@ def compare(
     titles = {s.name: s.title for s in results.sets}
     table = [["set", "metric", "model", "against", "points", ""]]
     for d in results.differences:
-        verdict = words.verdict(d.interval)
+        verdict = wording.verdict(d.interval)
         table.append(
-            [titles[d.set], words.label(d.metric, results), d.after, d.before, words.points(d.interval), verdict]
+            [titles[d.set], wording.label(d.metric, results), d.after, d.before, wording.points(d.interval), verdict]
         )
-    lines = words.comparison_sentences(results)
+    lines = wording.comparison_sentences(results)
     for s in results.over_seeds:
-        value = f"{words.percent(s.value)} {words.bounds(s.interval)}"
-        lines.append(f"over {s.num_seeds} seeds, {titles[s.set]}, {words.label(s.metric, results)}: {value}")
+        value = f"{wording.percent(s.value)} {wording.bounds(s.interval)}"
+        lines.append(f"over {s.num_seeds} seeds, {titles[s.set]}, {wording.label(s.metric, results)}: {value}")
     lines += [f"not compared: {f.model}: {f.message}" for f in results.failures]
     if out is not None:
         write_results(out / "results.json", results)

@@ -11,7 +11,7 @@ from evatool.core.errors import DataError, RecipeError
 from evatool.eval.model_differences import add_averages, add_differences, add_seed_rows
 from evatool.eval.prediction_store import KeptPredictions, prediction_path, read_predictions
 from evatool.eval.predictions import Predictions
-from evatool.eval.results import EvalResults, Failure, ModelRecord, ResultRow, read_results
+from evatool.eval.results import EvalFailure, EvalResults, ModelRecord, ResultRow, read_results
 from evatool.eval.suite import Suite, load_suite
 from evatool.eval.tasks.base import EvalTask
 
@@ -106,7 +106,7 @@ def _take(
         known = next((s for s in merged.sets if s.name == record.name), None)
         if known is not None and known.samples != record.samples:
             what = f"{record.title} has other samples in {folder} than in the runs before: not compared"
-            merged.failures.append(Failure(name, record.name, what))
+            merged.failures.append(EvalFailure(name, record.name, what))
             continue
         if known is None:
             merged.sets.append(record)

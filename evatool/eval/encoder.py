@@ -54,7 +54,7 @@ class EvaluationSet(Protocol):
 
 
 @dataclass
-class Encoder:
+class SetEncoder:
     """One model, and how it is run, for the length of one set; every rank has one and calls the same methods.
 
     Attributes:

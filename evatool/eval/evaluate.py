@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evatool.eval.encode import ClipModel, Encoding, Tokenizer
-from evatool.eval.encoder import Encoder, EvaluationSet
+from evatool.eval.encoder import EvaluationSet, SetEncoder
 from evatool.eval.prediction_store import KeptPredictions
 from evatool.eval.result_rows import result_rows
 from evatool.eval.results import EvalResults, ModelRecord, SetRecord
@@ -58,7 +58,7 @@ def evaluate(
     """
     started = time.perf_counter()
     record = model_record or ModelRecord("model", source="", fingerprint="", image_size=0, num_parameters=0)
-    encoder = Encoder(
+    encoder = SetEncoder(
         model,
         tokenizer or model.tokenizer,  # type: ignore[attr-defined]
         how or Encoding(device=str(getattr(model, "device", "cpu"))),

@@ -1,6 +1,6 @@
 """Work that is divided over ranks: every rank goes through the same number of passes and fails with the others.
 
-Tasks of `evatool/eval/tasks/` call none of this: their batches, and what comes of them, pass through `Encoder`.
+Tasks of `evatool/eval/tasks/` call none of this: their batches, and what comes of them, pass through `SetEncoder`.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import tomllib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 _FILE = Path(__file__).with_name("published.toml")
 
@@ -30,6 +31,6 @@ def published_value(preset: str, set_name: str, metric: str, resize: str) -> Pub
 
 
 @cache
-def _table() -> list[dict]:
-    entries: list[dict] = tomllib.loads(_FILE.read_text(encoding="utf-8"))["published"]
+def _table() -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = tomllib.loads(_FILE.read_text(encoding="utf-8"))["published"]
     return entries

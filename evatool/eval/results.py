@@ -131,7 +131,7 @@ class SeedRow:
 
 
 @dataclass(frozen=True)
-class Failure:
+class EvalFailure:
     """A set that could not be evaluated; `set` is None where the model could not be loaded."""
 
     model: str
@@ -153,7 +153,7 @@ class EvalResults:
     results: list[ResultRow] = field(default_factory=list)
     differences: list[DifferenceRow] = field(default_factory=list)
     over_seeds: list[SeedRow] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
+    failures: list[EvalFailure] = field(default_factory=list)
     near_ties: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # model -> set -> sample keys
     versions: dict[str, str] = field(default_factory=dict)
     machine: str = ""
@@ -220,11 +220,12 @@ def read_results(path: Path) -> EvalResults:
         "results": ResultRow,
         "differences": DifferenceRow,
         "over_seeds": SeedRow,
-        "failures": Failure,
+        "failures": EvalFailure,
     }
     try:
         parsed = {key: [_record(kind, row) for row in table.get(key, [])] for key, kind in lists.items()}
-        return _record(EvalResults, {**table, **parsed})
+        results: EvalResults = _record(EvalResults, {**table, **parsed})
+        return results
     except TypeError as error:
         raise DataError(
             f"evaluation results are incomplete: {error}", where=str(path), fix="run evatool eval"

@@ -29,7 +29,7 @@ class TensorStore(Protocol):
         ...
 
 
-class Memory(dict[str, Tensor]):
+class ClassifierMemory(dict[str, Tensor]):
     """A store for as long as the process lives."""
 
     def put(self, key: str, value: Tensor) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evatool.core.errors import EvatoolError
-from evatool.eval.report.demo import CaptionedImage, ChainStep, DemoReport, LossCurve, write_demo_report
+from evatool.eval.report.demo import ChainLosses, ChainStep, DemoReport, ShownSample, write_demo_report
 from evatool.eval.report.gallery import read_gallery
 from evatool.eval.results import EvalResults, read_results, write_atomically
 from evatool.recipe.load import load_recipe
@@ -235,7 +235,7 @@ def _chain_step(step: Step, result: Result, clock: Clock, options: DemoOptions) 
     return ChainStep(step.title, step.text, clock.seconds.get(step.name, 0.0), shown, command)
 
 
-def _loss_curve(step: Step, result: Result) -> LossCurve | None:
+def _loss_curve(step: Step, result: Result) -> ChainLosses | None:
     path = result.outputs.get("metrics")
     if path is None:
         return None
@@ -243,12 +243,12 @@ def _loss_curve(step: Step, result: Result) -> LossCurve | None:
     rows = [row for row in rows if row.get("train/loss") is not None]
     samples, losses = [float(row["samples_seen"]) for row in rows], [float(row["train/loss"]) for row in rows]
     if result.stage != "train-clip":
-        return LossCurve(step.title, samples, losses, model=step.model)
+        return ChainLosses(step.title, samples, losses, model=step.model)
     batch = rows[0]["samples_seen"] / rows[0]["step"]
-    return LossCurve(step.title, samples, losses, math.log(batch), "ln(batch)", model=step.model)
+    return ChainLosses(step.title, samples, losses, math.log(batch), "ln(batch)", model=step.model)
 
 
-def _samples(train: Path) -> list[CaptionedImage]:
+def _samples(train: Path) -> list[ShownSample]:
     """Training pictures spread over the shards, as they are stored."""
     from evatool.data.tar.manifest import ShardIndex
 
@@ -258,7 +258,7 @@ def _samples(train: Path) -> list[CaptionedImage]:
     for i in range(0, len(index), stride)[:NUM_SAMPLE_PICTURES]:
         members = index.read(i)
         image = next(data for name, data in members.items() if name in ("webp", "png", "jpg", "jpeg"))
-        found.append(CaptionedImage(image, members["txt"].decode("utf-8")))
+        found.append(ShownSample(image, members["txt"].decode("utf-8")))
     return found
 
 

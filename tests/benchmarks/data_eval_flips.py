@@ -24,7 +24,7 @@ from side_by_side import finish, machine, versions
 
 from evatool.data.eval.sets import EvalSet, open_eval_set
 from evatool.data.image.eval_transforms import EvalTransform
-from evatool.eval.encoder import Encoder
+from evatool.eval.encoder import SetEncoder
 from evatool.eval.tasks.zero_shot import ZeroShotClassification
 from evatool.inference.loaded_clip import LoadedClip, load_clip
 
@@ -68,7 +68,9 @@ def predictions(model: LoadedClip, folder: Path, form: str, decode: Any) -> np.n
     """Predicted class of each picture of a set."""
     transform = Reformed(FORMS[form], EvalTransform(model.image_size, decode=decode))
     found: np.ndarray = (
-        ZeroShotClassification().run(Encoder(model, model.tokenizer), opened(folder, transform)).predictions.top[:, 0]
+        ZeroShotClassification()
+        .run(SetEncoder(model, model.tokenizer), opened(folder, transform))
+        .predictions.top[:, 0]
     )
     return found
 

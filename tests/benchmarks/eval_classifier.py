@@ -26,7 +26,7 @@ from evatool.eval.text_classifier import text_classifier
 from evatool.inference.loaded_clip import load_clip
 from evatool.model.presets import resolve_preset
 from evatool.recipe.schema import EvalSection
-from evatool.stages.evaluating.models import load_model
+from evatool.stages.evaluating.models import load_eval_model
 
 
 def prompts(what: str) -> list[str]:
@@ -49,7 +49,7 @@ def main() -> None:
         text = {"context_length": 77, "width": asked.width, "heads": asked.width // 64, "layers": asked.layers}
         config.write_text(json.dumps(resolve_preset("EVA02-CLIP-toy").to_json() | {"text_cfg": text}))
         section = EvalSection(models={"m": "random weights"}, model_configs={"m": str(config)}, data=Path())
-        model = load_model("m", "random weights", section, init_world(), None)
+        model = load_eval_model("m", "random weights", section, init_world(), None)
         how = Encoding(model.device, model.trims_text)
         store = TensorCache(Path(cache), "classifiers", model.origin, model.tokenizer_key)
         build = lambda names: text_classifier(  # noqa: E731

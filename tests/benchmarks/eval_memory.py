@@ -15,7 +15,7 @@ import time
 import numpy as np
 import torch
 
-from evatool.eval.encoder import Encoder
+from evatool.eval.encoder import SetEncoder
 from evatool.eval.tasks.retrieval_ranks import retrieval_ranks
 from evatool.eval.tasks.zero_shot import ZeroShotClassification
 
@@ -74,7 +74,7 @@ def classification(rows: int, classes: int, width: int, limit: float) -> None:
     before = peak()
     started = time.perf_counter()
     tokens = lambda names: torch.tensor([[int(n)] for n in names])  # noqa: E731
-    answers = ZeroShotClassification().run(Encoder(Features(text), tokens), Rows(rows, classes, width)).predictions
+    answers = ZeroShotClassification().run(SetEncoder(Features(text), tokens), Rows(rows, classes, width)).predictions
     beyond = peak() - before
     assert len(answers.labels) == rows
     assert beyond < limit, f"{beyond / 1e6:.0f} MB"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evatool.eval.report.gallery import Found, Gallery, Item, Retrieval, data_uri, encode_image_file
-from evatool.eval.results import EvalResults, Failure
+from evatool.eval.report.gallery import Found, Gallery, Item, ShownRetrieval, data_uri, encode_image_file
+from evatool.eval.results import EvalFailure, EvalResults
 from tests.eval.toys import made_up_results
 
 
@@ -20,7 +20,7 @@ def results() -> EvalResults:
 def failed_results() -> EvalResults:
     """Two models and a set that failed."""
     made = made_up_results()
-    made.failures.append(Failure("second", "coarse-group", "class id 5 is out of range"))
+    made.failures.append(EvalFailure("second", "coarse-group", "class id 5 is out of range"))
     return made
 
 
@@ -34,8 +34,8 @@ def image() -> bytes:
 def gallery(image: bytes) -> Gallery:
     """One hit and one miss in both directions."""
     tile, words = Item(image=data_uri(image)), Item(caption="a <fine> cat")
-    hit = Retrieval("text_to_image", words, [Found(tile, True, 0.5)] + [Found(tile, False, 0.1)] * 4, 1, 9, None)
-    miss = Retrieval("text_to_image", words, [Found(tile, False, 0.1)] * 5, 8, 9, tile)
-    named = Retrieval("image_to_text", tile, [Found(words, True, 0.5)], 1, 9, None)
-    unnamed = Retrieval("image_to_text", tile, [Found(words, False, 0.5)], 7, 9, Item(caption="a dog"))
+    hit = ShownRetrieval("text_to_image", words, [Found(tile, True, 0.5)] + [Found(tile, False, 0.1)] * 4, 1, 9, None)
+    miss = ShownRetrieval("text_to_image", words, [Found(tile, False, 0.1)] * 5, 8, 9, tile)
+    named = ShownRetrieval("image_to_text", tile, [Found(words, True, 0.5)], 1, 9, None)
+    unnamed = ShownRetrieval("image_to_text", tile, [Found(words, False, 0.5)], 7, 9, Item(caption="a dog"))
     return Gallery("second", "retrieval", [hit, named], [miss, unnamed])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from evatool.eval.cache import FingerprintCache, TensorCache
 from evatool.eval.encode import Encoding, encode_texts
-from evatool.eval.text_classifier import Memory, text_classifier
+from evatool.eval.text_classifier import ClassifierMemory, text_classifier
 from evatool.inference.loaded_clip import load_clip
 from evatool.model.presets import resolve_preset
 from evatool.model.text import encode_text
@@ -77,7 +77,7 @@ def test_a_kept_classifier_is_not_built_again(clip: Clip, tmp_path: Path) -> Non
     store = TensorCache(tmp_path, "classifiers", "weights-a", "tokenizer")
     first = build(clip, trim=True, stores=[store])
     clip.tokens = 0
-    assert torch.equal(build(clip, trim=True, stores=[Memory(), store]), first)
+    assert torch.equal(build(clip, trim=True, stores=[ClassifierMemory(), store]), first)
     assert clip.tokens == 0
 
 
@@ -125,7 +125,7 @@ def test_a_fingerprint_is_remembered_until_its_file_is_written(tmp_path: Path) -
 
 def test_a_store_of_a_toy_counts_what_is_encoded() -> None:
     model = ToyClip(torch.randn(12, 4, generator=torch.Generator().manual_seed(0)))
-    memory = Memory()
+    memory = ClassifierMemory()
     for _ in range(2):
         text_classifier(model, model.tokenizer, NAMES, TEMPLATES, Encoding(), name="toy", stores=[memory])
     assert model.texts_encoded == 12

@@ -35,7 +35,7 @@ def a_run(
         for name in SETS:
             record = SetRecord(name, name, name, "", "classification", name, N, 10, samples=samples, partial=partial)
             right = difficulty < accuracy + 0.1 * m
-            answers = ClassificationResult(
+            predictions = ClassificationResult(
                 labels,
                 np.where(right, labels, (labels + 1) % 10)[:, None].repeat(5, 1).astype(np.int32),
                 np.where(right, 0, 1).astype(np.int32),
@@ -50,7 +50,8 @@ def a_run(
             results.results.append(row)
             settings = {"precision": "fp32", "resize": "shortest", "decode": "exact", "prompts": ""}
             write_predictions(
-                prediction_path(folder, model.name, name), KeptPredictions("k", model, record, settings, 1.0, answers)
+                prediction_path(folder, model.name, name),
+                KeptPredictions("k", model, record, settings, 1.0, predictions),
             )
     write_results(folder / "results.json", results)
     return folder

@@ -12,7 +12,7 @@ import pytest
 from evatool.core.errors import DataError
 from evatool.eval.predictions import ClassificationResult
 from evatool.eval.report.class_accuracy import class_panel
-from evatool.eval.report.demo import CaptionedImage, ChainStep, DemoReport, LossCurve, write_demo_report
+from evatool.eval.report.demo import ChainLosses, ChainStep, DemoReport, ShownSample, write_demo_report
 from evatool.eval.report.gallery import Gallery, encode_image_file
 from evatool.eval.report.page import text_table, write_eval_report
 from evatool.eval.results import EvalResults
@@ -74,9 +74,9 @@ def demo_of(results: EvalResults, image: bytes, gallery: Gallery | None = None) 
             ChainStep("Prepare", "It prepares.", 12.0, {"pictures": "40"}, "evatool data-prepare demo/data-prepare")
         ],
         model_titles={"first": "From scratch", "second": "Distilled"},
-        samples=[CaptionedImage(image, "a squid")],
+        samples=[ShownSample(image, "a squid")],
         data_text="Real drawings.",
-        losses=[LossCurve("Teacher", [0, 100, 200], [4.8, 4.0, 3.5], 4.85, "a guess", "first")],
+        losses=[ChainLosses("Teacher", [0, 100, 200], [4.8, 4.0, 3.5], 4.85, "a guess", "first")],
         mim_images=[image],
         mim_text="Grey was hidden.",
         gallery=gallery,
@@ -114,7 +114,7 @@ def test_names_from_outside_are_escaped(tmp_path: Path, image: bytes) -> None:
     results = made_up_results({"<script>alert(1)</script>": (0.05, 0.03, 0.07), "b\"'&": (0.05, 0.03, 0.07)})
     write_eval_report(tmp_path / "eval.html", results)
     demo = demo_of(results, image)
-    demo.samples = [CaptionedImage(image, "<img src=x onerror=alert(1)>")]
+    demo.samples = [ShownSample(image, "<img src=x onerror=alert(1)>")]
     write_demo_report(tmp_path / "demo.html", demo)
     for name in ("eval.html", "demo.html"):
         html, page = read(tmp_path / name)
@@ -180,8 +180,8 @@ def test_a_class_is_among_the_best_or_the_worst_and_never_right_is_not_best() ->
         [0, 0, 0, 1, 1, 1, 1, 1, 1, 1], dtype=np.int32
     )  # class 0 right twice, class 1 once, the others never
     top = np.where(rank == 0, labels, (labels + 1) % 5).astype(np.int32)[:, None]
-    answers = ClassificationResult(labels, top, rank, 5, np.ones(10, dtype=np.float32))
-    panel = class_panel("set", "Set", answers, list("abcde"))
+    predictions = ClassificationResult(labels, top, rank, 5, np.ones(10, dtype=np.float32))
+    panel = class_panel("set", "Set", predictions, list("abcde"))
     assert panel is not None
     assert [row.name for row in panel.worst] == ["c", "d"]
     assert [(row.name, row.right) for row in panel.best] == [("a", 2), ("b", 1)]

@@ -62,29 +62,29 @@ def test_a_file_that_is_no_result_is_refused(tmp_path: Path, content: str) -> No
     assert caught.value.where == str(path)
 
 
-def kept(answers: ClassificationResult | RetrievalResult | ScoreResult) -> KeptPredictions:
+def kept(predictions: ClassificationResult | RetrievalResult | ScoreResult) -> KeptPredictions:
     made = made_up_results()
     settings = {"precision": "fp32", "resize": "shortest", "decode": "exact", "prompts": "ab"}
-    return KeptPredictions("key", made.models[0], made.sets[0], settings, 1.5, answers)
+    return KeptPredictions("key", made.models[0], made.sets[0], settings, 1.5, predictions)
 
 
 def test_predictions_are_compact_and_read_back(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 300, (50_000, 7)).astype(np.int32)
     margin = rng.random(50_000).astype(np.float16).astype(np.float32)
-    answers = ClassificationResult(ids[:, 0], ids[:, 1:6], ids[:, 6], 300, margin)
+    predictions = ClassificationResult(ids[:, 0], ids[:, 1:6], ids[:, 6], 300, margin)
     path = tmp_path / "predictions" / "a" / "b.npz"
-    write_predictions(path, kept(answers))
+    write_predictions(path, kept(predictions))
     back = read_predictions(path)
-    assert back.model == kept(answers).model
-    assert (back.key, back.seconds, back.set) == ("key", 1.5, kept(answers).set)
-    for name, value in vars(answers).items():
+    assert back.model == kept(predictions).model
+    assert (back.key, back.seconds, back.set) == ("key", 1.5, kept(predictions).set)
+    for name, value in vars(predictions).items():
         assert np.array_equal(getattr(back.predictions, name), value), name
     assert path.stat().st_size < 14 * 50_000
 
 
 @pytest.mark.parametrize(
-    "answers",
+    "predictions",
     [
         RetrievalResult(*(np.arange(n, dtype=np.int32) for n in (6, 3, 6, 3)), np.arange(6, dtype=np.int32) // 2),
         ScoreResult(
@@ -94,11 +94,13 @@ def test_predictions_are_compact_and_read_back(tmp_path: Path) -> None:
     ],
     ids=["retrieval", "scores"],
 )
-def test_other_answers_read_back_with_the_same_metrics(tmp_path: Path, answers: RetrievalResult | ScoreResult) -> None:
-    write_predictions(tmp_path / "p.npz", kept(answers))
+def test_other_answers_read_back_with_the_same_metrics(
+    tmp_path: Path, predictions: RetrievalResult | ScoreResult
+) -> None:
+    write_predictions(tmp_path / "p.npz", kept(predictions))
     back = read_predictions(tmp_path / "p.npz").predictions
     assert [(m.metric, m.value, m.chance) for m in back.metrics()] == [
-        (m.metric, m.value, m.chance) for m in answers.metrics()
+        (m.metric, m.value, m.chance) for m in predictions.metrics()
     ]
 
 
@@ -146,10 +148,10 @@ def test_each_model_is_compared_with_the_one_before_and_the_last_with_the_first(
 
 def test_top5_is_left_out_where_it_says_nothing() -> None:
     labels = np.arange(4, dtype=np.int32)
-    answers = ClassificationResult(
+    predictions = ClassificationResult(
         labels, np.zeros((4, 5), np.int32), np.zeros(4, np.int32), 5, np.zeros(4, np.float32)
     )
-    assert [m.metric for m in answers.metrics()] == ["top1"]
+    assert [m.metric for m in predictions.metrics()] == ["top1"]
 
 
 def test_a_measure_compares_the_same_samples() -> None:

@@ -74,8 +74,8 @@ def test_a_difference_seen_in_one_sample_is_not_called_clear() -> None:
 
 
 def test_equal_answers_differ_by_nothing() -> None:
-    answers = np.arange(50) % 3 == 0
-    interval = paired_difference(answers, answers, num_resamples=1000, seed=0)
+    predictions = np.arange(50) % 3 == 0
+    interval = paired_difference(predictions, predictions, num_resamples=1000, seed=0)
     assert interval.value == 0
     assert interval.low < 0 < interval.high
 
@@ -94,9 +94,9 @@ def test_pairing_tells_apart_what_separate_intervals_cannot() -> None:
 
 def test_copies_of_a_sample_in_one_cluster_add_no_certainty() -> None:
     rng = np.random.default_rng(0)
-    answers = rng.random(200) < 0.4
-    copied, clusters = np.repeat(answers, 5), np.repeat(np.arange(200), 5)
-    once = bootstrap_mean(answers, num_resamples=20_000, seed=0)
+    predictions = rng.random(200) < 0.4
+    copied, clusters = np.repeat(predictions, 5), np.repeat(np.arange(200), 5)
+    once = bootstrap_mean(predictions, num_resamples=20_000, seed=0)
     clustered = bootstrap_mean(copied, num_resamples=20_000, seed=0, clusters=clusters)
     naive = bootstrap_mean(copied, num_resamples=20_000, seed=0)
     width = lambda i: i.high - i.low  # noqa: E731

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from evatool.eval.compare import compare_runs
 from evatool.eval.encode import Encoding, ImageGroups, image_batches
-from evatool.eval.encoder import Encoder, EvaluationSet
+from evatool.eval.encoder import EvaluationSet, SetEncoder
 from evatool.eval.evaluate import SetEvaluation, evaluate
 from evatool.eval.prediction_store import prediction_path, read_predictions, write_predictions
 from evatool.eval.predictions import ScoreResult
@@ -34,10 +34,10 @@ class WhichImage(EvalTask[ScoreResult]):
         main_metrics=("right_image",), labels={"right_image": "right image of two"}, headline="finds {hits} of {n}"
     )
 
-    def open_targets(self, encoder: Encoder, eval_set: EvaluationSet) -> Tensor:
+    def open_targets(self, encoder: SetEncoder, eval_set: EvaluationSet) -> Tensor:
         return encoder.text_classifier(eval_set)
 
-    def predict(self, encoder: Encoder, eval_set: EvaluationSet, targets: Tensor) -> Predicted[ScoreResult]:
+    def predict(self, encoder: SetEncoder, eval_set: EvaluationSet, targets: Tensor) -> Predicted[ScoreResult]:
         def compare(features: Tensor, classes: Tensor) -> dict[str, np.ndarray]:
             scores = (features * targets.T[classes][:, None]).sum(dim=-1)  # (B, 2)
             return {"right": (scores[:, 0] > scores[:, 1]).numpy().astype(np.float32)}

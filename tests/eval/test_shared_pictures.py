@@ -68,11 +68,11 @@ def test_shared_pictures_are_decoded_and_encoded_once(tmp_path: Path, images: li
     assert transform.decoded == clip.encoded == len(images)
     assert len(memory) == len(images)
     alone = model()
-    for folder, answers in zip(folders, shared, strict=True):
+    for folder, predictions in zip(folders, shared, strict=True):
         expected = classify(alone, alone.tokenizer, opened(folder, Counted()))
-        np.testing.assert_array_equal(answers.top, expected.top)
-        np.testing.assert_array_equal(answers.labels, expected.labels)
-        np.testing.assert_allclose(answers.margin, expected.margin, atol=1e-4)
+        np.testing.assert_array_equal(predictions.top, expected.top)
+        np.testing.assert_array_equal(predictions.labels, expected.labels)
+        np.testing.assert_allclose(predictions.margin, expected.margin, atol=1e-4)
     assert alone.encoded == 20 + len(images)
 
 

@@ -8,7 +8,7 @@ import torch
 from clip_benchmark.metrics import zeroshot_classification as benchmark
 
 from evatool.core.errors import DataError, EvatoolError, NumericalError
-from evatool.eval.text_classifier import Memory
+from evatool.eval.text_classifier import ClassifierMemory
 from tests.eval.toys import ToyClip, ToySet, as_pictures, classify
 
 
@@ -33,53 +33,53 @@ def reference_logits(model: ToyClip, images: torch.Tensor, num_templates: int) -
 
 def test_answers_equal_a_float64_reference() -> None:
     model, toy, images, labels = random_set()
-    answers = classify(model, model.tokenizer, toy)
+    predictions = classify(model, model.tokenizer, toy)
     logits = reference_logits(model, images, 3)
     order = np.argsort(-logits, axis=1)
     own = np.take_along_axis(logits, labels.numpy()[:, None], axis=1)
-    assert answers.labels.tolist() == labels.tolist()
-    assert answers.top.tolist() == order[:, :5].tolist()
-    assert answers.rank.tolist() == (logits > own).sum(axis=1).tolist()
-    assert answers.correct(1).mean() == (order[:, 0] == labels.numpy()).mean()
-    assert 0 < answers.correct(1).sum() < answers.correct(5).sum() < len(labels)
+    assert predictions.labels.tolist() == labels.tolist()
+    assert predictions.top.tolist() == order[:, :5].tolist()
+    assert predictions.rank.tolist() == (logits > own).sum(axis=1).tolist()
+    assert predictions.correct(1).mean() == (order[:, 0] == labels.numpy()).mean()
+    assert 0 < predictions.correct(1).sum() < predictions.correct(5).sum() < len(labels)
 
 
 @pytest.mark.parity
 def test_top1_equals_clip_benchmark_sample_by_sample() -> None:
     model, toy, _, _ = random_set(seed=3)
-    answers = classify(model, model.tokenizer, toy)
+    predictions = classify(model, model.tokenizer, toy)
     weights = benchmark.zero_shot_classifier(model, model.tokenizer, toy.classnames, toy.templates, "cpu", amp=False)
     logits, target = benchmark.run_classification(model, weights, toy.loader, "cpu", amp=False)
-    assert answers.top[:, 0].tolist() == logits.argmax(dim=1).tolist()
-    assert answers.labels.tolist() == target.tolist()
+    assert predictions.top[:, 0].tolist() == logits.argmax(dim=1).tolist()
+    assert predictions.labels.tolist() == target.tolist()
 
 
 def test_the_last_batch_may_be_smaller_and_progress_counts_pictures() -> None:
     model, toy, _, _ = random_set(num_samples=70)
     counted: list[int] = []
-    answers = classify(model, model.tokenizer, toy, on_batch=counted.append)
+    predictions = classify(model, model.tokenizer, toy, on_batch=counted.append)
     assert counted == [32, 32, 6]
-    assert answers.rank.shape == (70,)
+    assert predictions.rank.shape == (70,)
 
 
 def test_fewer_than_five_classes_keep_them_all() -> None:
     model, toy, _, _ = random_set(num_classes=3)
-    answers = classify(model, model.tokenizer, toy)
-    assert answers.top.shape == (90, 3)
-    assert answers.correct(3).all()
+    predictions = classify(model, model.tokenizer, toy)
+    assert predictions.top.shape == (90, 3)
+    assert predictions.correct(3).all()
 
 
 def test_equal_logits_rank_by_class_id() -> None:
     model = ToyClip(torch.ones(4, 2))  # every class looks the same
     toy = ToySet(classnames=list("abcd"), loader=[(as_pictures(torch.ones(4, 2)), torch.arange(4))])
-    answers = classify(model, model.tokenizer, toy)
-    assert answers.top.tolist() == [[0, 1, 2, 3]] * 4
-    assert answers.rank.tolist() == [0, 1, 2, 3]
+    predictions = classify(model, model.tokenizer, toy)
+    assert predictions.top.tolist() == [[0, 1, 2, 3]] * 4
+    assert predictions.rank.tolist() == [0, 1, 2, 3]
 
 
 def test_sets_with_the_same_prompts_share_their_classifier() -> None:
     model, toy, _, _ = random_set()
-    stores = [Memory()]
+    stores = [ClassifierMemory()]
     first = classify(model, model.tokenizer, toy, stores=stores)
     encoded = model.texts_encoded
     again = classify(model, model.tokenizer, toy, stores=stores)

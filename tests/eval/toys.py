@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from evatool.eval.encode import Encoding, ImageMemory
-from evatool.eval.encoder import Encoder
+from evatool.eval.encoder import SetEncoder
 from evatool.eval.predictions import ClassificationResult
 from evatool.eval.results import DifferenceRow, EvalResults, ModelRecord, ResultRow, SetRecord
 from evatool.eval.tasks.zero_shot import ZeroShotClassification
@@ -51,9 +51,9 @@ class ToyClip:
 
 def encoder_of(
     model: Any, tokenizer: Any = None, *, trim_text: bool = False, memory: ImageMemory | None = None, **options: Any
-) -> Encoder:
+) -> SetEncoder:
     """A model on the CPU, ready for a task."""
-    return Encoder(model, tokenizer or model.tokenizer, Encoding(trim_text=trim_text), memory=memory, **options)
+    return SetEncoder(model, tokenizer or model.tokenizer, Encoding(trim_text=trim_text), memory=memory, **options)
 
 
 def classify(model: Any, tokenizer: Any, eval_set: Any, **options: Any) -> ClassificationResult:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evatool.eval.report import wording as words
+from evatool.eval.report import wording
 from evatool.eval.results import EvalResults, ResultRow, SetRecord
 
 NUM_COLOURS = 6
@@ -28,7 +28,7 @@ class Tick:
 
 
 @dataclass(frozen=True)
-class Bar:
+class ChartBar:
     """One model's value: lengths in percent of the axis."""
 
     title: str
@@ -49,7 +49,7 @@ class BarPanel:
     about: str
     facts: str
     metric: str
-    bars: list[Bar]
+    bars: list[ChartBar]
     ticks: list[Tick]
     chance: float  # place of the chance mark
 
@@ -112,7 +112,7 @@ def bar_panels(results: EvalResults, names: Names) -> list[BarPanel]:
     panels = [
         _bar_panel(results, record, metric, names)
         for record in results.sets
-        for metric in words.main_metrics(results, record.kind)
+        for metric in wording.main_metrics(results, record.kind)
     ]
     return [panel for panel in panels if panel is not None]
 
@@ -123,25 +123,25 @@ def _bar_panel(results: EvalResults, record: SetRecord, metric: str, names: Name
         return None
     top, ticks = share_axis(max(max(row.high, row.chance) for row in rows))
     return BarPanel(
-        title=words.set_title(results, record, metric),
+        title=wording.set_title(results, record, metric),
         about=record.about,
-        facts=words.set_facts(record, rows[0].chance),
-        metric=words.label(metric, results),
+        facts=wording.set_facts(record, rows[0].chance),
+        metric=wording.label(metric, results),
         bars=[_bar(row, top, names) for row in rows],
         ticks=ticks,
         chance=100 * rows[0].chance / top,
     )
 
 
-def _bar(row: ResultRow, top: float, names: Names) -> Bar:
-    return Bar(
+def _bar(row: ResultRow, top: float, names: Names) -> ChartBar:
+    return ChartBar(
         title=names.titles[row.model],
         colour=names.colours[row.model],
         length=100 * row.value / top,
         low=100 * row.low / top,
         high=100 * row.high / top,
-        text=words.percent(row.value),
-        bounds=words.bounds(row.interval),
+        text=wording.percent(row.value),
+        bounds=wording.bounds(row.interval),
         at_chance=row.low <= row.chance,
     )
 
@@ -157,14 +157,14 @@ def share_axis(largest: float) -> tuple[float, list[Tick]]:
 
 def difference_panels(results: EvalResults, names: Names, pairs: Sequence[tuple[str, str]]) -> list[DifferencePanel]:
     """A panel for each pair of models, on one axis for all, so that lengths compare between panels."""
-    compared = [(pair, words.compared_rows(results, *pair)) for pair in pairs]
+    compared = [(pair, wording.compared_rows(results, *pair)) for pair in pairs]
     reach = max((max(abs(row.low), abs(row.high)) for _, rows in compared for _, row in rows), default=0.0)
     end = max(reach, 1e-3) * 1.06
     step = _round_step(end / 3)
     marks = [i * step for i in range(-int(end / step), int(end / step) + 1)]
     digits = max(0, -math.floor(math.log10(step * 100) + 1e-9))
     ticks = [
-        Tick(50 + 50 * m / end, f"{'+' if m > 0 else words.MINUS if m < 0 else ''}{abs(100 * m):.{digits}f}")
+        Tick(50 + 50 * m / end, f"{'+' if m > 0 else wording.MINUS if m < 0 else ''}{abs(100 * m):.{digits}f}")
         for m in marks
     ]
     place = lambda share: 50 + 50 * share / end  # noqa: E731
@@ -176,12 +176,12 @@ def difference_panels(results: EvalResults, names: Names, pairs: Sequence[tuple[
             after_colour=names.colours[after],
             whiskers=[
                 Whisker(
-                    title=words.set_title(results, record, row.metric),
+                    title=wording.set_title(results, record, row.metric),
                     at=place(row.value),
                     low=place(row.low),
                     high=place(row.high),
-                    text=words.points(row.interval),
-                    verdict=words.verdict(row.interval),
+                    text=wording.points(row.interval),
+                    verdict=wording.verdict(row.interval),
                 )
                 for record, row in rows
             ],
@@ -223,7 +223,7 @@ def curve_panel(
         path=draw(smooth),
         raw=draw(points),
         x_ticks=[Tick(100 * f, _count(f * last_x)) for f in (0.0, 0.5, 1.0)],
-        y_ticks=[Tick(y_of(m), f"{m:.{digits}f}".replace("-", words.MINUS)) for m in marks],
+        y_ticks=[Tick(y_of(m), f"{m:.{digits}f}".replace("-", wording.MINUS)) for m in marks],
         reference=None if reference is None else y_of(reference),
         reference_text=reference_text,
         first=_level(smooth[0][1]),
@@ -267,4 +267,4 @@ def _count(samples: float) -> str:
 
 
 def _level(value: float) -> str:
-    return f"{value:.3g}".replace("-", words.MINUS)
+    return f"{value:.3g}".replace("-", wording.MINUS)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evatool.eval.report import wording as words
+from evatool.eval.report import wording
 from evatool.eval.report.charts import CurvePanel, Names, bar_panels, curve_panel, difference_panels
-from evatool.eval.report.gallery import Gallery, Picture, data_uri
+from evatool.eval.report.gallery import Gallery, ImageSource, data_uri
 from evatool.eval.report.page import Fact, model_notes, render, table_rows
 from evatool.eval.results import EvalResults, compared_pairs, write_atomically
 
@@ -27,7 +27,7 @@ class ChainStep:
 
 
 @dataclass(frozen=True)
-class LossCurve:
+class ChainLosses:
     """Losses of one stage at the samples seen when each was logged."""
 
     title: str
@@ -39,10 +39,10 @@ class LossCurve:
 
 
 @dataclass(frozen=True)
-class CaptionedImage:
+class ShownSample:
     """A training picture with its caption."""
 
-    image: Picture
+    image: ImageSource
     caption: str
 
 
@@ -55,11 +55,11 @@ class DemoReport:
     results: EvalResults
     steps: list[ChainStep] = field(default_factory=list)
     model_titles: dict[str, str] = field(default_factory=dict)  # name in the results -> name on the page
-    samples: list[CaptionedImage] = field(default_factory=list)
-    contact_sheet: Picture | None = None  # used where `samples` is empty
+    samples: list[ShownSample] = field(default_factory=list)
+    contact_sheet: ImageSource | None = None  # used where `samples` is empty
     data_text: str = ""  # what the training data are, in a sentence
-    losses: list[LossCurve] = field(default_factory=list)
-    mim_images: list[Picture] = field(default_factory=list)
+    losses: list[ChainLosses] = field(default_factory=list)
+    mim_images: list[ImageSource] = field(default_factory=list)
     mim_text: str = ""  # what the pictures show
     gallery: Gallery | None = None
     machine: str = ""
@@ -84,15 +84,15 @@ def write_demo_report(out: Path, data: DemoReport) -> None:
         lead=data.lead,
         facts=_facts(data, names),
         failures=results.failures,
-        headline=words.headline(results, chain[-1], names.titles[chain[-1]]) if chain else None,
+        headline=wording.headline(results, chain[-1], names.titles[chain[-1]]) if chain else None,
         gains=_gains(results, names),
-        caveats=[*words.caveats(results, comparisons), *data.notes],
+        caveats=[*wording.caveats(results, comparisons), *data.notes],
         bars=bar_panels(results, names),
         differences=differences,
         names=names,
         notes=model_notes(results.models),
         steps=_timed_steps(data.steps),
-        total_time=words.duration(sum(step.seconds for step in data.steps)),
+        total_time=wording.duration(sum(step.seconds for step in data.steps)),
         samples=[{"image": data_uri(s.image), "caption": s.caption} for s in data.samples],
         sheet=data_uri(data.contact_sheet) if data.contact_sheet and not data.samples else None,
         data_text=data.data_text,
@@ -115,26 +115,28 @@ def _facts(data: DemoReport, names: Names) -> list[Fact]:
     record = data.results.headline_set()
     final = data.results.models[-1] if data.results.models else None
     row = (
-        record and final and data.results.row(final.name, record.name, words.main_metrics(data.results, record.kind)[0])
+        record
+        and final
+        and data.results.row(final.name, record.name, wording.main_metrics(data.results, record.kind)[0])
     )
     if record and final and row:
         facts += [
             Fact(
-                f"{words.label(row.metric, data.results).capitalize()} on {record.phrase}",
-                words.percent(row.value),
-                f"{names.titles[final.name]}, {words.bounds(row.interval)}",
+                f"{wording.label(row.metric, data.results).capitalize()} on {record.phrase}",
+                wording.percent(row.value),
+                f"{names.titles[final.name]}, {wording.bounds(row.interval)}",
             ),
             Fact(
                 "Against chance",
                 f"{row.value / row.chance:.0f}×",
-                f"chance is {words.percent(row.chance)}{'' if row.low > row.chance else ', not told from it'}",
+                f"chance is {wording.percent(row.chance)}{'' if row.low > row.chance else ', not told from it'}",
             ),
         ]
     if final:
         facts.append(Fact("Final model", f"{final.num_parameters / 1e6:.2g} M", "parameters"))
     if data.steps:
         total = sum(step.seconds for step in data.steps)
-        facts.append(Fact("Whole chain", words.duration(total), data.machine))
+        facts.append(Fact("Whole chain", wording.duration(total), data.machine))
     return facts
 
 
@@ -142,7 +144,7 @@ def _gains(results: EvalResults, names: Names) -> list[dict[str, Any]]:
     """What each model gained or lost against the one before it, and the last against the first."""
     gains = []
     for before, after in compared_pairs(list(names.titles)):
-        sentences = words.step_sentences(results, before, after)
+        sentences = wording.step_sentences(results, before, after)
         if sentences:
             gains.append({"before": before, "after": after, "sentences": sentences})
     return gains
@@ -156,14 +158,14 @@ def _timed_steps(steps: Sequence[ChainStep]) -> list[dict[str, Any]]:
             "text": step.text,
             "metrics": step.metrics,
             "command": step.command,
-            "time": words.duration(step.seconds),
+            "time": wording.duration(step.seconds),
             "share": 100 * step.seconds / longest,
         }
         for step in steps
     ]
 
 
-def _curves(losses: Sequence[LossCurve], names: Names) -> list[dict[str, Any]]:
+def _curves(losses: Sequence[ChainLosses], names: Names) -> list[dict[str, Any]]:
     curves: list[dict[str, Any]] = []
     for curve in losses:
         reference = curve.reference if curve.reference is None or math.isfinite(curve.reference) else None

@@ -21,7 +21,7 @@ from evatool.eval.results import write_atomically
 if TYPE_CHECKING:
     from evatool.eval.tasks.retrieval_examples import RetrievalExample
 
-Picture = bytes | Path | str
+ImageSource = bytes | Path | str
 """An encoded picture, a file of one, or a ready `data:` URI."""
 
 _MAX_SIDE = 160  # pixels; a gallery tile is at most 96 CSS pixels wide
@@ -46,7 +46,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Retrieval:
+class ShownRetrieval:
     """One query with what was found, best first."""
 
     direction: str  # "text_to_image" or "image_to_text"
@@ -63,8 +63,8 @@ class Gallery:
 
     model: str
     set: str
-    best: list[Retrieval]
-    worst: list[Retrieval]
+    best: list[ShownRetrieval]
+    worst: list[ShownRetrieval]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def missed_image(pixels: NDArray[np.uint8], key: str, right: str, named: str) ->
     return MissedImage(data_uri(encode_image_file(pixels, _MAX_SIDE)), key, right, named)
 
 
-def data_uri(image: Picture) -> str:
+def data_uri(image: ImageSource) -> str:
     """A picture as a `data:` URI.
 
     Raises: DataError if the file cannot be read, or the bytes are no PNG, JPEG, WebP or GIF.
@@ -141,10 +141,10 @@ def build_gallery(
             encoded[index] = data_uri(encode_image_file(images[index], _MAX_SIDE))
         return Item(image=encoded[index])
 
-    def shown(example: RetrievalExample) -> Retrieval:
+    def shown(example: RetrievalExample) -> ShownRetrieval:
         finds_images = example.direction == "text_to_image"
         missing = not any(example.is_right)
-        return Retrieval(
+        return ShownRetrieval(
             direction=example.direction,
             query=item(example.query, not finds_images),
             found=[
@@ -177,8 +177,8 @@ def read_gallery(path: Path) -> Gallery:
         raise DataError(f"cannot read retrieval examples: {error}", where=str(path), fix="run evatool eval") from error
 
 
-def _retrieval(row: dict[str, Any]) -> Retrieval:
-    return Retrieval(
+def _retrieval(row: dict[str, Any]) -> ShownRetrieval:
+    return ShownRetrieval(
         direction=row["direction"],
         query=_item(row["query"]),
         found=[Found(_item(f["item"]), f["is_right"], f["score"]) for f in row["found"]],

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evatool.eval.report import wording as words
+from evatool.eval.report import wording
 from evatool.eval.report.charts import Names, bar_panels, difference_panels
 from evatool.eval.report.gallery import Gallery
 from evatool.eval.results import EvalResults, ModelRecord, write_atomically
@@ -63,7 +63,7 @@ def write_eval_report(
         failures=results.failures,
         bars=bar_panels(results, names),
         differences=differences,
-        sentences=words.comparison_sentences(results),
+        sentences=wording.comparison_sentences(results),
         seeds=seed_rows(results),
         published=published_rows(results),
         names=names,
@@ -74,10 +74,10 @@ def write_eval_report(
         missed={name: found.missed for name, found in examples.items() if found.missed},
         titles={s.name: s.title for s in results.sets},
         table=table_rows(results),
-        caveats=words.caveats(results, sum(len(p.whiskers) for p in differences)),
+        caveats=wording.caveats(results, sum(len(p.whiskers) for p in differences)),
         level=f"{results.level:.0%}",
-        environment=environment(results),
-        footer=f"Written by evatool in {words.duration(results.seconds)}.",
+        environment=measured_with(results),
+        footer=f"Written by evatool in {wording.duration(results.seconds)}.",
     )
     write_atomically(path, page.encode())
 
@@ -103,9 +103,9 @@ def seed_rows(results: EvalResults) -> list[list[str]]:
     return [
         [
             titles[s.set],
-            words.label(s.metric, results),
+            wording.label(s.metric, results),
             ", ".join(s.models),
-            f"{words.percent(s.value)} {words.bounds(s.interval)}",
+            f"{wording.percent(s.value)} {wording.bounds(s.interval)}",
         ]
         for s in results.over_seeds
     ]
@@ -117,11 +117,11 @@ def published_rows(results: EvalResults) -> list[list[str]]:
     return [
         [
             titles[row.set],
-            words.label(row.metric, results),
+            wording.label(row.metric, results),
             row.model,
-            f"{words.percent(row.value)} {words.bounds(row.interval)}",
-            words.percent(row.published),
-            words.signed_points(row.value - row.published),
+            f"{wording.percent(row.value)} {wording.bounds(row.interval)}",
+            wording.percent(row.published),
+            wording.signed_points(row.value - row.published),
             row.published_source,
         ]
         for row in results.results
@@ -145,13 +145,13 @@ def headline_facts(results: EvalResults, names: Names) -> list[Fact]:
     record = results.headline_set()
     if record is None:
         return []
-    metric = words.main_metrics(results, record.kind)[0]
+    metric = wording.main_metrics(results, record.kind)[0]
     rows = [row for model in names.titles if (row := results.row(model, record.name, metric))]
     return [
         Fact(
             label=names.titles[row.model],
-            value=words.percent(row.value),
-            note=f"{words.label(metric, results)} on {record.phrase}, {words.bounds(row.interval)}",
+            value=wording.percent(row.value),
+            note=f"{wording.label(metric, results)} on {record.phrase}, {wording.bounds(row.interval)}",
         )
         for row in rows[-4:]
     ]
@@ -167,14 +167,17 @@ def table_rows(results: EvalResults) -> list[TableRow]:
             rows.append(
                 TableRow(
                     set=record.title,
-                    metric=words.label(metric, results),
+                    metric=wording.label(metric, results),
                     cells={
-                        model: (words.percent(row.value).removesuffix(f"{words.NO_BREAK}%"), words.bounds(row.interval))
+                        model: (
+                            wording.percent(row.value).removesuffix(f"{wording.NO_BREAK}%"),
+                            wording.bounds(row.interval),
+                        )
                         if row
                         else None
                         for model, row in measured.items()
                     },
-                    chance=words.percent(first.chance).removesuffix(f"{words.NO_BREAK}%"),
+                    chance=wording.percent(first.chance).removesuffix(f"{wording.NO_BREAK}%"),
                     n=f"{first.n:,}",
                 )
             )
@@ -196,7 +199,7 @@ def model_notes(models: Sequence[ModelRecord]) -> dict[str, str]:
     return {m.name: f"{m.num_parameters / 1e6:.3g} M parameters, {m.image_size} px" for m in models}
 
 
-def environment(results: EvalResults) -> list[tuple[str, str]]:
+def measured_with(results: EvalResults) -> list[tuple[str, str]]:
     """What was measured where: models with their fingerprints, machine, seed, versions."""
     items = [(f"model {m.name}", f"{m.weights or m.source} ({m.fingerprint[:12]})") for m in results.models]
     items += [

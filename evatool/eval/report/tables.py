@@ -7,7 +7,7 @@ import io
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from evatool.eval.report import wording as words
+from evatool.eval.report import wording
 from evatool.eval.results import EvalResults, ResultRow, write_atomically
 
 
@@ -40,10 +40,10 @@ def markdown(results: EvalResults) -> str:
                 [
                     row.model,
                     _title(results, row.set),
-                    words.label(row.metric, results),
-                    f"{words.percent(row.value)} {words.bounds(row.interval)}",
-                    words.percent(row.published or 0.0),
-                    words.signed_points(row.value - (row.published or 0.0)),
+                    wording.label(row.metric, results),
+                    f"{wording.percent(row.value)} {wording.bounds(row.interval)}",
+                    wording.percent(row.published or 0.0),
+                    wording.signed_points(row.value - (row.published or 0.0)),
                     row.published_source,
                 ]
                 for row in beside
@@ -55,8 +55,8 @@ def markdown(results: EvalResults) -> str:
             ["after", "before", "set", "metric", "difference", "verdict"],
             [
                 [
-                    *(d.after, d.before, _title(results, d.set), words.label(d.metric, results)),
-                    *(words.points(d.interval), words.verdict(d.interval)),
+                    *(d.after, d.before, _title(results, d.set), wording.label(d.metric, results)),
+                    *(wording.points(d.interval), wording.verdict(d.interval)),
                 ]
                 for d in results.differences
             ],
@@ -67,8 +67,8 @@ def markdown(results: EvalResults) -> str:
             ["models", "set", "metric", "mean"],
             [
                 [
-                    *(", ".join(s.models), _title(results, s.set), words.label(s.metric, results)),
-                    f"{words.percent(s.value)} {words.bounds(s.interval)}",
+                    *(", ".join(s.models), _title(results, s.set), wording.label(s.metric, results)),
+                    f"{wording.percent(s.value)} {wording.bounds(s.interval)}",
                 ]
                 for s in results.over_seeds
             ],
@@ -91,12 +91,12 @@ def _keys(results: EvalResults) -> list[tuple[str, str]]:
 def _numbers(results: EvalResults, set_name: str, metric: str) -> list[str]:
     rows = [results.row(m.name, set_name, metric) for m in results.models]
     first = next(row for row in rows if row)
-    cells = [f"{words.percent(row.value)} {words.bounds(row.interval)}" if row else "–" for row in rows]
+    cells = [f"{wording.percent(row.value)} {wording.bounds(row.interval)}" if row else "–" for row in rows]
     return [
         _title(results, set_name),
-        words.label(metric, results),
+        wording.label(metric, results),
         *cells,
-        words.percent(first.chance),
+        wording.percent(first.chance),
         f"{first.n:,}",
     ]
 

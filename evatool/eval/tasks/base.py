@@ -17,7 +17,7 @@ from evatool.eval.report.gallery import Gallery, MissedImage
 from evatool.eval.task_wording import TaskWording
 
 if TYPE_CHECKING:
-    from evatool.eval.encoder import Encoder, EvaluationSet
+    from evatool.eval.encoder import EvaluationSet, SetEncoder
 
 P = TypeVar("P", bound=Predictions)
 
@@ -45,8 +45,8 @@ class Examples:
 class EvalTask(ABC, Generic[P]):
     """One kind of evaluation: what a model is asked on a set, and how its predictions are measured and worded.
 
-    `run` calls `open_targets` once and hands what it gives to `predict`. Neither knows of ranks: the `Encoder` divides
-    the work, keeps the ranks in lockstep and returns arrays of the whole set on all of them. Metrics, what each
+    `run` calls `open_targets` once and hands what it gives to `predict`. Neither knows of ranks: the `SetEncoder`
+    divides the work, keeps the ranks in lockstep and returns arrays of the whole set on all of them. Metrics, what each
     averages and its chance belong to the predictions, as does the form in which they are stored.
     """
 
@@ -62,7 +62,7 @@ class EvalTask(ABC, Generic[P]):
     """True if every sample has one class id, so that probes can be fitted on the set's training data."""
 
     @abstractmethod
-    def predict(self, encoder: Encoder, eval_set: EvaluationSet, targets: Any) -> Predicted[P]:
+    def predict(self, encoder: SetEncoder, eval_set: EvaluationSet, targets: Any) -> Predicted[P]:
         """Predictions of the whole set, the same on every rank; every rank must call it.
 
         Args:
@@ -73,7 +73,7 @@ class EvalTask(ABC, Generic[P]):
         Raises: DataError for a set that cannot be measured; NumericalError for features that are not finite.
         """
 
-    def open_targets(self, encoder: Encoder, eval_set: EvaluationSet) -> Any:
+    def open_targets(self, encoder: SetEncoder, eval_set: EvaluationSet) -> Any:
         """What all samples are matched with, made once before the first batch; every rank must call it.
 
         A task that names classes returns its text classifier here. None unless overridden: targets that belong to one
@@ -81,7 +81,7 @@ class EvalTask(ABC, Generic[P]):
         """
         return None
 
-    def run(self, encoder: Encoder, eval_set: EvaluationSet) -> Predicted[P]:
+    def run(self, encoder: SetEncoder, eval_set: EvaluationSet) -> Predicted[P]:
         """Open the targets, then predict; every rank must call it."""
         return self.predict(encoder, eval_set, self.open_targets(encoder, eval_set))
 

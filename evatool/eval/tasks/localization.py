@@ -19,7 +19,7 @@ from evatool.eval.tasks.base import EvalTask, Predicted
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from evatool.eval.encoder import Encoder, EvaluationSet
+    from evatool.eval.encoder import EvaluationSet, SetEncoder
 
 # B scenes of a batch, S input side, N = G x G patches, C classes, E embedding
 
@@ -48,7 +48,7 @@ class Localization(EvalTask[ScoreResult]):
         headline="names the patches of {n} scenes right",
     )
 
-    def open_targets(self, encoder: Encoder, eval_set: EvaluationSet) -> Tensor:
+    def open_targets(self, encoder: SetEncoder, eval_set: EvaluationSet) -> Tensor:
         """(E, C) text classifier of the set's prompts. Raises: EvatoolError for a model without patch tokens."""
         if encoder.patch_tokens is None:
             raise EvatoolError(
@@ -59,7 +59,7 @@ class Localization(EvalTask[ScoreResult]):
             )
         return encoder.text_classifier(eval_set)
 
-    def predict(self, encoder: Encoder, eval_set: EvaluationSet, targets: Tensor) -> Predicted[ScoreResult]:
+    def predict(self, encoder: SetEncoder, eval_set: EvaluationSet, targets: Tensor) -> Predicted[ScoreResult]:
         """Scores of every scene, and of every class that a patch shows.
 
         Raises: DataError where the masks show nothing; NumericalError for tokens that are not finite.

@@ -34,11 +34,11 @@ def linear_probe(
         train, test: unit features (N, E) and labels (N,), on the CPU.
         holdout: share of each class that is held out; a class with one sample stays in both parts.
     """
-    fitted, held = _split(train[1].numpy(), holdout, seed)
+    fitted, holdout_rows = _split(train[1].numpy(), holdout, seed)
     accuracies = []
     for weight_decay in weight_decays if len(weight_decays) > 1 else ():
         weights = fit(train[0][fitted], train[1][fitted], num_classes, weight_decay, max_iterations, device)
-        accuracies.append(float((predict(weights, train[0][held]) == train[1][held]).float().mean()))
+        accuracies.append(float((predict(weights, train[0][holdout_rows]) == train[1][holdout_rows]).float().mean()))
     chosen = weight_decays[int(np.argmax(accuracies))] if accuracies else weight_decays[0]
     weights = fit(*train, num_classes, chosen, max_iterations, device)
     hits = (predict(weights, test[0]) == test[1]).numpy().astype(np.float32)
@@ -131,5 +131,5 @@ def _split(labels: NDArray[Any], share: float, seed: int) -> tuple[NDArray[np.in
     sorted_labels = labels[order]
     place = np.arange(len(order)) - np.searchsorted(sorted_labels, sorted_labels)
     size = np.searchsorted(sorted_labels, sorted_labels, side="right") - np.searchsorted(sorted_labels, sorted_labels)
-    held = place < np.maximum(1, np.round(share * size))
-    return np.sort(order[~held | (size == 1)]), np.sort(order[held])
+    holdout_rows = place < np.maximum(1, np.round(share * size))
+    return np.sort(order[~holdout_rows | (size == 1)]), np.sort(order[holdout_rows])

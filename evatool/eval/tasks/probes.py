@@ -14,7 +14,7 @@ from evatool.eval.tasks.base import EvalTask, Predicted
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from evatool.eval.encoder import Encoder, EvaluationSet
+    from evatool.eval.encoder import EvaluationSet, SetEncoder
     from evatool.eval.text_classifier import TensorStore
 
 # N samples, E embedding
@@ -45,7 +45,7 @@ class Probes(EvalTask[ScoreResult]):
     seed: int = 0
     store: TensorStore | None = None
 
-    def open_targets(self, encoder: Encoder, eval_set: EvaluationSet) -> tuple[Tensor, Tensor]:
+    def open_targets(self, encoder: SetEncoder, eval_set: EvaluationSet) -> tuple[Tensor, Tensor]:
         """Features and labels of the training set. Raises: DataError where its classes are others."""
         assert self.training is not None, "probes need a training set"
         if self.training.classnames != eval_set.classnames:
@@ -56,7 +56,7 @@ class Probes(EvalTask[ScoreResult]):
             )
         return image_features(encoder, self.training, self.store)
 
-    def predict(self, encoder: Encoder, eval_set: Any, targets: tuple[Tensor, Tensor]) -> Predicted[ScoreResult]:
+    def predict(self, encoder: SetEncoder, eval_set: Any, targets: tuple[Tensor, Tensor]) -> Predicted[ScoreResult]:
         """Top-1 of each classifier, sample by sample."""
         from evatool.eval.tasks import logistic_regression as classifiers
 
@@ -75,7 +75,7 @@ class Probes(EvalTask[ScoreResult]):
         return Predicted(ScoreResult(scores, chance))
 
 
-def image_features(encoder: Encoder, eval_set: Any, store: TensorStore | None) -> tuple[Tensor, Tensor]:
+def image_features(encoder: SetEncoder, eval_set: Any, store: TensorStore | None) -> tuple[Tensor, Tensor]:
     """Unit features (N, E) float32 and labels (N,) int64 of a set, on the CPU; every rank must call it.
 
     Args:

@@ -14,7 +14,7 @@ from evatool.eval.task_wording import TaskWording
 from evatool.eval.tasks.base import EvalTask, Predicted
 
 if TYPE_CHECKING:
-    from evatool.eval.encoder import Encoder, EvaluationSet
+    from evatool.eval.encoder import EvaluationSet, SetEncoder
     from evatool.eval.tasks.retrieval_features import PairFeatures
 
 
@@ -37,7 +37,7 @@ class Retrieval(EvalTask[RetrievalResult]):
     )
     in_averages = True
 
-    def predict(self, encoder: Encoder, eval_set: EvaluationSet, targets: None) -> Predicted[RetrievalResult]:
+    def predict(self, encoder: SetEncoder, eval_set: EvaluationSet, targets: None) -> Predicted[RetrievalResult]:
         """Ranks in both directions.
 
         Raises: DataError for an empty set or an image without a caption; NumericalError for features not finite.

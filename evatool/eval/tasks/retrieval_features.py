@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evatool.core.errors import DataError
-from evatool.eval.encoder import Encoder, EvaluationSet
+from evatool.eval.encoder import EvaluationSet, SetEncoder
 from evatool.eval.predictions import RetrievalResult
 from evatool.eval.tasks.retrieval_ranks import retrieval_ranks
 
@@ -27,7 +27,7 @@ class PairFeatures:
     num_captions: int = 0  # as the set has them, with repetitions
 
 
-def encode_pairs(encoder: Encoder, eval_set: EvaluationSet) -> PairFeatures:
+def encode_pairs(encoder: SetEncoder, eval_set: EvaluationSet) -> PairFeatures:
     """Features of all images and of each distinct caption once; every rank must call it and gets all of them.
 
     A caption belongs to every image that has it: where two images share one, each is right for it.

@@ -22,7 +22,7 @@ from evatool.eval.tasks.base import EvalTask, Examples, Predicted
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from evatool.eval.encoder import Encoder, EvaluationSet
+    from evatool.eval.encoder import EvaluationSet, SetEncoder
 
 # N samples, C classes, E embedding, B of a batch
 
@@ -49,11 +49,11 @@ class ZeroShotClassification(EvalTask[ClassificationResult]):
     in_averages = True
     takes_probes = True
 
-    def open_targets(self, encoder: Encoder, eval_set: EvaluationSet) -> Tensor:
+    def open_targets(self, encoder: SetEncoder, eval_set: EvaluationSet) -> Tensor:
         """(E, C) text classifier of the set's prompts."""
         return encoder.text_classifier(eval_set)
 
-    def predict(self, encoder: Encoder, eval_set: EvaluationSet, targets: Tensor) -> Predicted[ClassificationResult]:
+    def predict(self, encoder: SetEncoder, eval_set: EvaluationSet, targets: Tensor) -> Predicted[ClassificationResult]:
         """Class ranks of every sample.
 
         Raises: DataError for an empty set or a class id out of range; NumericalError for features not finite.

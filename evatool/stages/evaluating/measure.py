@@ -1,4 +1,4 @@
-"""One model on one set: opened, checked, predicted or taken from an earlier start, kept, measured."""
+"""Models on sets, one by one: opened, checked, predicted or taken from an earlier start, kept, measured."""
 
 from __future__ import annotations
 
@@ -9,27 +9,64 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from evatool.core.errors import DataError
+from evatool.core.errors import DataError, EvatoolError
 from evatool.core.progress import progress
 from evatool.data.eval.sets import EvalSet
 from evatool.distributed.collectives import gather_objects
 from evatool.eval.cache import TensorCache
 from evatool.eval.encode import Encoding, ImageMemory
-from evatool.eval.encoder import Encoder
+from evatool.eval.encoder import SetEncoder
+from evatool.eval.lockstep import fail_on_all_ranks
 from evatool.eval.prediction_store import KeptPredictions, prediction_path, read_predictions, write_predictions
 from evatool.eval.predictions import Predictions
 from evatool.eval.report.gallery import read_gallery, write_gallery
 from evatool.eval.result_rows import result_rows
-from evatool.eval.results import SetRecord
+from evatool.eval.results import EvalFailure, SetRecord
 from evatool.eval.suite import Suite, SuiteSet, check_counts
+from evatool.eval.tasks.base import EvalTask
 from evatool.eval.tasks.build import task_of
 from evatool.eval.tasks.probes import Probes
-from evatool.eval.text_classifier import Memory, TensorStore, prompts_hash
+from evatool.eval.text_classifier import ClassifierMemory, TensorStore, prompts_hash
 from evatool.recipe.schema import EvalSection
-from evatool.stages.evaluating.models import EvalModel
+from evatool.stages.evaluating.models import EvalModel, load_eval_model
 from evatool.stages.evaluating.suite_evaluation import SuiteEvaluation
 
 log = logging.getLogger(__name__)
+
+
+def measure_models(evaluation: SuiteEvaluation) -> None:
+    """Every model on every set; failures are added to the results. Raises: EvatoolError where the only model fails."""
+    started = time.perf_counter()
+    models, sets = evaluation.section.models, evaluation.chosen
+    with progress("evaluate", total=len(models) * len(sets), unit="sets") as bar:
+        for name, source in models.items():
+            _measure_model(evaluation, name, source, on_set=lambda: bar.advance(1))
+    evaluation.results.seconds = round(time.perf_counter() - started, 3)
+
+
+def _measure_model(evaluation: SuiteEvaluation, name: str, source: str, on_set: Callable[[], None]) -> None:
+    """Load one model, evaluate it on every set, let it go."""
+    results = evaluation.results
+    try:
+        with fail_on_all_ranks():
+            model = load_eval_model(name, source, evaluation.section, evaluation.world, evaluation.cache)
+    except (EvatoolError, OSError, RuntimeError) as error:
+        if len(evaluation.section.models) == 1:
+            raise
+        log.error("model %s cannot be loaded: %s", name, error)
+        results.failures.append(EvalFailure(name, None, str(error)))
+        return
+    results.models.append(model.record)
+    for entry in evaluation.chosen:
+        try:
+            measure_set(evaluation, model, entry)
+        except Exception as error:  # whatever one set meets must not lose the others
+            log.error("%s on %s failed: %s", name, entry.name, error)
+            log.debug("trace of the failure", exc_info=True)
+            kind = "" if isinstance(error, EvatoolError) else f"{type(error).__name__}: "
+            results.failures.append(EvalFailure(name, entry.name, f"{kind}{error}"))
+        on_set()
+    evaluation.images.pop(name, None)
 
 
 def measure_set(evaluation: SuiteEvaluation, model: EvalModel, entry: SuiteSet) -> None:
@@ -88,7 +125,8 @@ def _predict(evaluation: SuiteEvaluation, model: EvalModel, entry: SuiteSet, ope
     """Predictions of the task of the set's kind; rank 0 also keeps the examples that the task shows."""
     name = model.record.name
     with progress(f"{name}: {entry.title}", total=len(opened.loader.indices), unit="pictures") as bar:
-        predicted = task_of(entry.kind).run(_encoder(evaluation, model, bar.advance), opened)
+        task: EvalTask[Predictions] = task_of(entry.kind)
+        predicted = task.run(_encoder(evaluation, model, bar.advance), opened)
         if predicted.gallery is not None and evaluation.world.is_main:
             gallery = predicted.gallery()
             evaluation.galleries[name, entry.name] = gallery
@@ -96,13 +134,15 @@ def _predict(evaluation: SuiteEvaluation, model: EvalModel, entry: SuiteSet, ope
         return predicted.predictions
 
 
-def _encoder(evaluation: SuiteEvaluation, model: EvalModel, on_batch: Callable[[int], None] | None = None) -> Encoder:
+def _encoder(
+    evaluation: SuiteEvaluation, model: EvalModel, on_batch: Callable[[int], None] | None = None
+) -> SetEncoder:
     """The model with what it remembers between sets: text classifiers, in memory and on disk, and image features."""
-    stores: list[TensorStore] = [evaluation.classifiers.setdefault(model.record.name, Memory())]
+    stores: list[TensorStore] = [evaluation.classifiers.setdefault(model.record.name, ClassifierMemory())]
     if evaluation.cache is not None:
         origin = (model.origin, model.tokenizer_key)
         stores.append(TensorCache(evaluation.cache, "classifiers", *origin, writes=evaluation.world.is_main))
-    return Encoder(
+    return SetEncoder(
         model,
         model.tokenizer,
         Encoding(model.device, model.trims_text, model.lockstep),

@@ -60,7 +60,7 @@ class EvalModel:
     patch_tokens: Callable[[Tensor], Tensor] | None
 
 
-def load_model(name: str, source: str, section: EvalSection, world: World, cache: Path | None) -> EvalModel:
+def load_eval_model(name: str, source: str, section: EvalSection, world: World, cache: Path | None) -> EvalModel:
     """The model that `source` names, on this rank's device.
 
     Args:

@@ -14,7 +14,7 @@ from evatool.eval.predictions import Predictions
 from evatool.eval.report.gallery import Gallery
 from evatool.eval.results import EvalResults
 from evatool.eval.suite import Suite, SuiteSet, fetch_command, find_set
-from evatool.eval.text_classifier import Memory
+from evatool.eval.text_classifier import ClassifierMemory
 from evatool.recipe.schema import EvalSection
 
 
@@ -32,7 +32,7 @@ class SuiteEvaluation:
     cache: Path | None
     predictions: dict[tuple[str, str], Predictions] = field(default_factory=dict)  # by model and set
     galleries: dict[tuple[str, str], Gallery] = field(default_factory=dict)  # likewise
-    classifiers: dict[str, Memory] = field(default_factory=dict)  # text classifiers of each model
+    classifiers: dict[str, ClassifierMemory] = field(default_factory=dict)  # text classifiers of each model
     images: dict[str, ImageMemory] = field(default_factory=dict)  # features of images of each model
     opened: dict[tuple[str, int], EvalSet] = field(default_factory=dict)  # by set and side in pixels
 

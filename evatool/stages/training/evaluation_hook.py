@@ -15,7 +15,7 @@ from evatool.data.tokenizer import build_tokenizer
 from evatool.distributed.engines.amp import autocast
 from evatool.distributed.world import World
 from evatool.eval.encode import Encoding
-from evatool.eval.encoder import Encoder
+from evatool.eval.encoder import SetEncoder
 from evatool.eval.suite import find_sets, load_suite
 from evatool.eval.tasks.build import task_of
 from evatool.model.config import ModelConfig
@@ -87,7 +87,7 @@ class Evaluation(Hook):
     def _figures(self, opened: EvalSet) -> dict[str, float]:
         how = Encoding(str(self._device), self._trims_text, self._lockstep)
         task = task_of(opened.kind)
-        predictions = task.run(Encoder(self._model, self._tokenizer, how), opened).predictions
+        predictions = task.run(SetEncoder(self._model, self._tokenizer, how), opened).predictions
         main = [m for m in predictions.metrics() if m.metric in task.wording.main_metrics]
         return {f"eval/{opened.name}/{_SHORT_NAMES.get(m.metric, m.metric)}": m.value for m in main}
 
