@@ -1,8 +1,16 @@
 """95 % intervals by a seeded bootstrap over samples, and paired differences between models.
 
-Resampling N samples with replacement and averaging depends only on how often each distinct value is drawn, so one
-multinomial draw over the distinct values gives a resample's mean exactly in distribution. Right/wrong answers have two
-values (three for a paired difference): 1,000 resamples of 50,000 samples take milliseconds and a few kilobytes.
+With samples x_1 ... x_N, a resample b draws N of them with replacement, and the interval lies between the quantiles of
+the means of B resamples (the percentile interval):
+
+    m_b = 1/N sum_n x_(i_bn),   i_bn uniform in 1 ... N          [ q_0.025(m_1 ... m_B),  q_0.975(m_1 ... m_B) ]
+
+m_b depends only on how often each distinct value v_j is drawn. With f_j samples of value v_j, the counts are
+
+    (c_b1 ... c_bJ) ~ Multinomial(N; f_1 / N ... f_J / N),       m_b = 1/N sum_j c_bj v_j
+
+so one multinomial draw over J values gives a resample's mean exactly in distribution. Hits and misses have J = 2 (a
+paired difference J = 3): 1,000 resamples of 50,000 samples take milliseconds and a few kilobytes.
 """
 
 from __future__ import annotations
@@ -60,6 +68,8 @@ def bootstrap_mean(
     mean = float(x.mean())
     sums, counts = (x, np.ones_like(x)) if clusters is None else _cluster_sums(x, clusters)
     if np.ptp(x) == 0:
+        # all N samples agree: with a share p that could differ, that happens with probability (1 - p)^N; the largest
+        # p for which it is still as likely as (1 - level) / 2 is 1 - ((1 - level) / 2)^(1 / N)
         spread = 1.0 - ((1.0 - level) / 2) ** (1.0 / sums.size)
         return Interval(mean, mean - spread * (mean - support[0]), mean + spread * (support[1] - mean))
     means = _resampled_means(sums, counts, num_resamples, np.random.default_rng(seed))
@@ -78,8 +88,12 @@ def paired_difference(
 ) -> Interval:
     """Mean of `after - before` over the same samples in the same order, with its interval.
 
-    Pairing removes what is common to both (some pictures are hard for every model), so it tells models apart that
-    their separate intervals cannot. Values lie in [0, 1] per sample.
+    The samples are drawn once for both, so that d_n = after_n - before_n is what is resampled:
+
+        Var(mean d) = (Var(after) + Var(before) - 2 Cov(after, before)) / N
+
+    The covariance is what both have in common (some images are hard for every model): pairing removes it, and so tells
+    models apart that their separate intervals cannot. Values lie in [0, 1] per sample.
 
     Raises: ValueError if the two were not measured on the same number of samples.
     """
@@ -151,7 +165,10 @@ def over_seeds(values: ArrayLike, sample_deviation: float, *, level: float = LEV
     Args:
         values: (S,) one figure a seed, at least two.
         sample_deviation: standard deviation of the mean over seeds when the samples are drawn again.
-    Student's t with S - 1 degrees of freedom for the seeds, the normal quantile for the samples, added in squares.
+
+    Student's t with S - 1 degrees of freedom for the seeds, the normal quantile for the samples, added in squares:
+
+        reach = sqrt( (t_(S-1) s / sqrt(S))^2 + (z sample_deviation)^2 ),   s the deviation between seeds
     Raises: ValueError with fewer than two seeds.
     """
     from scipy import stats
@@ -168,7 +185,10 @@ def over_seeds(values: ArrayLike, sample_deviation: float, *, level: float = LEV
 def _resampled_class_means(
     x: NDArray[np.float64], classes: NDArray[np.int64], num_resamples: int, rng: np.random.Generator
 ) -> NDArray[np.float64]:
-    """As `_resampled_means`; a unit is a class and a value, and each class counts the same."""
+    """(num_resamples,) means over classes of class means; a unit is a class k with a value v, drawn c_kv times.
+
+    m_b = mean over classes k with draws of   sum_v c_kv v / sum_v c_kv
+    """
     units, frequency = np.unique(np.stack([classes, x], axis=1), axis=0, return_counts=True)
     starts = np.flatnonzero(np.r_[True, np.diff(units[:, 0]) != 0])  # units are sorted by class
     share = frequency / frequency.sum()
@@ -195,7 +215,12 @@ def _cluster_sums(x: NDArray[np.float64], clusters: ArrayLike) -> tuple[NDArray[
 def _resampled_means(
     sums: NDArray[np.float64], counts: NDArray[np.float64], num_resamples: int, rng: np.random.Generator
 ) -> NDArray[np.float64]:
-    """(num_resamples,) means of units drawn with replacement; a unit is a sample or a cluster (ratio of sums)."""
+    """(num_resamples,) means of units drawn with replacement; a unit is a sample, or a cluster of samples.
+
+    A unit u has a sum s_u and a number of samples n_u (s_u = x_u and n_u = 1 for a sample), and is drawn c_u times:
+
+        m_b = sum_u c_u s_u / sum_u c_u n_u          a ratio, since clusters differ in size
+    """
     units, frequency = np.unique(np.stack([sums, counts], axis=1), axis=0, return_counts=True)
     share = frequency / frequency.sum()
     rows = max(1, _CELLS // len(units))

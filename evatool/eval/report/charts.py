@@ -167,7 +167,10 @@ def difference_panels(results: EvalResults, names: Names, pairs: Sequence[tuple[
         Tick(50 + 50 * m / end, f"{'+' if m > 0 else wording.MINUS if m < 0 else ''}{abs(100 * m):.{digits}f}")
         for m in marks
     ]
-    place = lambda share: 50 + 50 * share / end  # noqa: E731
+
+    def place(share: float) -> float:
+        return 50 + 50 * share / end
+
     return [
         DifferencePanel(
             before=names.titles[before],
@@ -213,8 +216,13 @@ def curve_panel(
     margin = (top - bottom or abs(top) or 1.0) * 0.06
     bottom, top = bottom - margin, top + margin
     last_x = points[-1][0] or 1.0
-    y_of = lambda y: 100 * (top - y) / (top - bottom)  # noqa: E731
-    draw = lambda line: "M" + "L".join(f"{100 * x / last_x:.2f},{y_of(y):.2f}" for x, y in line)  # noqa: E731
+
+    def y_of(y: float) -> float:
+        return 100 * (top - y) / (top - bottom)
+
+    def draw(line: list[tuple[float, float]]) -> str:
+        return "M" + "L".join(f"{100 * x / last_x:.2f},{y_of(y):.2f}" for x, y in line)
+
     step = _round_step((top - bottom) / 6)
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     marks = [i * step for i in range(math.ceil(bottom / step), math.floor(top / step) + 1)]

@@ -108,12 +108,19 @@ def fit(
 
 
 def predict(weights: Tensor, features: Tensor) -> Tensor:
-    """(N,) classes."""
-    return (_scaled(features) @ weights[:-1] + weights[-1]).argmax(dim=1)
+    """(N,) the class of each feature row that the classifier scores highest.
+
+    Args:
+        weights: (E + 1, C), as `fit` gives them.
+    """
+    classes: Tensor = (_scaled(features) @ weights[:-1] + weights[-1]).argmax(dim=1)
+    return classes
 
 
 def _scaled(features: Tensor) -> Tensor:
-    return features * features.shape[1] ** 0.5  # a unit vector's entries then have a variance of about 1
+    """Features as classifiers are fitted on them."""
+    scale: float = features.shape[1] ** 0.5
+    return features * scale  # a unit vector's entries then have a variance of about 1
 
 
 def _per_class(labels: NDArray[Any], count: int, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -1,7 +1,22 @@
 """How many wrong candidates come before the right one, without ever holding the matrix of similarities.
 
-Every similarity is computed once, in float32, a tile at a time, and serves both directions. Whatever lies within the
-rounding error of the score it is compared with is computed again in float64, so the counts are those of float64.
+Every similarity is computed once, in float32, a tile at a time, and serves both directions:
+
+                     images ->
+                 +-----------+-----------+
+        texts    |   tile    |   tile    |   rows beaten    -> rank of each text among images (summed over tiles)
+          |      +-----------+-----------+
+          v      |   tile    |   tile    |
+                 +-----------+-----------+
+                 columns beaten           -> rank of each image among texts
+
+    rank of text t  =  #{ wrong image i : <t, i> >= best right score of t }
+
+Whatever lies within the rounding error of the score it is compared with is computed again in float64, so the counts
+are those of float64:
+
+    ---- below: not counted ----|-- near: again in float64 --|---- above: counted ---->   score in float32
+                           best - error        best        best + error
 """
 
 from __future__ import annotations
@@ -58,10 +73,10 @@ def _best_right(text: Tensor, image: Tensor, by_text: Tensor) -> tuple[Tensor, T
     """Float64 scores of each text's and each picture's best right counterpart."""
     pairs = by_text.to(text.device)
     scores = _dots(text, image, pairs[:, 0], pairs[:, 1])
-    lowest = lambda n: torch.full((n,), -torch.inf, dtype=torch.float64, device=text.device)  # noqa: E731
+    lowest_text, lowest_image = (scores.new_full((len(rows),), -torch.inf) for rows in (text, image))
     return (
-        lowest(len(text)).scatter_reduce(0, pairs[:, 0], scores, reduce="amax"),
-        lowest(len(image)).scatter_reduce(0, pairs[:, 1], scores, reduce="amax"),
+        lowest_text.scatter_reduce(0, pairs[:, 0], scores, reduce="amax"),
+        lowest_image.scatter_reduce(0, pairs[:, 1], scores, reduce="amax"),
     )
 
 
@@ -114,14 +129,18 @@ class _Tile:
 
 
 def _count(marks: Tensor, dim: int) -> Tensor:
-    """Marks along `dim` of a (R, C) bool tensor, as int64.
+    """How many marks lie along `dim` of a (R, C) bool tensor, as int64.
 
-    `marks.sum` turns each mark into eight bytes first, which took most of the time of a tile; 128 of them fit a byte.
+    `marks.sum` turns each mark into eight bytes first, which took most of the time of a tile; 128 of them fit a byte:
+
+        1011 ... 1 | 0110 ... 0 | 101       a row of 259 marks
+        -- 128 --    -- 128 --   rest
+           uint8  +     uint8  + int64      each group summed in a byte, then the groups in int64
     """
     length = marks.shape[dim]
     whole = length - length % _IN_A_BYTE
     rest = marks.narrow(dim, whole, length - whole).sum(dim)
     if not whole:
         return rest
-    groups = marks.view(torch.uint8).narrow(dim, 0, whole).unflatten(dim, (-1, _IN_A_BYTE))
+    groups: Tensor = marks.view(torch.uint8).narrow(dim, 0, whole).unflatten(dim, (-1, _IN_A_BYTE))
     return rest + groups.sum(dim + 1, dtype=torch.uint8).sum(dim)
