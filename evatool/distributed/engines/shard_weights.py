@@ -57,7 +57,7 @@ def _copy_part(parameter: DTensor, whole: Tensor, rank: int) -> None:
 def call_with_full_weights(tower: nn.Module, way: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """`way` into a divided tower, with its weights brought together as for its own call; once for each tower."""
     tower.call_with_full_weights = way  # type: ignore[assignment]
-    register_fsdp_forward_method(tower, "gathered_call")
+    register_fsdp_forward_method(tower, "call_with_full_weights")
     return tower.call_with_full_weights  # type: ignore[return-value]
 
 
