@@ -18,10 +18,16 @@ if TYPE_CHECKING:  # what type checkers and editors see; `_HOMES` below is the s
     from evatool.core.step import StepContext
     from evatool.data.eval.sets import open_eval_set
     from evatool.data.image.eval_transforms import EvalTransform
+    from evatool.data.sources.base import SequentialSource, Source
     from evatool.data.tokenizer import build_tokenizer
+    from evatool.data.train.loader import build_train_loader
     from evatool.data.train.masking import MaskSpec
     from evatool.distributed.engines.base import Engine
     from evatool.distributed.engines.build import build_engine
+    from evatool.distributed.world import init_world
+    from evatool.eval.evaluate import evaluate
+    from evatool.eval.tasks.base import EvalTask
+    from evatool.export.base import Exporter
     from evatool.inference.loaded_clip import LoadedClip, load_clip
     from evatool.model.clip import build_clip
     from evatool.model.config import ModelConfig
@@ -29,12 +35,15 @@ if TYPE_CHECKING:  # what type checkers and editors see; `_HOMES` below is the s
     from evatool.model.presets import PRESETS, resolve_preset
     from evatool.model.registration import register
     from evatool.model.vision import eva_arguments
-    from evatool.objective.base import Objective
+    from evatool.objective.base import Objective, SumObjective
     from evatool.objective.clip import ClipObjective
     from evatool.objective.mim import MimObjective
+    from evatool.objective.terms.base import LossTerm
+    from evatool.objective.terms.contrastive import InfoNceTerm
     from evatool.optim.build import build_optimizer
     from evatool.optim.param_groups import build_param_groups
     from evatool.optim.schedules import build_schedule
+    from evatool.train.control import TrainerConfig
     from evatool.train.hooks.base import Hook
     from evatool.train.trainer import Trainer
     from evatool.weights.key_mapping import canonical_state
@@ -47,16 +56,24 @@ __all__ = [
     "Batch",
     "ClipObjective",
     "Engine",
+    "EvalTask",
     "EvalTransform",
     "EvatoolError",
+    "Exporter",
     "Hook",
+    "InfoNceTerm",
     "LoadedClip",
+    "LossTerm",
     "MaskSpec",
     "MimObjective",
     "ModelConfig",
     "Objective",
+    "SequentialSource",
+    "Source",
     "StepContext",
+    "SumObjective",
     "Trainer",
+    "TrainerConfig",
     "__version__",
     "build_clip",
     "build_engine",
@@ -65,8 +82,11 @@ __all__ = [
     "build_param_groups",
     "build_schedule",
     "build_tokenizer",
+    "build_train_loader",
     "canonical_state",
     "eva_arguments",
+    "evaluate",
+    "init_world",
     "load_clip",
     "load_clip_weights",
     "load_mim_weights",
@@ -83,10 +103,16 @@ _HOMES = {
     "core.step": "StepContext",
     "data.eval.sets": "open_eval_set",
     "data.image.eval_transforms": "EvalTransform",
+    "data.sources.base": "SequentialSource Source",
     "data.tokenizer": "build_tokenizer",
+    "data.train.loader": "build_train_loader",
     "data.train.masking": "MaskSpec",
     "distributed.engines.base": "Engine",
     "distributed.engines.build": "build_engine",
+    "distributed.world": "init_world",
+    "eval.evaluate": "evaluate",
+    "eval.tasks.base": "EvalTask",
+    "export.base": "Exporter",
     "inference.loaded_clip": "LoadedClip load_clip",
     "model.clip": "build_clip",
     "model.config": "ModelConfig",
@@ -94,12 +120,15 @@ _HOMES = {
     "model.presets": "PRESETS resolve_preset",
     "model.registration": "register",
     "model.vision": "eva_arguments",
-    "objective.base": "Objective",
+    "objective.base": "Objective SumObjective",
     "objective.clip": "ClipObjective",
     "objective.mim": "MimObjective",
+    "objective.terms.base": "LossTerm",
+    "objective.terms.contrastive": "InfoNceTerm",
     "optim.build": "build_optimizer",
     "optim.param_groups": "build_param_groups",
     "optim.schedules": "build_schedule",
+    "train.control": "TrainerConfig",
     "train.hooks.base": "Hook",
     "train.trainer": "Trainer",
     "weights.key_mapping": "canonical_state",
