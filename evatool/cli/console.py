@@ -29,12 +29,12 @@ class Report:
     table: list[list[str]] = field(default_factory=list)
     """Header row first."""
     lines: list[str] = field(default_factory=list)
-    failure: Failure | None = None
+    failure: CommandFailure | None = None
     """Why the command fails although it has this to say: printed after the report, and decides the exit code."""
 
 
 @dataclass
-class Failure:
+class CommandFailure:
     """An exception in words."""
 
     kind: str
@@ -73,7 +73,7 @@ def execute(action: Callable[[], Report], *, json_output: bool, debug: bool, go_
     with contextlib.suppress(UsageError):  # the stage reads it again, and tells
         read_environment()
     rank = logs.env_rank()
-    failure: Failure | None = None
+    failure: CommandFailure | None = None
     report: Report | None = None
     with _stdout_kept_for_results():
         logs.configure(rank=rank, debug=debug)
@@ -102,7 +102,7 @@ def execute(action: Callable[[], Report], *, json_output: bool, debug: bool, go_
 def answer_usage_error(arguments: Sequence[str]) -> None:
     """The object that `--json` promises, for a command line that Typer refused, in words on stderr."""
     if "--json" in arguments and not _has_answered and logs.env_rank() == 0:
-        failure = Failure("UsageError", "the command line is wrong: stderr says how", ExitCode.USAGE)
+        failure = CommandFailure("UsageError", "the command line is wrong: stderr says how", ExitCode.USAGE)
         _print_result(None, failure, json_output=True)
 
 
@@ -113,7 +113,7 @@ def open_closed_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, it stays open as long as the process
 
 
-def _print_result(report: Report | None, failure: Failure | None, json_output: bool) -> None:
+def _print_result(report: Report | None, failure: CommandFailure | None, json_output: bool) -> None:
     if json_output:
         data = (report.data if report else {}) | (failure.to_json() if failure else {})
         _write_line(sys.stdout, json.dumps(data, ensure_ascii=False, allow_nan=False))
@@ -128,29 +128,29 @@ def _discard_stdout() -> None:
     os.close(nowhere)
 
 
-def explain(error: BaseException, go_on: str = GO_ON) -> Failure:
+def explain(error: BaseException, go_on: str = GO_ON) -> CommandFailure:
     """An exception as what is shown to the user."""
     if isinstance(error, EvatoolError):
         problems = error.problems if isinstance(error, RecipeError) else []
-        return Failure(
+        return CommandFailure(
             type(error).__name__, error.what, error.exit_code, problems, dict(error.details()), error.is_shown
         )
     if isinstance(error, KeyboardInterrupt):
-        return Failure("Interrupted", "stopped by Ctrl-C", ExitCode.INTERRUPTED, details={"next": go_on})
+        return CommandFailure("Interrupted", "stopped by Ctrl-C", ExitCode.INTERRUPTED, details={"next": go_on})
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = {"where": str(error.filename)} if error.filename else {}
         advice = {"next": f"free some space, then {go_on}"}
-        return Failure("OSError", "the disk is full", ExitCode.FAILED, details=where | advice)
+        return CommandFailure("OSError", "the disk is full", ExitCode.FAILED, details=where | advice)
     if isinstance(error, OSError) and error.filename:
         message = (error.strerror or str(error)).lower()
-        return Failure("OSError", message, ExitCode.FAILED, details={"where": str(error.filename)})
+        return CommandFailure("OSError", message, ExitCode.FAILED, details={"where": str(error.filename)})
     name = type(error).__name__
     first_line = (str(error).strip().splitlines() or ["no message"])[0]
     advice = {"next": "run with --debug for the trace"}
-    return Failure(name, f"internal error: {name}: {first_line}", ExitCode.FAILED, details=advice)
+    return CommandFailure(name, f"internal error: {name}: {first_line}", ExitCode.FAILED, details=advice)
 
 
-def _print_failure(failure: Failure) -> None:
+def _print_failure(failure: CommandFailure) -> None:
     show = partial(typer.echo, err=True)  # without rich, whose text costs a third of what --dry-run does
     show(typer.style("error: ", fg="red", bold=True) + failure.message)
     for line in failure.problems:

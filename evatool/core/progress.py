@@ -16,7 +16,7 @@ _active: Progress | None = None
 _MIN_INTERVAL_SEC = 0.05  # rich redraws ten times a second; telling it more often only costs time
 
 
-class Bar:
+class ProgressBar:
     """Handle of one bar. Every method is cheap and does nothing where no bar is shown."""
 
     def __init__(self, display: Progress | None = None, task: TaskID | None = None, initial: float = 0) -> None:
@@ -41,7 +41,7 @@ class Bar:
 
 
 @contextmanager
-def progress(description: str, total: float | None, unit: str = "samples", initial: float = 0) -> Iterator[Bar]:
+def progress(description: str, total: float | None, unit: str = "samples", initial: float = 0) -> Iterator[ProgressBar]:
     """A bar with ETA and rate on rank 0's terminal (stderr); a bar that does nothing otherwise.
 
     Args:
@@ -51,14 +51,14 @@ def progress(description: str, total: float | None, unit: str = "samples", initi
     """
     global _active
     if log.env_rank() != 0 or not log.stderr_console().is_terminal:
-        yield Bar()
+        yield ProgressBar()
         return
     outer, display = _active, _active or _new_display()
     if outer is None:
         _active = display
         display.start()
     task = display.add_task(description, total=total, completed=int(initial), unit=unit, extra="")
-    bar = Bar(display, task, initial)
+    bar = ProgressBar(display, task, initial)
     try:
         yield bar
     finally:

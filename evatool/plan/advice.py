@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from evatool.plan.estimate import memory, operations
 from evatool.plan.hardware import Assumptions, Hardware
-from evatool.plan.job import Job
+from evatool.plan.job import PlannedJob
 from evatool.plan.memory import GIB, Checkpointing
 from evatool.plan.pace import host_bytes, pace
 
@@ -19,15 +19,15 @@ _KEPT: tuple[Checkpointing, ...] = ("none", "selective", "full")
 class Choice:
     """A way to run the job that fits: what to change, its memory, and how fast it would be."""
 
-    job: Job
+    job: PlannedJob
     memory_bytes: int
     step_sec: float
 
 
-def engines(job: Job) -> dict[str, Job]:
+def engines(job: PlannedJob) -> dict[str, PlannedJob]:
     """The same job on every engine that its ranks and its optimiser allow, by name."""
 
-    def on(kind: str, stage: int = 0, offload: str = "none") -> Job:
+    def on(kind: str, stage: int = 0, offload: str = "none") -> PlannedJob:
         return replace(job, engine=kind, zero_stage=stage, offload=offload)  # type: ignore[arg-type]
 
     whole = {"single": on("single")} if job.num_gpus == 1 else {"ddp": on("ddp"), "fsdp2": on("fsdp2")}
@@ -39,12 +39,12 @@ def engines(job: Job) -> dict[str, Job]:
     return whole | offloaded | {"ZeRO-3, all offload": on("deepspeed", 3, "optimizer-and-weights")}
 
 
-def fits(job: Job, gpu: Hardware) -> bool:
+def fits(job: PlannedJob, gpu: Hardware) -> bool:
     """Whether accelerator and main memory are enough."""
     return memory(job).total <= gpu.memory_gib * GIB and host_bytes(job, gpu) <= gpu.host_gib * GIB
 
 
-def choices(job: Job, gpu: Hardware, assumed: Assumptions) -> list[Choice]:
+def choices(job: PlannedJob, gpu: Hardware, assumed: Assumptions) -> list[Choice]:
     """Every engine, checkpointing and number of micro-batches that fits, the fastest first."""
     found = []
     for each in engines(job).values():
@@ -59,13 +59,13 @@ def choices(job: Job, gpu: Hardware, assumed: Assumptions) -> list[Choice]:
     return sorted(found, key=lambda choice: (round(choice.step_sec, 6), choice.memory_bytes))
 
 
-def _accumulations(job: Job) -> Iterator[int]:
+def _accumulations(job: PlannedJob) -> Iterator[int]:
     """Numbers of micro-batches into which a rank's samples divide evenly, rising."""
     samples = -(-job.global_batch_size // job.num_gpus)
     return (n for n in range(1, min(samples, MOST_PASSES) + 1) if samples % n == 0)
 
 
-def step_sec(job: Job, gpu: Hardware, assumed: Assumptions) -> float:
+def step_sec(job: PlannedJob, gpu: Hardware, assumed: Assumptions) -> float:
     """Seconds a step at the likely utilisation, with what checkpointing and micro-batches compute again."""
     likely = pace(job, gpu, assumed, gpu.mfu[1])
     ops = operations(job)
@@ -75,7 +75,7 @@ def step_sec(job: Job, gpu: Hardware, assumed: Assumptions) -> float:
     return likely.step_sec + likely.seconds["compute"] * repeated
 
 
-def largest_micro_batch(job: Job, gpu: Hardware) -> int:
+def largest_micro_batch(job: PlannedJob, gpu: Hardware) -> int:
     """Samples of one rank that fit with the global batch as it is; 0 if not even one."""
 
     def fits_with(batch: int) -> bool:
@@ -89,7 +89,7 @@ def largest_micro_batch(job: Job, gpu: Hardware) -> int:
     return low
 
 
-def enough_gpus(job: Job, gpu: Hardware) -> int | None:
+def enough_gpus(job: PlannedJob, gpu: Hardware) -> int | None:
     """Fewest ranks on which the job fits with its settings, over which the global batch divides: any number within a
     machine, whole machines beyond one; parts of machines where the batch divides over no whole ones. None if even one
     sample a rank does not fit."""
@@ -98,7 +98,7 @@ def enough_gpus(job: Job, gpu: Hardware) -> int | None:
     return next((n for n in (*whole, *counts) if fits(on_ranks(job, n), gpu)), None)
 
 
-def on_ranks(job: Job, num_gpus: int) -> Job:
+def on_ranks(job: PlannedJob, num_gpus: int) -> PlannedJob:
     """The same recipe on another number of ranks: a micro-batch that it states stays, with more or fewer passes."""
     kind = "fsdp2" if job.engine == "single" and num_gpus > 1 else job.engine
     passes = 1

@@ -29,7 +29,7 @@ Stage = Literal["train-clip", "pretrain-mim", "distill"]
 
 
 @dataclass(frozen=True)
-class Step:
+class StepWork:
     """What one sample goes through in a training step.
 
     Attributes:
@@ -119,7 +119,7 @@ class Costs:
 
 
 def step_costs(
-    step: Step, numerics: Numerics = mem.NUMERICS["fp32"], *, checkpointing: Checkpointing = "none"
+    step: StepWork, numerics: Numerics = mem.NUMERICS["fp32"], *, checkpointing: Checkpointing = "none"
 ) -> Costs:
     """Costs of every part of a step.
 
@@ -127,12 +127,12 @@ def step_costs(
         numerics, checkpointing: decide on bytes of activations alone; operations do not depend on them.
     """
     if step.stage == "pretrain-mim":
-        parts: tuple[PartCost, ...] = (mim_student(step.model, step.masked, numerics, checkpointing),)
+        parts: tuple[PartCost, ...] = (mim_student_cost(step.model, step.masked, numerics, checkpointing),)
     else:
-        parts = (image_tower(step, numerics, checkpointing), text_tower(step, numerics, checkpointing))
+        parts = (image_tower_cost(step, numerics, checkpointing), text_tower_cost(step, numerics, checkpointing))
         if step.joint is not None:
-            parts += (mim_term(step.joint, step.masked, numerics, checkpointing),)
-    cost_of = patch_teacher if step.learns_patches else clip_teacher
+            parts += (mim_term_cost(step.joint, step.masked, numerics, checkpointing),)
+    cost_of = patch_teacher_cost if step.learns_patches else clip_teacher_cost
     return Costs(parts, tuple(cost_of(model, step.text_tokens, numerics) for model in step.teachers))
 
 
@@ -156,10 +156,10 @@ def flops_per_sample(
     """
     stage = recipe.stage  # type: ignore[attr-defined]
     if stage == "pretrain-mim":
-        return step_costs(Step(stage, config, tuple(teachers), masked)).flops
+        return step_costs(StepWork(stage, config, tuple(teachers), masked)).flops
     section = recipe.model  # type: ignore[attr-defined]
     has_mim = isinstance(recipe, TrainClipRecipe) and recipe.objective.mim is not None
-    step = Step(
+    step = StepWork(
         stage,
         config,
         tuple(teachers),
@@ -174,7 +174,7 @@ def flops_per_sample(
 # ------------------------------------------------------------------------------------------- the model that learns
 
 
-def image_tower(step: Step, numerics: Numerics, checkpointing: Checkpointing) -> PartCost:
+def image_tower_cost(step: StepWork, numerics: Numerics, checkpointing: Checkpointing) -> PartCost:
     """The image tower's pass over one picture; operations over all phases, memory of the one with most patches."""
     config, locks = step.model, step.locks
     idle_blocks, _ = locked.idle_blocks(config, locks)
@@ -196,7 +196,7 @@ def image_tower(step: Step, numerics: Numerics, checkpointing: Checkpointing) ->
     )
 
 
-def text_tower(step: Step, numerics: Numerics, checkpointing: Checkpointing) -> PartCost:
+def text_tower_cost(step: StepWork, numerics: Numerics, checkpointing: Checkpointing) -> PartCost:
     """The text tower's pass over one caption."""
     config, locks = step.model, step.locks
     _, idle_blocks = locked.idle_blocks(config, locks)
@@ -217,7 +217,7 @@ def text_tower(step: Step, numerics: Numerics, checkpointing: Checkpointing) -> 
     )
 
 
-def mim_student(config: ModelConfig, masked: int, numerics: Numerics, checkpointing: Checkpointing) -> PartCost:
+def mim_student_cost(config: ModelConfig, masked: int, numerics: Numerics, checkpointing: Checkpointing) -> PartCost:
     """A MIM model's pass over one masked picture, prediction head and decoder included."""
     blocks = [towers.image_blocks(config)]
     if config.decoder is not None:
@@ -230,7 +230,7 @@ def mim_student(config: ModelConfig, masked: int, numerics: Numerics, checkpoint
     )
 
 
-def mim_term(joint: ModelConfig, masked: int, numerics: Numerics, checkpointing: Checkpointing) -> PartCost:
+def mim_term_cost(joint: ModelConfig, masked: int, numerics: Numerics, checkpointing: Checkpointing) -> PartCost:
     """Masked image modelling beside a contrastive loss: a second pass through the same tower, and the head."""
     activations = mem.mim_activations(joint, numerics, masked, checkpointing=checkpointing)
     return PartCost("mim", towers.mim_flops(joint, masked), activations)
@@ -244,7 +244,7 @@ def joint_tower(config: ModelConfig, predict_dim: int) -> ModelConfig:
 # -------------------------------------------------------------------------------------------------------- teachers
 
 
-def clip_teacher(model: TeacherModel, text_tokens: int | None, numerics: Numerics) -> TeacherCost:
+def clip_teacher_cost(model: TeacherModel, text_tokens: int | None, numerics: Numerics) -> TeacherCost:
     """A CLIP whose embeddings of picture and caption are learned. Raises: ValueError for a model that is no CLIP."""
     if isinstance(model, TracedModel):
         raise ValueError(f"{model.name} has no text tower to learn from")
@@ -252,7 +252,7 @@ def clip_teacher(model: TeacherModel, text_tokens: int | None, numerics: Numeric
     return _teacher(model, forward, 2 * (model.embed_dim or 0), numerics)
 
 
-def patch_teacher(model: TeacherModel, text_tokens: int | None, numerics: Numerics) -> TeacherCost:
+def patch_teacher_cost(model: TeacherModel, text_tokens: int | None, numerics: Numerics) -> TeacherCost:
     """A model whose patch features are learned; it reads no captions."""
     if isinstance(model, TracedModel):
         working = model.working_numbers * numerics.compute

@@ -12,7 +12,7 @@ from evatool.plan import memory as mem
 from evatool.plan import towers
 from evatool.plan.costs import Costs, PartCost, step_costs
 from evatool.plan.engines import States, average_bytes, engine_buffers, states
-from evatool.plan.job import Job
+from evatool.plan.job import PlannedJob
 from evatool.plan.locked import frozen_params
 
 # ------------------------------------------------------------------------------------------------------- operations
@@ -38,7 +38,7 @@ class Operations:
     executed: int
 
 
-def operations(job: Job) -> Operations:
+def operations(job: PlannedJob) -> Operations:
     """Operations a sample of this job."""
     costs = step_costs(job.step)
     forward = sum(part.forward for part in costs.parts)
@@ -58,7 +58,7 @@ def operations(job: Job) -> Operations:
 
 
 @dataclass(frozen=True)
-class Memory:
+class RankMemory:
     """Bytes on one rank at the worst moment of a step; `total` includes what the allocator cannot use.
 
     Attributes:
@@ -75,12 +75,12 @@ class Memory:
         return int(sum(self.parts.values()) * mem.FRAGMENTATION)
 
 
-def memory(job: Job) -> Memory:
+def memory(job: PlannedJob) -> RankMemory:
     """Memory of one rank at the worse of two moments: the end of the forward pass, with the loss; and the backward
     pass, with all gradients and the block that is computed again."""
     numerics, setup = mem.NUMERICS[job.numerics], job.setup
     params = towers.count_parameters(job.model).total
-    held, average = held_states(job), _average(job)
+    own, average = rank_states(job), _average(job)
     costs = step_costs(job.step, numerics, checkpointing=job.checkpointing)
     stacks = [stack for part in costs.parts for stack in part.blocks]
     in_blocks = sum(stack.params for stack in stacks)
@@ -90,8 +90,8 @@ def memory(job: Job) -> Memory:
     # What is recomputed casts its weights again, a block at a time; otherwise the casts wait for the backward pass.
     casts = 0 if is_recomputed else mem.cast_weights(_cast_params(costs.parts), numerics)
     always = {
-        "weights": held.weights,
-        "optimizer": held.optimizer,
+        "weights": own.weights,
+        "optimizer": own.optimizer,
         "average": average[0],
         "teacher": _teacher_bytes(costs, batch),
         "buffers": mem.model_buffers(job.model)
@@ -101,17 +101,20 @@ def memory(job: Job) -> Memory:
     loss = _loss_bytes(job, numerics)
     # DistributedDataParallel's gradients are its buckets, which stay; elsewhere earlier passes' are there already.
     has_gradients = job.engine == "ddp" or setup.accumulates
-    forward = {"weight copies": casts, "activations": kept, "gradients": held.gradients if has_gradients else 0}
+    forward = {"weight copies": casts, "activations": kept, "gradients": own.gradients if has_gradients else 0}
     if job.accumulation == 1 or job.stage == "pretrain-mim":
         forward |= {"loss": loss}
     backward = {
-        "gradients": held.gradients,
+        "gradients": own.gradients,
         "activations": kept,
         "weight copies": casts,
         "recomputed block": batch * max(part.activations.block for part in costs.parts),
     }
-    alone = {"loss": loss, "gradients": held.gradients if has_gradients else 0}  # of features without their graph
-    moments = [Memory(_in_order(always | moment), held.host + average[1]) for moment in (forward, backward, alone)]
+    alone = {
+        "loss": loss,
+        "gradients": own.gradients if has_gradients else 0,
+    }  # of features without their graph
+    moments = [RankMemory(_in_order(always | moment), own.host + average[1]) for moment in (forward, backward, alone)]
     return max(moments, key=lambda moment: moment.total)
 
 
@@ -122,18 +125,18 @@ def _in_order(parts: dict[str, int]) -> dict[str, int]:
     return {name: parts.get(name, 0) for name in (*_PARTS, "teacher", "buffers", "context")}
 
 
-def learned_params(job: Job) -> int:
+def learned_params(job: PlannedJob) -> int:
     """Parameters that have gradients and moments."""
     return towers.count_parameters(job.model).total - frozen_params(job.model, job.locks)
 
 
-def held_states(job: Job) -> States:
-    """What lives as long as the run on one rank."""
+def rank_states(job: PlannedJob) -> States:
+    """Weights, gradients and moments on one rank."""
     frozen = frozen_params(job.model, job.locks)
     return states([learned_params(job)], job.setup, mem.NUMERICS[job.numerics], [frozen] if frozen else ())
 
 
-def _average(job: Job) -> tuple[int, int]:
+def _average(job: PlannedJob) -> tuple[int, int]:
     if not job.averages:
         return 0, 0
     return average_bytes([learned_params(job)], job.setup, [frozen_params(job.model, job.locks)])
@@ -148,7 +151,7 @@ def _cast_params(parts: Sequence[PartCost]) -> int:
     return found
 
 
-def _loss_bytes(job: Job, numerics: mem.Numerics) -> int:
+def _loss_bytes(job: PlannedJob, numerics: mem.Numerics) -> int:
     """Bytes of a contrastive loss, which is taken over all micro-batches at once."""
     if job.stage == "pretrain-mim":
         return 0

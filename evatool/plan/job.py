@@ -11,7 +11,7 @@ from typing import Literal
 from evatool.core.errors import EvatoolError, RecipeError, UsageError
 from evatool.model.config import ModelConfig, mim_config
 from evatool.model.presets import resolve_preset
-from evatool.plan.costs import Stage, Step, TeacherModel, joint_tower
+from evatool.plan.costs import Stage, StepWork, TeacherModel, joint_tower
 from evatool.plan.engines import Kind, Offload, Setup
 from evatool.plan.locked import Locks
 from evatool.plan.memory import Checkpointing
@@ -24,6 +24,7 @@ from evatool.recipe.schema import (
     Recipe,
     TeacherSection,
     TrainClipRecipe,
+    TrainingRecipe,
 )
 from evatool.recipe.schema.teacher import TIMM_PREFIX
 
@@ -33,7 +34,7 @@ DEFAULT_PREDICT_DIM = 1024  # EVA-02's teacher; used where the teacher is a fold
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedJob:
     """One training run on `num_gpus` ranks.
 
     Attributes:
@@ -95,9 +96,9 @@ class Job:
         return Setup(self.engine, self.zero_stage, self.offload, self.num_gpus, self.accumulation > 1)
 
     @property
-    def step(self) -> Step:
+    def step(self) -> StepWork:
         """What a sample goes through, as `plan.costs` counts it."""
-        return Step(
+        return StepWork(
             self.stage,
             self.model,
             self.teachers,
@@ -117,7 +118,7 @@ class Job:
         return [((end - start) / self.samples_seen, rate) for (start, end), rate in spans]
 
 
-def job_of_recipe(recipe: Recipe, name: str, num_gpus: int) -> Job:
+def job_of_recipe(recipe: Recipe, name: str, num_gpus: int) -> PlannedJob:
     """A training recipe as a job.
 
     Raises: UsageError for a recipe that trains nothing; RecipeError for an unknown preset, or a batch that does not
@@ -130,22 +131,11 @@ def job_of_recipe(recipe: Recipe, name: str, num_gpus: int) -> Job:
         )
     train = recipe.train
     notes: list[str] = []
-    if train.global_batch_size % num_gpus:
-        near = [n for n in (train.global_batch_size // num_gpus * num_gpus,) if n] + [
-            -(-train.global_batch_size // num_gpus) * num_gpus
-        ]
-        raise RecipeError(
-            f"train.global_batch_size = {train.global_batch_size} does not divide over {num_gpus} ranks",
-            expected="nearest that do: " + ", ".join(map(str, near)),
-        )
-    if recipe.engine.kind == "single" and num_gpus > 1:
-        raise RecipeError(
-            f'engine.kind = "single" is one process, but --gpus is {num_gpus}', fix='--set engine.kind="fsdp2"'
-        )
+    _check_ranks(recipe, num_gpus)
     engine = _engine(recipe.engine.kind, num_gpus)
     model = resolve_preset(recipe.model.preset).with_image_size(recipe.model.image_size)
     known, live = _teachers(recipe, notes)
-    job = Job(
+    job = PlannedJob(
         name=name,
         stage=recipe.stage,
         model=model,
@@ -185,8 +175,23 @@ def job_of_recipe(recipe: Recipe, name: str, num_gpus: int) -> Job:
     )
 
 
-def _with_mim(job: Job, section: JointMim, known: tuple[TeacherModel, ...]) -> Job:
-    """The same with a second, masked pass through the image tower."""
+def _check_ranks(recipe: TrainingRecipe, num_gpus: int) -> None:
+    """Raises: RecipeError where so many ranks cannot carry out the recipe."""
+    batch = recipe.train.global_batch_size
+    if batch % num_gpus:
+        near = [n for n in (batch // num_gpus * num_gpus,) if n] + [-(-batch // num_gpus) * num_gpus]
+        raise RecipeError(
+            f"train.global_batch_size = {batch} does not divide over {num_gpus} ranks",
+            expected="nearest that do: " + ", ".join(map(str, near)),
+        )
+    if recipe.engine.kind == "single" and num_gpus > 1:
+        raise RecipeError(
+            f'engine.kind = "single" is one process, but --gpus is {num_gpus}', fix='--set engine.kind="fsdp2"'
+        )
+
+
+def _with_mim(job: PlannedJob, section: JointMim, known: tuple[TeacherModel, ...]) -> PlannedJob:
+    """The job with a second, masked pass through the image tower."""
     rows, columns = job.model.grid
     predict = (known[0].embed_dim if known else None) or DEFAULT_PREDICT_DIM
     return replace(job, joint=joint_tower(job.model, predict), masked=round(section.mask_ratio * rows * columns))

@@ -13,7 +13,7 @@ from evatool.plan import memory as mem
 from evatool.plan import towers
 from evatool.plan.estimate import learned_params, memory, operations
 from evatool.plan.hardware import Assumptions, Hardware
-from evatool.plan.job import Job
+from evatool.plan.job import PlannedJob
 
 Resource = Literal["memory", "compute", "network", "data", "storage", "failures"]
 
@@ -33,7 +33,7 @@ class Traffic:
         return self.weights_and_gradients + self.features
 
 
-def traffic(job: Job, gpu: Hardware, compute_sec: float) -> Traffic:
+def traffic(job: PlannedJob, gpu: Hardware, compute_sec: float) -> Traffic:
     """Exchanges of one step; ring algorithms, bytes sent and received (docs/reference/memory-and-scale.md#network)."""
     if job.num_gpus == 1:
         return Traffic(0, 0, 0.0, 0.0)
@@ -96,7 +96,7 @@ class Failures:
     goodput: float
 
 
-def pace(job: Job, gpu: Hardware, assumed: Assumptions, mfu: float) -> Pace:
+def pace(job: PlannedJob, gpu: Hardware, assumed: Assumptions, mfu: float) -> Pace:
     """Time at a given utilisation."""
     ops = operations(job)
     per_rank = job.global_batch_size / job.num_gpus
@@ -126,13 +126,13 @@ def pace(job: Job, gpu: Hardware, assumed: Assumptions, mfu: float) -> Pace:
     )
 
 
-def checkpoint_bytes(job: Job) -> int:
+def checkpoint_bytes(job: PlannedJob) -> int:
     """Of one checkpoint: float32 weights, two moments of what learns, and the moving average of the weights."""
     params = towers.count_parameters(job.model).total
     return mem.FP32 * ((2 if job.averages else 1) * params + 2 * learned_params(job))
 
 
-def failures(job: Job, assumed: Assumptions, step_sec: float) -> Failures:
+def failures(job: PlannedJob, assumed: Assumptions, step_sec: float) -> Failures:
     """Expected interruptions, and Young's checkpoint interval sqrt(2 save MTBF)."""
     mtbf = assumed.gpu_hours_per_failure / job.num_gpus * 3600
     size = checkpoint_bytes(job)
@@ -148,7 +148,7 @@ def failures(job: Job, assumed: Assumptions, step_sec: float) -> Failures:
     return Failures(mtbf / 3600, run_sec / mtbf, size, save, interval, steps, max(0.05, 1 - lost))
 
 
-def offload_sec(job: Job, assumed: Assumptions) -> float:
+def offload_sec(job: PlannedJob, assumed: Assumptions) -> float:
     """Seconds a step for what is kept in main memory: gradients down, the step on the CPU, weights up; nothing hides
     them. Offloaded weights come up for every pass as well."""
     if job.offload == "none":
@@ -159,6 +159,6 @@ def offload_sec(job: Job, assumed: Assumptions) -> float:
     return copied + piece / assumed.cpu_steps_per_sec
 
 
-def host_bytes(job: Job, gpu: Hardware) -> int:
+def host_bytes(job: PlannedJob, gpu: Hardware) -> int:
     """Main memory of one machine that offloaded states take."""
     return memory(job).host * min(job.num_gpus, gpu.gpus_per_node)

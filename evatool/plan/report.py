@@ -12,7 +12,7 @@ from evatool.plan.advice import Choice, choices, engines, enough_gpus, largest_m
 from evatool.plan.costs import step_costs
 from evatool.plan.estimate import learned_params, memory, operations
 from evatool.plan.hardware import GPUS, Assumptions, Hardware
-from evatool.plan.job import Job
+from evatool.plan.job import PlannedJob
 from evatool.plan.pace import Pace, checkpoint_bytes, failures, host_bytes, pace
 from evatool.plan.published import PARAMETERS
 
@@ -31,7 +31,7 @@ class Plan:
 
 
 def make_plan(
-    job: Job, gpu: Hardware, *, assumed: Assumptions | None = None, price_per_gpu_hour: float | None = None
+    job: PlannedJob, gpu: Hardware, *, assumed: Assumptions | None = None, price_per_gpu_hour: float | None = None
 ) -> Plan:
     """Plan `job` on `gpu`."""
     assumed = assumed or Assumptions()
@@ -72,7 +72,7 @@ def make_plan(
 # ------------------------------------------------------------------------------------------------------------- data
 
 
-def _parameters(job: Job) -> dict[str, Any]:
+def _parameters(job: PlannedJob) -> dict[str, Any]:
     counted = towers.count_parameters(job.model)
     frozen = sum(teacher.params for teacher in step_costs(job.step).teachers)
     learned = learned_params(job)
@@ -86,7 +86,7 @@ def _parameters(job: Job) -> dict[str, Any]:
     }
 
 
-def _run(job: Job) -> dict[str, Any]:
+def _run(job: PlannedJob) -> dict[str, Any]:
     samples = job.num_steps * job.global_batch_size
     image_tokens = towers.kept_tokens(job.model, job.patch_dropout)
     text_tokens = (job.text_tokens or job.model.context_length) if job.stage != "pretrain-mim" else 0
@@ -107,7 +107,7 @@ def _run(job: Job) -> dict[str, Any]:
     }
 
 
-def _memory(job: Job, gpu: Hardware) -> dict[str, Any]:
+def _memory(job: PlannedJob, gpu: Hardware) -> dict[str, Any]:
     own = memory(job)
     return {
         "bytes": own.total,
@@ -143,7 +143,7 @@ def _time(each: Pace, price: float | None) -> dict[str, Any]:
     return known if price is None else known | {"cost": each.gpu_hours * price}
 
 
-def _checkpoints(job: Job, gpu: Hardware, assumed: Assumptions, likely: Pace) -> dict[str, Any]:
+def _checkpoints(job: PlannedJob, gpu: Hardware, assumed: Assumptions, likely: Pace) -> dict[str, Any]:
     params = towers.count_parameters(job.model).total
     return {
         "export_bytes": mem.FP32 * params,
@@ -153,7 +153,7 @@ def _checkpoints(job: Job, gpu: Hardware, assumed: Assumptions, likely: Pace) ->
     }
 
 
-def _best(fitting: list[Choice], job: Job) -> list[Choice]:
+def _best(fitting: list[Choice], job: PlannedJob) -> list[Choice]:
     """The fastest; the recipe itself if nothing beats it by more than 2 %."""
     own = next((choice for choice in fitting if choice.job == job), None)
     if own is not None and own.step_sec <= 1.02 * fitting[0].step_sec:
@@ -161,7 +161,7 @@ def _best(fitting: list[Choice], job: Job) -> list[Choice]:
     return fitting[:1]
 
 
-def _choice(choice: Choice, job: Job) -> dict[str, Any]:
+def _choice(choice: Choice, job: PlannedJob) -> dict[str, Any]:
     chosen = choice.job
     return {
         "settings": _settings(chosen, job),
@@ -174,7 +174,7 @@ def _choice(choice: Choice, job: Job) -> dict[str, Any]:
     }
 
 
-def _settings(chosen: Job, job: Job) -> list[str]:
+def _settings(chosen: PlannedJob, job: PlannedJob) -> list[str]:
     """What `--set` must say to turn `job` into `chosen`."""
     settings = []
     if (chosen.engine, chosen.zero_stage, chosen.offload) != (job.engine, job.zero_stage, job.offload):
@@ -191,7 +191,7 @@ def _settings(chosen: Job, job: Job) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------- refusal
 
 
-def _refusal(job: Job, gpu: Hardware, fitting: list[Choice]) -> EvatoolError | None:
+def _refusal(job: PlannedJob, gpu: Hardware, fitting: list[Choice]) -> EvatoolError | None:
     need, room, host = memory(job).total, gpu.memory_gib * GIB, host_bytes(job, gpu)
     if need <= room and host <= gpu.host_gib * GIB:
         return None
@@ -222,8 +222,8 @@ def _refusal(job: Job, gpu: Hardware, fitting: list[Choice]) -> EvatoolError | N
     )
 
 
-def _larger_accelerator(job: Job, gpu: Hardware) -> list[str]:
-    """The smallest accelerator on whose ranks some setting fits, as words."""
+def _larger_accelerator(job: PlannedJob, gpu: Hardware) -> list[str]:
+    """The smallest accelerator on whose ranks some setting fits, in words."""
     larger = sorted(
         (each for each in GPUS if each.memory_gib > gpu.memory_gib),
         key=lambda each: (each.memory_gib, each.bf16_tflops),
@@ -236,7 +236,7 @@ def _larger_accelerator(job: Job, gpu: Hardware) -> list[str]:
     return []
 
 
-def _batch_that_fits(job: Job, gpu: Hardware) -> int | None:
+def _batch_that_fits(job: PlannedJob, gpu: Hardware) -> int | None:
     """The first halving of a rank's samples that fits without any other change, as a global batch."""
     each = job.micro_batch_size // 2
     while each > 0:
@@ -250,7 +250,7 @@ def _batch_that_fits(job: Job, gpu: Hardware) -> int | None:
 # ------------------------------------------------------------------------------------------------------------- text
 
 
-def _text(job: Job, data: dict[str, Any]) -> str:
+def _text(job: PlannedJob, data: dict[str, Any]) -> str:
     p, r, ops = data["parameters"], data["run"], data["operations"]
     per_sample = ops["per_sample"]
     published = f"; published: {p['published']}" if p["published"] else ""
@@ -284,7 +284,7 @@ def _text(job: Job, data: dict[str, Any]) -> str:
     return "\n".join(f"{label:<11} {value}" for label, value in rows)
 
 
-def _memory_table(job: Job, gpu: Hardware) -> list[list[str]]:
+def _memory_table(job: PlannedJob, gpu: Hardware) -> list[list[str]]:
     by_engine = {name: memory(each) for name, each in engines(job).items()}
     names = list(next(iter(by_engine.values())).parts)
     rows = [["GiB a rank", *by_engine]]
@@ -294,7 +294,7 @@ def _memory_table(job: Job, gpu: Hardware) -> list[list[str]]:
     return [*rows, [f"fits {gpu.memory_gib:.1f}", *("yes" if m.total <= room else "no" for m in by_engine.values())]]
 
 
-def _lines(job: Job, gpu: Hardware, data: dict[str, Any]) -> list[str]:
+def _lines(job: PlannedJob, gpu: Hardware, data: dict[str, Any]) -> list[str]:
     saves, traffic, time, reading = data["checkpoints"], data["traffic"], data["time"], data["data"]
     lines = [
         f"{name:<7} {each['mfu']:.0%} of peak: {_seconds(each['step_sec'])} a step, "
@@ -316,8 +316,8 @@ def _lines(job: Job, gpu: Hardware, data: dict[str, Any]) -> list[str]:
         f"binding: {data['binding']}",
     ]
     for each in data["advice"]:
-        words = "this recipe" if each["is_the_recipe"] else " ".join(f"--set {key}" for key in each["settings"])
-        lines.append(f"advice: {words}: {_gib(each['memory_bytes'])} a rank, {_seconds(each['step_sec'])} a step")
+        advice = "this recipe" if each["is_the_recipe"] else " ".join(f"--set {key}" for key in each["settings"])
+        lines.append(f"advice: {advice}: {_gib(each['memory_bytes'])} a rank, {_seconds(each['step_sec'])} a step")
     if not data["advice"]:
         lines.append("advice: nothing fits on these ranks")
     lines.append(f"largest micro-batch of this engine: {data['largest_micro_batch']}")

@@ -1,4 +1,4 @@
-"""Bytes of stored teacher features, beside those of the shards they are of. No torch."""
+"""How many bytes a recipe's stored teacher features will take, beside those of its training shards. No torch."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ _CHECK_BYTES = 8  # mark and checksum of a row (data/feature_store/store.py)
 
 
 def store_sizes(recipe: Recipe) -> dict[str, Any]:
-    """What the stores of a recipe will hold, by name; empty where it has none. Warns where that is many times the
-    shards' own bytes."""
+    """Sizes of the stores of a recipe, by name; empty where it has none.
+
+    Warns where they are many times the shards' own bytes.
+    """
     if not isinstance(recipe, _Taught):
         return {}
     sections: dict[str, TeacherSection] = {}
@@ -39,30 +41,30 @@ def store_sizes(recipe: Recipe) -> dict[str, Any]:
         sections = dict(recipe.all_teachers)
     elif recipe.teacher is not None:
         sections = {"": recipe.teacher}
-    figures: dict[str, Any] = {}
+    sizes: dict[str, Any] = {}
     for name, section in sections.items():
         if section.store is not None:
-            found = _figures(recipe, section, section.store)
-            figures |= {f"store.{name}.{key}" if name else f"store.{key}": value for key, value in found.items()}
-    return figures
+            found = _sizes_of(recipe, section, section.store)
+            sizes |= {f"store.{name}.{key}" if name else f"store.{key}": value for key, value in found.items()}
+    return sizes
 
 
-def _figures(recipe: _Taught, section: TeacherSection, store: StoreSection) -> dict[str, Any]:
+def _sizes_of(recipe: _Taught, section: TeacherSection, store: StoreSection) -> dict[str, Any]:
     path = store_path(store, recipe.data)
-    figures: dict[str, Any] = {} if path is None else {"path": str(path)}
+    sizes: dict[str, Any] = {} if path is None else {"path": str(path)}
     numbers = _numbers(recipe, section, store)
     if numbers is None:
         log.warning("the width of %s is not known before it is loaded, and so not the size of its store", section.model)
-        return figures
+        return sizes
     row_bytes = 2 * numbers + _CHECK_BYTES
-    figures["bytes_per_sample"] = store.views * row_bytes
+    sizes["bytes_per_sample"] = store.views * row_bytes
     known = _shards(recipe)
     if known is None:
-        return figures
+        return sizes
     samples, shard_bytes = known
     total = samples * store.views * row_bytes
     times = total / shard_bytes
-    figures |= {"bytes": total, "shard_bytes": shard_bytes, "times_the_shards": round(times, 2)}
+    sizes |= {"bytes": total, "shard_bytes": shard_bytes, "times_the_shards": round(times, 2)}
     if times > WARNED_MULTIPLE:
         fewer = "" if getattr(store, "masked_only", True) else "teacher.store.masked_only = true, "
         log.warning(
@@ -73,11 +75,11 @@ def _figures(recipe: _Taught, section: TeacherSection, store: StoreSection) -> d
             shard_bytes / 1e9,
             fewer,
         )
-    return figures
+    return sizes
 
 
 def _numbers(recipe: _Taught, section: TeacherSection, store: StoreSection) -> int | None:
-    """Of one row; None where the teacher's width is not known."""
+    """Numbers in one row of the store; None where the teacher's width is not known."""
     config, _ = teacher_config(section.model)
     width = None if config is None else config.embed_dim
     if isinstance(recipe, DistillRecipe):

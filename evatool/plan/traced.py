@@ -88,15 +88,15 @@ def _traced(name: str, layer: int | None, image_size: int | None) -> TracedModel
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     last = (ran.stdout.strip().splitlines() or [""])[-1]
     try:
-        answer = json.loads(last)
+        reply = json.loads(last)
     except ValueError:
-        words = (ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1]
-        answer = {"error": words}
-    if "error" in answer:
+        message = (ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1]
+        reply = {"error": message}
+    if "error" in reply:
         raise RecipeError(
-            f"what the teacher timm/{name} costs cannot be counted: {answer['error']}",
+            f"what the teacher timm/{name} costs cannot be counted: {reply['error']}",
             where="teacher.model, teacher.layer and teacher.image_size",
             expected="a model that timm builds on torch's meta device and that gives patch features",
             fix="correct these keys; `timm.list_models()` shows the names",
         )
-    return TracedModel(**answer)
+    return TracedModel(**reply)

@@ -192,7 +192,7 @@ def _expected(kind: str, message: str, given: Any, context: Mapping[str, Any]) -
         ]
         return f"expected {' and '.join(lengths)} values, found {context['actual_length']}"
     text = message.removeprefix("Input should be ").removeprefix("a valid ")
-    words = {
+    expectations = {
         "int_type": "expected a whole number",
         "int_from_float": "expected a whole number",
         "float_type": "expected a number",
@@ -207,8 +207,8 @@ def _expected(kind: str, message: str, given: Any, context: Mapping[str, Any]) -
         "finite_number": "expected a finite number",
     }
     if kind in ("int_type", "int_from_float") and isinstance(given, float) and given.is_integer():
-        return f"{words[kind]}; write {int(given):_}"
-    return words.get(kind, f"expected {text}" if text != message else message)
+        return f"{expectations[kind]}; write {int(given):_}"
+    return expectations.get(kind, f"expected {text}" if text != message else message)
 
 
 def _close(given: Any, choices: list[str]) -> str:

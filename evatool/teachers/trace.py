@@ -66,8 +66,8 @@ def trace_timm_teacher(name: str, layer: int | None = None, image_size: int | No
         with LiveNumbers() as live:
             teacher.visual_tokens(image)
     except (NotImplementedError, RuntimeError, AttributeError, TypeError) as error:  # what meta tensors refuse with
-        words = " ".join(f"{type(error).__name__}: {error}".split())
-        raise RecipeError(f"timm's {name} does not run on torch's meta device: {words}") from error
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RecipeError(f"timm's {name} does not run on torch's meta device: {message}") from error
     return {
         "name": f"timm/{name}",
         "flops": int(counter.get_total_flops()),
@@ -78,15 +78,15 @@ def trace_timm_teacher(name: str, layer: int | None = None, image_size: int | No
     }
 
 
-def main() -> None:
+def _main() -> None:
     """Print the figures of the model that the command line names, or why there are none."""
     logging.getLogger("evatool").setLevel(logging.ERROR)  # that the weights are random is no news here
     try:
-        answer = trace_timm_teacher(*json.loads(sys.argv[1]))
+        reply = trace_timm_teacher(*json.loads(sys.argv[1]))
     except EvatoolError as error:
-        answer = {"error": error.what}
-    print(json.dumps(answer))
+        reply = {"error": error.what}
+    print(json.dumps(reply))
 
 
 if __name__ == "__main__":
-    main()
+    _main()

@@ -25,7 +25,7 @@ from evatool.optim.param_groups import build_param_groups
 from evatool.plan.advice import step_sec
 from evatool.plan.estimate import memory
 from evatool.plan.hardware import Assumptions, hardware
-from evatool.plan.job import Job
+from evatool.plan.job import PlannedJob
 from evatool.plan.memory import GIB, Checkpointing
 from evatool.recipe.schema import AdamWSection, EngineSection, GroupSection, InfoNceObjective
 
@@ -39,10 +39,10 @@ CASES: list[tuple[str, ModelConfig, int, Checkpointing]] = [
 ]
 
 
-def job_of_case(config: ModelConfig, batch: int, checkpointing: Checkpointing) -> Job:
+def job_of_case(config: ModelConfig, batch: int, checkpointing: Checkpointing) -> PlannedJob:
     """Captions fill their context, so no text is left out."""
     kinds = {"numerics": "autocast", "engine": "single", "checkpointing": checkpointing}
-    return Job("measured", "train-clip", config, (), batch * 1000, batch, 1, **kinds)  # type: ignore[arg-type]
+    return PlannedJob("measured", "train-clip", config, (), batch * 1000, batch, 1, **kinds)  # type: ignore[arg-type]
 
 
 def measured(config: ModelConfig, batch: int, checkpointing: Checkpointing, device: torch.device) -> tuple[int, float]:

@@ -17,7 +17,7 @@ from published_jobs import job_of
 from evatool.model.presets import PRESETS, resolve_preset
 from evatool.plan.estimate import memory
 from evatool.plan.hardware import Assumptions, hardware
-from evatool.plan.job import Job, job_of_recipe
+from evatool.plan.job import PlannedJob, job_of_recipe
 from evatool.plan.memory import GIB, NUMERICS, image_activations, text_activations
 from evatool.plan.pace import failures, pace
 from evatool.plan.published import PARAMETERS, PUBLISHED_RUNS
@@ -61,7 +61,7 @@ def fit_table() -> str:
     return table(rows)
 
 
-def big_jobs() -> list[tuple[Job, str]]:
+def big_jobs() -> list[tuple[PlannedJob, str]]:
     """The 18B run as published, and on 256 newer accelerators at a batch that divides."""
     published = job_of(next(run for run in PUBLISHED_RUNS if run.name == "18B"))
     newer = replace(published, num_gpus=256, global_batch_size=256 * 422)

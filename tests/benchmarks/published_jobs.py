@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from evatool.model.presets import resolve_preset
-from evatool.plan.job import Job
+from evatool.plan.job import PlannedJob
 from evatool.plan.published import PublishedRun
 
 
-def job_of(run: PublishedRun, num_gpus: int | None = None) -> Job:
+def job_of(run: PublishedRun, num_gpus: int | None = None) -> PlannedJob:
     """As published: DeepSpeed's 16-bit engine and block checkpointing."""
-    return Job(
+    return PlannedJob(
         name=run.name,
         stage="train-clip",
         model=resolve_preset(run.preset),

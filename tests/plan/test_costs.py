@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from evatool.core.errors import RecipeError
 from evatool.model.presets import resolve_preset
 from evatool.plan import costs, towers, traced
-from evatool.plan.costs import Step, flops_per_sample, step_costs
+from evatool.plan.costs import StepWork, flops_per_sample, step_costs
 from evatool.plan.estimate import memory, operations
 from evatool.plan.job import job_of_recipe
 from evatool.plan.locked import Locks
@@ -37,7 +37,7 @@ def test_the_meter_counts_what_the_planner_counts() -> None:
     clip = load_recipe("demo/train-clip").recipe
     config = resolve_preset(clip.model.preset)
     meter = flops_per_sample(clip, config)
-    assert meter == step_costs(Step("train-clip", config)).flops
+    assert meter == step_costs(StepWork("train-clip", config)).flops
     assert meter == 3 * (towers.image_flops(config) + towers.text_flops(config))
     sets = ['teacher.model="EVA02-CLIP-L-14"']
     mim = load_recipe("demo/pretrain-mim", sets).recipe
@@ -56,7 +56,7 @@ def test_the_meter_counts_the_masked_pass_and_the_teacher_of_one_stage() -> None
 
 def test_a_frozen_tower_has_no_backward_pass() -> None:
     config = resolve_preset("EVA02-CLIP-B-16")
-    image, text = step_costs(Step("train-clip", config, locks=Locks("all"))).parts
+    image, text = step_costs(StepWork("train-clip", config, locks=Locks("all"))).parts
     assert image.backward < image.forward / 100
     assert text.backward == 2 * text.forward
 

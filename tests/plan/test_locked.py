@@ -15,7 +15,7 @@ from evatool.optim.locking import lock
 from evatool.plan.engines import Setup, average_bytes, states
 from evatool.plan.estimate import learned_params, memory, operations
 from evatool.plan.hardware import hardware
-from evatool.plan.job import Job, job_of_recipe
+from evatool.plan.job import PlannedJob, job_of_recipe
 from evatool.plan.locked import Layers, Locks, frozen_params, idle_blocks
 from evatool.plan.memory import FP32, NUMERICS, image_activations, text_activations
 from evatool.plan.pace import checkpoint_bytes, traffic
@@ -38,8 +38,8 @@ def locked_clip(name: str, locks: Locks) -> torch.nn.Module:
     return clip
 
 
-def job(**changes: object) -> Job:
-    base = Job("l14", "train-clip", L14, (), 4_000_000, 1024, 8, "autocast", "fsdp2")
+def job(**changes: object) -> PlannedJob:
+    base = PlannedJob("l14", "train-clip", L14, (), 4_000_000, 1024, 8, "autocast", "fsdp2")
     return replace(base, **changes)  # type: ignore[arg-type]
 
 

@@ -16,7 +16,7 @@ from evatool.model.presets import PRESETS, resolve_preset
 from evatool.plan.advice import choices, engines, enough_gpus, largest_micro_batch, on_ranks
 from evatool.plan.estimate import memory, operations
 from evatool.plan.hardware import HARDWARE_NAMES, Assumptions, hardware
-from evatool.plan.job import Job, job_of_recipe, teacher_config
+from evatool.plan.job import PlannedJob, job_of_recipe, teacher_config
 from evatool.plan.memory import GIB
 from evatool.plan.pace import pace, traffic
 from evatool.plan.published import PARAMETERS, PUBLISHED_RUNS
@@ -42,8 +42,8 @@ REFERENCE = {
 }
 
 
-def job(**changes: object) -> Job:
-    base = Job("l14", "train-clip", PRESETS["EVA02-CLIP-L-14"], (), 4_000_000, 1024, 8, "autocast", "ddp")
+def job(**changes: object) -> PlannedJob:
+    base = PlannedJob("l14", "train-clip", PRESETS["EVA02-CLIP-L-14"], (), 4_000_000, 1024, 8, "autocast", "ddp")
     return replace(base, **changes)
 
 

@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
-from evatool.core.progress import Bar, progress
+from evatool.core.progress import ProgressBar, progress
 from evatool.distributed.collectives import rank
 from evatool.train.control import StepResult, TrainerControl
 from evatool.train.hooks.base import Hook
@@ -31,7 +31,7 @@ class ConsoleLog(Hook):
     def __init__(self, description: str) -> None:
         self._description = description
         self._stack = ExitStack()
-        self._bar = Bar()
+        self._bar = ProgressBar()
         self._loss: float | None = None  # of the step that was logged last
         self._start, self._start_step = 0.0, 0
 
