@@ -30,7 +30,7 @@ class Combined:
         return sum(weight * metrics[name].value for name, weight in self.weights.items())
 
     def chance(self, metrics: Mapping[str, Metric]) -> float:
-        """What a guess would give."""
+        """The weighted sum of what a guess would give on each set."""
         return sum(weight * metrics[name].chance for name, weight in self.weights.items())
 
     def interval(self, metrics: Mapping[str, Metric], *, num_resamples: int, seed: int) -> Interval:

@@ -1,4 +1,4 @@
-"""What evaluations keep for the next one: text classifiers, features, fingerprints of weight files.
+"""A cache between evaluations: text classifiers, features, fingerprints of weight files.
 
 Every file is named by a digest of all that its content depends on, so nothing in here is ever stale; it may be
 deleted at any time.
@@ -40,7 +40,7 @@ class TensorCache:
         self._folder, self._origin, self._writes = folder / kind, origin, writes
 
     def get(self, key: str) -> Tensor | None:
-        """What was kept under that key; None where there is nothing, or it is damaged."""
+        """The tensor kept under that key; None where there is none, or it is damaged."""
         try:
             content = self._path(key).read_bytes()
         except OSError:

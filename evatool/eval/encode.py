@@ -21,7 +21,7 @@ _TEXTS_TOKENISED = 8192  # at once: 8,192 rows of 77 int64 are 5 MiB
 _TOKENS_ON_CPU, _TOKENS_ON_GPU = 2**12, 2**17  # of one forward pass, padding included
 
 ImageReduction = Literal["mean", "none"]
-"""What becomes of the features of a sample that is several images: their mean at unit length, or all of them."""
+"""How the features of a sample that is several images are reduced: to their mean at unit length, or not at all."""
 
 
 class ClipModel(Protocol):
@@ -71,7 +71,7 @@ class Encoding:
 
 
 class ImageMemory(dict[bytes, Tensor]):
-    """Unit features (E,) of pictures by digest, of one model and transform: sets that share pictures share the work.
+    """Unit features (E,) of images by digest, of one model and transform: sets that share images share the work.
 
     Args:
         limit: bytes of features; what would go beyond it is not kept, and nothing is ever dropped.

@@ -148,11 +148,11 @@ class SetEncoder:
         return gather_arrays(own, own_indices(eval_set.loader, count))
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
-        """What was counted batch by batch on each rank, added up; the same on all."""
+        """Counts of all ranks added up; every rank must call it and gets the sum."""
         return collectives.all_reduce_sum(x)
 
     def max_over_ranks(self, x: Tensor) -> Tensor:
-        """The largest of what the ranks found; the same on all."""
+        """The element-wise largest values of all ranks; every rank must call it and gets them."""
         return collectives.all_reduce_max(x)
 
     def _batches(

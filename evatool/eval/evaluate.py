@@ -10,6 +10,7 @@ from typing import Any
 from evatool.eval.encode import ClipModel, Encoding, Tokenizer
 from evatool.eval.encoder import EvaluationSet, SetEncoder
 from evatool.eval.prediction_store import KeptPredictions
+from evatool.eval.predictions import Predictions
 from evatool.eval.result_rows import result_rows
 from evatool.eval.results import EvalResults, ModelRecord, SetRecord
 from evatool.eval.tasks.base import EvalTask
@@ -18,7 +19,7 @@ from evatool.eval.text_classifier import prompts_hash
 
 @dataclass(frozen=True)
 class SetEvaluation:
-    """What one model reaches on one set.
+    """The predictions and the results of one model on one set.
 
     Attributes:
         kept: the predictions, as `write_predictions` stores them.
@@ -70,17 +71,7 @@ def evaluate(
     classnames = list(eval_set.classnames or [])
     found = {"precision": record.precision, "resize": "", "decode": ""} | (settings or {})
     found["prompts"] = prompts_hash(classnames, list(eval_set.templates or [])) if classnames else ""
-    set_record = SetRecord(
-        name=eval_set.name,
-        title=title or eval_set.name,
-        phrase=title or eval_set.name,
-        about="",
-        kind=task.kind,
-        variant=eval_set.name,
-        n=predictions.num_samples,
-        num_classes=len(classnames) or None,
-        largest_class_share=predictions.largest_class_share,
-    )
+    set_record = _set_record(task, eval_set, predictions, title or eval_set.name)
     seconds = round(time.perf_counter() - started, 3)
     kept = KeptPredictions("", record, set_record, found, seconds, predictions)
     results = EvalResults(
@@ -96,3 +87,18 @@ def evaluate(
         own_wording={task.kind: task.wording},
     )
     return SetEvaluation(kept, results)
+
+
+def _set_record(task: EvalTask[Any], eval_set: EvaluationSet, predictions: Predictions, title: str) -> SetRecord:
+    """The set as results name it."""
+    return SetRecord(
+        name=eval_set.name,
+        title=title,
+        phrase=title,
+        about="",
+        kind=task.kind,
+        variant=eval_set.name,
+        n=predictions.num_samples,
+        num_classes=len(eval_set.classnames or []) or None,
+        largest_class_share=predictions.largest_class_share,
+    )

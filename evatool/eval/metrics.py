@@ -20,7 +20,7 @@ from evatool.eval.intervals import (
 
 @dataclass(frozen=True)
 class Metric:
-    """What one metric averages, in an order that is the same for every model on the set.
+    """The values that one metric averages, in an order that is the same for every model on the set.
 
     Attributes:
         values: (n,) bool, or float in [0, 1].

@@ -1,4 +1,4 @@
-"""What follows from several models' predictions: averages, paired differences, intervals over seeds. No torch."""
+"""Figures that follow from several models' predictions: averages, differences, intervals over seeds. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model predicts on a set, sample by sample: enough for every metric, interval and comparison. No torch."""
+"""Predictions of a model on a set, sample by sample: enough for metrics, intervals and comparisons. No torch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Predictions(ABC):
         """Every metric with what it averages, sample by sample, and what chance gives."""
 
     def metric(self, name: str) -> Metric | None:
-        """One of the metrics; None where these predictions do not give it."""
+        """The metric of that name; None where these predictions do not give it."""
         return next((m for m in self.metrics() if m.metric == name), None)
 
     @abstractmethod
@@ -93,7 +93,7 @@ class ClassificationResult(Predictions):
         return [*found, self._per_class()] if np.bincount(self.labels).max() > 1 else found
 
     def metric(self, name: str) -> Metric | None:
-        """One of the metrics; mean-per-class recall also where every class has one sample, where it equals top-1."""
+        """The metric of that name; mean-per-class recall also where every class has one sample and it equals top-1."""
         return self._per_class() if name == PER_CLASS else super().metric(name)
 
     def _per_class(self) -> Metric:

@@ -20,7 +20,7 @@ class Published:
 
 
 def published_value(preset: str, set_name: str, metric: str, resize: str) -> Published | None:
-    """What was published for that model, set and metric; of several the one measured with the same `resize`."""
+    """The value published for that model, set and metric; of several, the one measured with the same `resize`."""
     key = set_name if metric == "top1" else f"{set_name}/{metric}"
     found = [entry for entry in _table() if entry["preset"] == preset and key in entry["values"]]
     found.sort(key=lambda entry: entry["resize"] != resize)  # stable: else the first one in the file

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: `results.json`, and reading it back. No torch here."""
+"""The results of an evaluation as records, and `results.json` that holds them. No torch here."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class SetRecord:
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One metric of one model on one set, or over several. `n` counts the answers averaged: pictures, or queries."""
+    """One metric of one model on one set, or over several. `n` counts the values averaged: images, or queries."""
 
     model: str
     fingerprint: str
@@ -199,7 +199,7 @@ def write_results(path: Path, results: EvalResults) -> None:
 
 
 def read_results(path: Path) -> EvalResults:
-    """What `write_results` wrote.
+    """Read back what `write_results` wrote.
 
     Raises: DataError if the file is missing, not JSON, or of another schema.
     """

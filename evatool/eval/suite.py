@@ -27,7 +27,7 @@ class Composition(BaseModel):
     side: int
     """Pictures along each side of a scene."""
     seed: int
-    """Of the order in which pictures are put together."""
+    """Seed of the order in which images are put together."""
 
 
 class SuiteSet(BaseModel):
@@ -42,9 +42,9 @@ class SuiteSet(BaseModel):
     phrase: str
     """Name inside a sentence: accuracy "on ..."."""
     about: str
-    """What the set measures, in a line."""
+    """One line on what the set measures."""
     kind: SetKind
-    """What is asked of the model."""
+    """The kind of evaluation task: what is asked of the model."""
     metric: str = "top1"
     """The metric that the benchmark is reported by."""
     variant: str = ""
@@ -121,7 +121,7 @@ class Gap(BaseModel):
     title: str
     """Name in reports."""
     about: str
-    """What it says, in a line."""
+    """One line on what the difference says."""
     metric: str
     """Metric that is compared."""
     base: str
@@ -151,7 +151,7 @@ class Suite(BaseModel):
     title: str
     """Name in reports."""
     about: str
-    """What the suite is, in a line."""
+    """One line on what the suite is."""
     prepare: str
     """Command that makes or fetches the sets, or says how."""
     partial: Literal["refused", "named"] = "refused"
@@ -259,7 +259,7 @@ def fetch_command(entry: SuiteSet, folder: Path) -> str:
 def check_counts(
     suite: Suite, entry: SuiteSet, counts: dict[str, int | None], folder: Path, *, allow_partial: bool
 ) -> str:
-    """What differs from the benchmark, such as "18 of 729 pictures"; empty where nothing does.
+    """A phrase on what differs from the benchmark, such as "18 of 729 pictures"; empty where nothing does.
 
     Args:
         counts: `pictures`, `classes` and `captions` as found; None where they do not apply.

@@ -21,7 +21,7 @@ class TensorStore(Protocol):
     """Where classifiers of one model are kept."""
 
     def get(self, key: str) -> Tensor | None:
-        """What was kept under that key; None where there is nothing, or it is damaged."""
+        """The tensor kept under that key; None where there is none, or it is damaged."""
         ...
 
     def put(self, key: str, value: Tensor) -> None:

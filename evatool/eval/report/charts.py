@@ -68,7 +68,7 @@ class Whisker:
 
 @dataclass(frozen=True)
 class DifferencePanel:
-    """What one model gained and lost against another."""
+    """The differences of one model from another, on an axis of their own."""
 
     before: str
     after: str

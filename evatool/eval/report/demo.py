@@ -141,7 +141,7 @@ def _facts(data: DemoReport, names: Names) -> list[Fact]:
 
 
 def _gains(results: EvalResults, names: Names) -> list[dict[str, Any]]:
-    """What each model gained or lost against the one before it, and the last against the first."""
+    """Sentences on what each model gained or lost against the one before it, and the last against the first."""
     gains = []
     for before, after in compared_pairs(list(names.titles)):
         sentences = wording.step_sentences(results, before, after)

@@ -165,7 +165,7 @@ def write_gallery(path: Path, gallery: Gallery) -> None:
 
 
 def read_gallery(path: Path) -> Gallery:
-    """What `write_gallery` wrote.
+    """Read back what `write_gallery` wrote, also by older versions.
 
     Raises: DataError if the file is missing or has another layout.
     """

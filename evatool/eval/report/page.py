@@ -200,7 +200,7 @@ def model_notes(models: Sequence[ModelRecord]) -> dict[str, str]:
 
 
 def measured_with(results: EvalResults) -> list[tuple[str, str]]:
-    """What was measured where: models with their fingerprints, machine, seed, versions."""
+    """Labels and values on what was measured and where: models with their fingerprints, machine, seed, versions."""
     items = [(f"model {m.name}", f"{m.weights or m.source} ({m.fingerprint[:12]})") for m in results.models]
     items += [
         ("suite", results.suite),

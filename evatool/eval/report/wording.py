@@ -109,7 +109,7 @@ def set_facts(record: SetRecord, chance: float | None) -> str:
 
 
 def headline(results: EvalResults, model: str, title: str) -> str | None:
-    """What the model reaches on the set that is named first, or None where that was not measured."""
+    """A sentence on what the model reaches on the set that is named first; None where that was not measured."""
     record = results.headline_set()
     row = record and results.row(model, record.name, main_metrics(results, record.kind)[0])
     if not record or not row:
@@ -122,7 +122,7 @@ def headline(results: EvalResults, model: str, title: str) -> str | None:
 
 
 def step_sentences(results: EvalResults, before: str, after: str) -> list[str]:
-    """What `after` gained and lost against `before`, a sentence a verdict; never a gain whose interval includes 0."""
+    """Sentences on what `after` gained and lost against `before`, one a verdict; an interval with 0 is never a gain."""
     grouped: dict[str, list[str]] = {"gain": [], "loss": [], "no clear difference": []}
     for record, row in compared_rows(results, before, after):
         grouped[verdict(row.interval)].append(f"{_subject(results, record, row.metric)} {points(row.interval)}")
@@ -170,7 +170,7 @@ def set_title(results: EvalResults, record: SetRecord, metric: str) -> str:
 
 
 def caveats(results: EvalResults, comparisons: int) -> list[str]:
-    """What the intervals cover and what they do not."""
+    """Notes on what the intervals cover and what they do not."""
     notes = [
         f"Brackets are {results.level:.0%} intervals from {results.num_bootstrap:,} seeded resamples of the pictures; "
         "differences are paired on the same pictures. They do not cover another training seed."

@@ -36,7 +36,7 @@ class Predicted(Generic[P]):
 
 @dataclass(frozen=True)
 class Examples:
-    """What a report shows of a model's predictions on a set, besides numbers."""
+    """Classes and images that a report shows of a model's predictions on a set, besides numbers."""
 
     classes: ClassPanel | None = None
     missed: Sequence[MissedImage] = field(default_factory=tuple)
@@ -74,7 +74,7 @@ class EvalTask(ABC, Generic[P]):
         """
 
     def open_targets(self, encoder: SetEncoder, eval_set: EvaluationSet) -> Any:
-        """What all samples are matched with, made once before the first batch; every rank must call it.
+        """Targets that all samples are matched with, made once before the first batch; every rank must call it.
 
         A task that names classes returns its text classifier here. None unless overridden: targets that belong to one
         sample (its label, captions or mask) come with the batches of the set.
@@ -94,7 +94,7 @@ class EvalTask(ABC, Generic[P]):
         return {"pictures": eval_set.num_samples, "classes": len(eval_set.classnames) or None, "captions": None}
 
     def examples(self, predictions: P, eval_set: Any, title: str) -> Examples:
-        """What a report shows of kept predictions; nothing unless overridden.
+        """Classes and images that a report shows of kept predictions; none unless overridden.
 
         Args:
             eval_set: as `open_eval_set` gives it: names, keys and images by position.

@@ -1,4 +1,4 @@
-"""What single patches know: zero-shot segmentation by patch tokens, and texts that look for their patch.
+"""Localisation, what single patches know: zero-shot segmentation by patch tokens, and texts that look for their patch.
 
 Contrastive training rewards the class token alone, and its patches often lie about where things are: that is what
 these metrics show. A patch's class is the one that covers more than half of it.

@@ -19,7 +19,7 @@ _HITS_LOOKED_AT = 2000  # for the clearest hits of a gallery; more would only co
 
 @dataclass(frozen=True)
 class RetrievalExample:
-    """One query with what was found first. Indices are into the pictures or the distinct captions of the set."""
+    """One query with what was found first. Indices are into the images or the distinct captions of the set."""
 
     direction: Direction
     query: int

@@ -18,12 +18,12 @@ from evatool.eval.tasks.retrieval_ranks import retrieval_ranks
 
 @dataclass(frozen=True)
 class PairFeatures:
-    """Normalised features of a retrieval set. A caption shared by several pictures is one row of `text`."""
+    """Normalised features of a retrieval set. A caption shared by several images is one row of `text`."""
 
     image: Tensor  # (I, E) float32, unit length
     text: Tensor  # (T, E) float32, unit length
     captions: list[str]  # T distinct captions, in order of first appearance
-    pairs: NDArray[np.int64]  # (number of pairs, 2): picture, caption; sorted, each once
+    pairs: NDArray[np.int64]  # (number of pairs, 2): image, caption; sorted, each once
     num_captions: int = 0  # as the set has them, with repetitions
 
 

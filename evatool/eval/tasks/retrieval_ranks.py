@@ -28,7 +28,7 @@ from torch import Tensor
 
 from evatool.distributed import collectives
 
-# T texts, I pictures, P right pairs, E embedding
+# T texts, I images, P right pairs, E embedding
 
 _ROWS, _COLUMNS = 256, 4096  # of a tile: 4 MiB in float32, which stay in a core's cache
 _ROWS_ON_GPU = 2048
@@ -40,15 +40,15 @@ _MANY = 0.02  # share of a tile beyond which doing it again as a whole is cheape
 def retrieval_ranks(
     text: Tensor, image: Tensor, pairs: NDArray[np.int64], *, device: str = "cpu"
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Wrong candidates that score at least as high as the best right one, for each text and for each picture.
+    """Wrong candidates that score at least as high as the best right one, for each text and for each image.
 
     Args:
         text, image: (T, E) and (I, E) float32, at most unit length (cosines); on any device.
-        pairs: (P, 2) right pairs (picture, text), each once; every text and every picture is in one.
+        pairs: (P, 2) right pairs (image, text), each once; every text and every image is in one.
         device: where the tiles are computed.
-    Returns: (T,) ranks among pictures, (I,) ranks among texts. Every rank of the job must call it; each does its share.
+    Returns: (T,) ranks among images, (I,) ranks among texts. Every rank of the job must call it; each does its share.
     """
-    by_text = torch.from_numpy(pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))][:, ::-1].copy())  # (text, picture)
+    by_text = torch.from_numpy(pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))][:, ::-1].copy())  # (text, image)
     text, image = text.to(device), image.to(device)
     best_text, best_image = _best_right(text, image, by_text)
     counts_text = torch.zeros(len(text), dtype=torch.int64, device=device)
@@ -70,7 +70,7 @@ def retrieval_ranks(
 
 
 def _best_right(text: Tensor, image: Tensor, by_text: Tensor) -> tuple[Tensor, Tensor]:
-    """Float64 scores of each text's and each picture's best right counterpart."""
+    """Float64 scores of each text's and each image's best right counterpart."""
     pairs = by_text.to(text.device)
     scores = _dots(text, image, pairs[:, 0], pairs[:, 1])
     lowest_text, lowest_image = (scores.new_full((len(rows),), -torch.inf) for rows in (text, image))
@@ -91,7 +91,7 @@ def _dots(a: Tensor, b: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 class _Tile:
-    """Scores of some texts (rows) and some pictures (columns), with right pairs out of the count."""
+    """Scores of some texts (rows) and some images (columns), with right pairs out of the count."""
 
     def __init__(self, text: Tensor, image: Tensor, right: Tensor) -> None:
         self.text, self.image, self.right = text, image, right.to(text.device)

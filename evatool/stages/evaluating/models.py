@@ -44,7 +44,7 @@ class EvalModel:
         trims_text: texts may be cut after their end.
         lockstep: the weights are divided over the ranks, so every rank must run every batch.
         tokenizer_key: changes with what the tokenizer gives.
-        origin: what features depend on besides the picture or text: weights, arithmetic.
+        origin: what features depend on besides the image or text: weights, arithmetic.
         patch_tokens: (B, 3, S, S) -> projected patch tokens (B, N, E), or None where the tower has none.
     """
 
@@ -161,7 +161,7 @@ def _fingerprint(clip: LoadedClip, precision: str, cache: Path | None) -> str:
 
 
 def _digest(clip: LoadedClip) -> str:
-    """As `LoadedClip.fingerprint`, also of divided weights; every rank must call it then."""
+    """The value of `LoadedClip.fingerprint`, also of divided weights; every rank must call it then."""
     return weights_fingerprint(fingerprint_text(clip.config), whole_state(clip.model))
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: results.json, tables, the report; then the failures, if there were any."""
+"""The files of an evaluation: results.json, tables, the report; then the failures, if there were any."""
 
 from __future__ import annotations
 
