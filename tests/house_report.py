@@ -112,7 +112,7 @@ def inspect(root: Path) -> House:
             if OLD_IDENTIFIERS.search(key.replace(".", "_")):
                 house.recipe_keys.append(f"{path.relative_to(root)}: {key}")
     house.identifiers = dict(identifiers)
-    house.twice = {name: places for name, places in defined.items() if len(places) > 1}
+    house.twice = {name: sorted(set(found)) for name, found in defined.items() if len(set(found)) > 1}
     for title, names in DENSE.items():
         for name in names:
             if (package / name).exists():

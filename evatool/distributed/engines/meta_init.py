@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+import evatool.distributed.engines.random_fill  # noqa: F401  defines torch.ops.evatool
+
 _ATEN = torch.ops.aten
 _OVERWRITING = {
     _ATEN.uniform_.default,
@@ -20,6 +22,7 @@ _OVERWRITING = {
     _ATEN.fill_.Tensor,
     _ATEN.zero_.default,
     _ATEN.copy_.default,
+    torch.ops.evatool.trunc_normal_.default,
 }
 """Operations after which nothing is left of what a tensor held."""
 _ALLOCATING = {_ATEN.empty.memory_format, _ATEN.empty_strided.default, _ATEN.empty_like.default}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from evatool.core.batch import Batch
 from evatool.core.image_norm import normalize_images
 from evatool.distributed.collectives import all_reduce_mean
+from evatool.distributed.engines.random_fill import trunc_normal_
 from evatool.model.mim import masked_tokens
 from evatool.objective.base import Features
 from evatool.objective.mim import PatchStore, PatchTeacher, masked_targets, patch_cosine
@@ -57,8 +58,8 @@ class MimTerm(LossTerm):
     ) -> None:
         super().__init__("mim_loss", weight)
         mask_token, head = nn.Parameter(torch.empty(1, 1, width)), nn.Linear(width, predict_dim)
-        nn.init.trunc_normal_(mask_token, std=0.02)
-        nn.init.trunc_normal_(head.weight, std=0.02)
+        trunc_normal_(mask_token, std=0.02)
+        trunc_normal_(head.weight, std=0.02)
         nn.init.zeros_(head.bias)
         self.add_part("mask_token", mask_token, tower="visual")  # an input of the image tower
         self.add_part("mim_head", head)
