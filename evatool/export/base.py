@@ -27,7 +27,7 @@ class Exporter(ABC):
     writes: ClassVar[str]
     """Its files, in words."""
     verified_by: ClassVar[str]
-    """What opens them again before they appear, in words."""
+    """The library that opens them again before they appear, in words."""
 
     @abstractmethod
     def export(self, clip: LoadedClip, facts: CardFacts, target: Target) -> Exported:
@@ -46,10 +46,10 @@ class Exporter(ABC):
         """One line of Python that opens the folder in the library that the format is for."""
 
     def streamed_format(self, clip: UnloadedClip, facts: CardFacts, target: Target) -> StreamedFormat | None:
-        """How a model larger than the memory is written; None for a format whose writer runs the whole model."""
+        """The way to write a model larger than the memory; None for a format whose writer runs the whole model."""
         return None
 
     @property
     def can_stream(self) -> bool:
-        """Whether the format has a `streamed_format`."""
+        """True where the format has a `streamed_format`."""
         return type(self).streamed_format is not Exporter.streamed_format

@@ -34,7 +34,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """The files that were written, and how well they agree with the model."""
 
     folder: Path
     files: tuple[str, ...]

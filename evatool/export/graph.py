@@ -93,7 +93,7 @@ def _towers(tower: Tower | None) -> list[Tower]:
 
 @dataclass(frozen=True)
 class _GraphFormat:
-    """How one kind of graph is written and read, and what the card says of it."""
+    """One kind of graph: its writer, its reader, and the words of the card."""
 
     suffix: str
     library: str

@@ -16,7 +16,7 @@ from evatool.weights.load import UnloadedClip
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the card says of the model itself."""
+    """The facts about the model itself that stand on its card."""
 
     name: str
     source: str  # the run or file it was exported from
@@ -28,7 +28,7 @@ class CardFacts:
 
 
 def card_facts(clip: UnloadedClip, dtype: torch.dtype, results: Sequence[tuple[str, str]] = ()) -> CardFacts:
-    """What the model card says: shape and size of `clip`, the recipe found beside its weights, and `results`."""
+    """The facts for the card: shape and size of `clip`, the recipe found beside its weights, and `results`."""
     config = clip.config
     assert config.text is not None, "exports are of CLIP models only"
     text = config.text

@@ -47,7 +47,7 @@ PATH_FIX = (
 
 @dataclass(frozen=True)
 class OpenClipDescription:
-    """How open_clip is told what to build.
+    """The configurations by which open_clip builds a model.
 
     Attributes:
         model_cfg: open_clip's model configuration; its `timm_model_name` is right where `timm_config` is None.
@@ -65,7 +65,7 @@ class OpenClipDescription:
 
 
 def open_clip_description(model: ModelConfig) -> OpenClipDescription:
-    """How open_clip is told to build `model`."""
+    """The configurations by which open_clip builds `model`."""
     model_cfg = open_clip_model_config(model)
     name = model_cfg["vision_cfg"].get("timm_model_name")  # None: open_clip's own ViT
     is_stock = name is None or name in STOCK_NAMES
@@ -96,7 +96,7 @@ class OpenClipExporter(Exporter):
         return f"{register}import open_clip; open_clip.create_model_from_pretrained('local-dir:{folder}')"
 
     def streamed_format(self, clip: UnloadedClip, facts: CardFacts, target: Target) -> StreamedFormat:
-        """The same files, tensor by tensor."""
+        """The files of `export`, written tensor by tensor."""
         description = open_clip_description(clip.config)
         configs: dict[str, Mapping[str, Any]] = {}
         if description.timm_config is not None:

@@ -33,7 +33,7 @@ VERIFIED = (
     "read back by {}; every tensor has the same bits, and every block of the image tower gave the same output when "
     "it was built from the source and from the file"
 )
-"""How a streamed export is verified, for its card; the gap is for what read it back."""
+"""The card's words on how a streamed export was verified; the gap is for what read it back."""
 
 
 def named_block(tensors: TensorMap) -> NamedBlock:
@@ -48,7 +48,7 @@ def named_block(tensors: TensorMap) -> NamedBlock:
 
 @dataclass(frozen=True)
 class StreamedFormat:
-    """How one format is written tensor by tensor.
+    """The way one format is written tensor by tensor.
 
     Attributes:
         weights: name of the weight file.

@@ -65,7 +65,7 @@ class BaaiExporter(Exporter):
         return _our_code(folder)
 
     def streamed_format(self, clip: UnloadedClip, facts: CardFacts, target: Target) -> StreamedFormat:
-        """The same files, tensor by tensor."""
+        """The files of `export`, written tensor by tensor."""
         return StreamedFormat(
             weights=BAAI_WEIGHTS,
             write=write_torch_archive,
@@ -103,7 +103,7 @@ class SafetensorsExporter(Exporter):
         return _our_code(folder)
 
     def streamed_format(self, clip: UnloadedClip, facts: CardFacts, target: Target) -> StreamedFormat:
-        """The same files, tensor by tensor."""
+        """The files of `export`, written tensor by tensor."""
         note = SAFETENSORS_NOTE
         return StreamedFormat(
             weights=SAFETENSORS_WEIGHTS,

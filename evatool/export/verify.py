@@ -18,7 +18,7 @@ from evatool.export.folder import Target
 from evatool.formats.safetensors import SafetensorsMap, write_safetensors
 from evatool.inference.loaded_clip import LoadedClip
 
-# B pictures or captions, S input side in pixels, L text tokens
+# B images or captions, S input side in pixels, L text tokens
 
 # What a fresh process runs before a reader: argv is the exported folder, the inputs, where the outputs go, and whether
 # evatool is needed. Where it is not, it is made impossible to import.
@@ -59,7 +59,7 @@ with torch.no_grad():
 
 
 def fixed_inputs(image_size: int, context_length: int, vocab_size: int) -> dict[str, Tensor]:
-    """The same inputs for every verification: `image` (4, 3, S, S) float, `tokens` (4, L), `picture` (H, W, 3) uint8.
+    """Fixed inputs for verification: `image` (4, 3, S, S) float, `tokens` (4, L), `picture` (H, W, 3) uint8.
 
     Token rows have different lengths; each ends with the vocabulary's last id, as CLIP's do, and is zero-padded.
     """
@@ -74,7 +74,7 @@ def fixed_inputs(image_size: int, context_length: int, vocab_size: int) -> dict[
 
 
 def our_outputs(clip: LoadedClip, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the model itself makes of `fixed_inputs`, under the names that the readers use."""
+    """Outputs of the model itself for `fixed_inputs`, under the names that the readers use."""
     return {
         "image_features": clip.encode_image(inputs["image"]),
         "text_features": clip.encode_text(inputs["tokens"]),
@@ -86,16 +86,16 @@ def our_outputs(clip: LoadedClip, inputs: Mapping[str, Tensor]) -> dict[str, Ten
 def foreign_outputs(
     reader: str, folder: Path, inputs: Mapping[str, Tensor], *, needs_evatool: bool = False
 ) -> dict[str, Tensor]:
-    """What another library makes of `inputs` with the folder's model, in a fresh process and without the network.
+    """Outputs of another library for `inputs` with the folder's model, in a fresh process and without the network.
 
     Args:
         reader: one of this module's programs.
     Raises: EvatoolError with the other process's last words if it fails.
     """
     with tempfile.TemporaryDirectory(prefix="evatool-verify-") as scratch:
-        asked, answered = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
-        write_safetensors(asked, inputs)
-        arguments = [str(folder.resolve()), str(asked), str(answered), "yes" if needs_evatool else "no"]
+        given_path, made_path = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
+        write_safetensors(given_path, inputs)
+        arguments = [str(folder.resolve()), str(given_path), str(made_path), "yes" if needs_evatool else "no"]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
             [sys.executable, "-c", _PRELUDE + reader, *arguments],
@@ -105,14 +105,14 @@ def foreign_outputs(
             text=True,
             check=False,
         )
-        if done.returncode != 0 or not answered.is_file():
+        if done.returncode != 0 or not made_path.is_file():
             last_words = "\n".join(done.stderr.strip().splitlines()[-4:])
             raise EvatoolError(
                 f"the other library could not open the export:\n{last_words}",
                 where=str(folder),
                 fix="this is a fault of the export; please report it with the model's configuration",
             )
-        outputs = SafetensorsMap(answered)
+        outputs = SafetensorsMap(made_path)
         return {name: outputs[name] for name in outputs}
 
 

@@ -43,7 +43,7 @@ class TensorMap(Mapping[str, Tensor]):
     """Tensors by name, each read when it is asked for; shapes and dtypes are known without reading."""
 
     gives_copies = True
-    """Whether every read gives memory of its own, which the reader may keep and change."""
+    """True where every read gives memory of its own, which the reader may keep and change."""
 
     def __contains__(self, name: object) -> bool:
         """Without reading the tensor, which `Mapping` would."""

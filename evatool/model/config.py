@@ -1,4 +1,4 @@
-"""What a model is made of, in BAAI's own vocabulary (`embed_dim`, `vision_cfg`, `text_cfg`). No torch here."""
+"""The configuration of a model, in BAAI's own vocabulary (`embed_dim`, `vision_cfg`, `text_cfg`). No torch here."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class ModelConfig:
 
     @property
     def is_eva(self) -> bool:
-        """Whether the image tower is an EVA tower."""
+        """True for an EVA image tower, False for OpenAI's ViT."""
         return bool(self.vision["tower"] == "eva")
 
     @property
@@ -127,7 +127,7 @@ class ModelConfig:
 
     @property
     def has_inner_attn_norm(self) -> bool:
-        """Whether a norm stands before the attention's output projection: `inner_attn_ln`, as `subln` when None."""
+        """True where a norm stands before the output projection of attention (`inner_attn_ln`; `subln` when None)."""
         inner = self.vision["inner_attn_ln"]
         return bool(self.vision["subln"] if inner is None else inner)
 
@@ -142,13 +142,13 @@ class ModelConfig:
         return int(self.text["context_length"]) if self.text else 0
 
     def with_image_size(self, image_size: int | None) -> ModelConfig:
-        """The same model for another input side; None keeps the side. Raises RecipeError if patches do not fit."""
+        """This model for another input side; None keeps the side. Raises RecipeError if patches do not fit."""
         if image_size is None or image_size == self.image_size:
             return self
         return _checked(replace(self, vision={**self.vision, "image_size": image_size}))
 
     def with_patch_size(self, patch_size: int | None) -> ModelConfig:
-        """The same model with other patches on the same image; None keeps them. Raises RecipeError as above."""
+        """This model with other patches on an image of its size; None keeps them. Raises RecipeError as above."""
         if patch_size is None or patch_size == self.patch_size:
             return self
         return _checked(replace(self, vision={**self.vision, "patch_size": patch_size}))
@@ -163,7 +163,7 @@ class ModelConfig:
         return self.with_image_size(image_size).with_patch_size(patch_size)
 
     def with_depth(self, layers: int) -> ModelConfig:
-        """The same model with another number of blocks in its image tower."""
+        """This model with another number of blocks in its image tower."""
         return replace(self, vision={**self.vision, "layers": layers})
 
     def to_json(self) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def eva_arguments(config: ModelConfig) -> dict[str, Any]:
 
 
 def has_head_bias(config: ModelConfig) -> bool:
-    """Whether the projection has a bias: in the release it follows the q/v bias, so 8B and 18B have none."""
+    """True where the projection has a bias: in the release it follows the q/v bias, so 8B and 18B have none."""
     return bool(config.vision["qkv_bias"])
 
 

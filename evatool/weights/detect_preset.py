@@ -1,4 +1,4 @@
-"""Which preset a set of weights belongs to, by shapes alone."""
+"""The presets that a set of weights may belong to, found by shapes alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from evatool.weights.mapped_tensors import MappedTensors
 
 @dataclass(frozen=True)
 class Signature:
-    """What the shapes of a model tell; heads, norm placement and RoPE leave no trace in them."""
+    """The facts that a model's shapes tell; heads, norm placement and RoPE leave no trace in them."""
 
     tower: TowerKind
     width: int

@@ -20,7 +20,7 @@ SCALARS = ("logit_scale", "logit_bias")  # one number each: a scalar in publishe
 
 @dataclass
 class LoadReport:
-    """What loading did, in our names."""
+    """A record of what loading did, in our names."""
 
     loaded: int = 0
     fresh: list[str] = field(default_factory=list)  # parameters that keep their first weights

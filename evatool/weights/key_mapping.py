@@ -85,7 +85,7 @@ def _without_wrapper(key: str) -> str:
 
 
 def _shared_name(name: str) -> str:
-    """What the text tower and the temperature are called, in every order of BAAI, open_clip and OpenAI."""
+    """Our name of a part of the text tower or of the temperature, from any layout of BAAI, open_clip and OpenAI."""
     if name.removeprefix("text.") in ("logit_scale", "logit_bias"):
         return name.removeprefix("text.")  # EVA-01's CLIP file keeps it inside the text tower
     return f"text.{name}" if _ROOT_TEXT.match(name) else name

@@ -41,7 +41,7 @@ _EVA = {
 
 
 def is_transformers(names: set[str]) -> bool:
-    """Whether the names are transformers' of a model with a CLIP image tower."""
+    """True for the names that transformers gives to a model with a CLIP image tower."""
     return f"{_VISION}embeddings.patch_embedding.weight" in names
 
 

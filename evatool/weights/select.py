@@ -68,7 +68,7 @@ _KINDS = ("tower", "rope", "naiveswiglu", "swiglu", "subln", "postnorm", "use_rm
 
 
 def chosen(count: int, out_of: int, rule: Rule) -> list[int]:
-    """Which `count` of `out_of` are taken, in rising order."""
+    """The `count` numbers below `out_of` that are taken, in rising order."""
     if rule == "first":
         return list(range(count))
     if out_of % count == 0:
@@ -138,7 +138,7 @@ def select_weights(
     channels: Rule = "even",
     where: str = "state dict",
 ) -> MappedTensors:
-    """What `target` starts from, out of a model that is as large or larger in everything.
+    """First weights for `target`, cut out of a model that is as large or larger in everything.
 
     Image positions and the patch kernel keep the source's grid and patch: loading resizes them. Text positions are the
     first ones. Projections are left out where the embedding would have to grow.
@@ -244,7 +244,7 @@ def _of_tower(
 
 
 def _entries(have: _Shape, want: _Shape, rule: Rule) -> Callable[[str, int], list[int] | None]:
-    """Which entries of an axis of this kind and size are taken; None where all are."""
+    """The entries that are taken of an axis of this kind and size; None where all are."""
     # Within a head, pairs at equal steps: rotary positions turn pairs, whose frequencies fall from pair to pair.
     step = have.head_width // want.head_width
     inside = [2 * step * pair + half for pair in range(want.head_width // 2) for half in (0, 1)]

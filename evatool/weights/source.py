@@ -1,4 +1,4 @@
-"""What a path holds and what is known of its model: a `SourceWeights`, whatever library wrote it.
+"""The weights at a path and what is known of their model, whatever library wrote them: a `SourceWeights`.
 
 kind         what is there                                              what says which model it is
 checkpoint   a checkpoint of ours; a run folder means its newest whole  model_config.json
@@ -40,7 +40,7 @@ class SourceWeights:
     state: Mapping[str, Tensor]
     """Lazy, under the names of the file."""
     configs: list[ModelConfig]
-    """What the source says it is, else every preset of its shapes: none, one or more."""
+    """The configuration that the source states, else every preset of its shapes: none, one or more."""
     source: str
     """The file or folder that was read."""
 
@@ -119,7 +119,7 @@ def _read_released(path: Path) -> SourceWeights:
 
 
 def tells_quick_gelu(path: Path, state: Mapping[str, Tensor]) -> bool | None:
-    """Whether a CLIP was trained with QuickGELU: its weights do not show it, what lies beside them may.
+    """True where a CLIP was trained with QuickGELU: its weights do not show it, but what lies beside them may.
 
     Returns: None where nothing tells.
     """

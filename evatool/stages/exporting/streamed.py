@@ -1,4 +1,4 @@
-"""Whether a model is exported tensor by tensor: where it would not fit the memory."""
+"""The choice of exporting tensor by tensor: for a model that would not fit the memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HEADROOM = 1.3  # of the float32 weights: activations, and the copy that a libr
 
 
 def needs_streaming(clip: UnloadedClip, section: ExportSection, exporter: Exporter) -> bool:
-    """Whether to export without loading: as the section says, else if the float32 model does not fit the free memory.
+    """True to export without loading: as the section says, else if the float32 model does not fit the free memory.
 
     Raises: RecipeError where that is asked for in a format that runs the whole model.
     """

@@ -47,7 +47,7 @@ def init_clip(
 def _fitted(
     clip: CustomTextCLIP, config: ModelConfig, section: ClipModelSection
 ) -> Iterator[tuple[str, Path, FittedWeights]]:
-    """What is taken, in words, from where, and its tensors checked against `clip`."""
+    """Each part that is taken, in words, the path it is from, and its tensors checked against `clip`."""
     match section.init:
         case ImageTowerInit(path=path):
             yield "image tower", path, fit_image_tower(clip, read_weights(path).state, where=str(path))
