@@ -32,7 +32,7 @@ format: $(STAMP)
 
 # The commands of docs/quickstart.md, at debug size.
 quickstart: $(STAMP)
-	$(PY) tests/run_quickstart.py
+	$(PY) tests/helpers/run_quickstart.py
 
 # The pages that are made from the code.
 reference: $(STAMP)

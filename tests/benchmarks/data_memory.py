@@ -1,6 +1,6 @@
 """Memory of the loader over time: does a long run grow?
 
-    python tests/benchmarks/data_memory.py --minutes 30 [--workers 2]
+    PYTHONPATH=tests/helpers python tests/benchmarks/data_memory.py --minutes 30 [--workers 2]
 
 Reads a set of 200 shards whose pictures are not kept decoded, in windows, with 40,000 captions and a bad sample in
 every shard, and prints the resident memory (`VmRSS`) of the training process and of each loader process. Exits with 1
@@ -17,9 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
-
-from sample_pictures import image  # tests/data
+from sample_pictures import image
 from tiny_shards import plain_samples, write_tar
 
 from evatool.data.train.loader import build_train_loader

@@ -196,9 +196,8 @@ def test_r18_beyond_the_limit_a_silent_store_is_transient_and_a_missing_shard_is
 
 ONE_RANK = """
 import json, sys, time
-sys.path.insert(0, sys.argv[1])
 from tiny_shards import loader
-found = loader(json.loads(sys.argv[2]), rank=int(sys.argv[3]), world_size=2)
+found = loader(json.loads(sys.argv[1]), rank=int(sys.argv[2]), world_size=2)
 print("ready", flush=True)
 batches = iter(found)
 for _ in sys.stdin:  # a step begins when both ranks have done the one before, as a collective makes them
@@ -217,7 +216,7 @@ def test_r18_no_rank_waits_alone(tmp_path: Path) -> None:
     with serve(folder) as server:
         server.faults = {"00003.tar": always("stall")}
         section = json.dumps(far(server, tmp_path, num_workers=2, window_shards=8))
-        command = [sys.executable, "-c", ONE_RANK, str(Path(__file__).parent), section]
+        command = [sys.executable, "-c", ONE_RANK, section]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
         ranks = [subprocess.Popen([*command, str(rank)], **pipes) for rank in range(2)]
         try:

@@ -356,9 +356,9 @@ def test_going_on_at_another_world_size_loses_and_repeats_nothing(
 
 
 READ_ON = """
-import sys; sys.path.insert(0, sys.argv[1])
+import sys
 from tiny_shards import loader
-found = loader({"train": sys.argv[2], "num_workers": 2, "window_shards": 2}, position=int(sys.argv[3]))
+found = loader({"train": sys.argv[1], "num_workers": 2, "window_shards": 2}, position=int(sys.argv[2]))
 for batch in found:
     print(batch.position, int(batch.image.long().sum()), *batch.keys, flush=True)
 """
@@ -369,7 +369,7 @@ def test_after_kill_minus_nine_the_rest_is_the_same(two: list[dict[str, Any]]) -
     folder = two[0]["shards"]
 
     def lines(position: int, count: int) -> list[str]:
-        command = [sys.executable, "-c", READ_ON, str(Path(__file__).parent), folder, str(position)]
+        command = [sys.executable, "-c", READ_ON, folder, str(position)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
             found = [process.stdout.readline() for _ in range(count)]
             os.killpg(process.pid, signal.SIGKILL)

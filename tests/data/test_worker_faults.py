@@ -30,18 +30,17 @@ def far(server: Server, tmp_path: Path, **section: Any) -> dict[str, Any]:
 
 KILLED = """
 import json, os, signal, sys, time, multiprocessing, logging
-sys.path.insert(0, sys.argv[1])
 logging.basicConfig()
 from tiny_shards import loader
 from evatool.core.errors import EvatoolError
-found = loader({"train": sys.argv[2], "num_workers": 2, **json.loads(sys.argv[4])})
+found = loader({"train": sys.argv[1], "num_workers": 2, **json.loads(sys.argv[3])})
 seen, start = [], time.monotonic()
 try:
     for step, batch in enumerate(found):
         seen.append(batch.keys)
-        if step in json.loads(sys.argv[3]):
+        if step in json.loads(sys.argv[2]):
             for child in multiprocessing.active_children():
-                os.kill(child.pid, getattr(signal, sys.argv[5]))
+                os.kill(child.pid, getattr(signal, sys.argv[4]))
         if step == 11:
             break
 except EvatoolError as err:
@@ -52,7 +51,7 @@ else:
 
 
 def run_killed(folder: Path, steps: list[int], section: dict[str, Any], how: str) -> tuple[dict[str, Any], str]:
-    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(folder), json.dumps(steps)]
+    command = [sys.executable, "-c", KILLED, str(folder), json.dumps(steps)]
     done = subprocess.run([*command, json.dumps(section), how], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stderr

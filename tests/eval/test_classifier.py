@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.eval.toys import ToyClip
 from torch import Tensor
 
 from evatool.eval.cache import FingerprintCache, TensorCache
@@ -15,7 +16,6 @@ from evatool.eval.text_classifier import ClassifierMemory, text_classifier
 from evatool.inference.loaded_clip import load_clip
 from evatool.model.presets import resolve_preset
 from evatool.model.text import encode_text
-from tests.eval.toys import ToyClip
 
 NAMES = ["cat", "a very long name of a thing that fills many tokens", "dog", "traffic light"]
 TEMPLATES = ["{c}", "a photo of a {c}.", "an origami {c}, folded by someone who has never seen a {c}"]

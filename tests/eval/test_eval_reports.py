@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.eval.toys import made_up_results
 
 from evatool.core.errors import DataError
 from evatool.eval.predictions import ClassificationResult
@@ -16,7 +17,6 @@ from evatool.eval.report.demo import ChainLosses, ChainStep, DemoReport, ShownSa
 from evatool.eval.report.gallery import Gallery, encode_image_file
 from evatool.eval.report.page import text_table, write_eval_report
 from evatool.eval.results import EvalResults
-from tests.eval.toys import made_up_results
 
 
 class Page(HTMLParser):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.eval.toys import made_up_results
 
 from evatool.core.errors import DataError
 from evatool.eval.metrics import Metric
@@ -22,7 +23,6 @@ from evatool.eval.results import (
     write_atomically,
     write_results,
 )
-from tests.eval.toys import made_up_results
 
 
 def test_results_read_back_equal(tmp_path: Path, failed_results: EvalResults) -> None:

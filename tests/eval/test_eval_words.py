@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.eval.toys import made_up_results
 
 from evatool.eval.intervals import Interval
 from evatool.eval.report import wording
-from tests.eval.toys import made_up_results
 
 NB = wording.NO_BREAK
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.eval.toys import ToyClip, ToySet
 from torch import Tensor
 
 from evatool.eval.compare import compare_runs
@@ -21,7 +22,6 @@ from evatool.eval.results import ModelRecord, read_results, write_results
 from evatool.eval.task_wording import TaskWording
 from evatool.eval.tasks.base import EvalTask, Predicted
 from evatool.inference.loaded_clip import load_clip
-from tests.eval.toys import ToyClip, ToySet
 
 
 class WhichImage(EvalTask[ScoreResult]):

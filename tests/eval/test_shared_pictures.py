@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.eval.toys import ToyClip, classify, encoder_of
 from torch import Tensor
 
 from evatool.data.eval.sets import EvalSet, open_eval_set
 from evatool.eval.encode import Encoding, ImageMemory, image_batches
 from evatool.eval.tasks.retrieval_features import encode_pairs
-from tests.eval.toys import ToyClip, classify, encoder_of
 
 SIDE = 2
 

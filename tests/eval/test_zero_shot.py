@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from clip_benchmark.metrics import zeroshot_classification as benchmark
+from tests.eval.toys import ToyClip, ToySet, as_pictures, classify
 
 from evatool.core.errors import DataError, EvatoolError, NumericalError
 from evatool.eval.text_classifier import ClassifierMemory
-from tests.eval.toys import ToyClip, ToySet, as_pictures, classify
 
 
 def random_set(num_samples: int = 90, num_classes: int = 12, dim: int = 16, num_templates: int = 3, seed: int = 0):

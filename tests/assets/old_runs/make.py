@@ -3,7 +3,7 @@
 They were made at commit b034c17, whose modules this script imports, so it runs there and nowhere later:
 
     git worktree add --detach BASE b034c17
-    cd EMPTY && PYTHONPATH=BASE:REPOSITORY/tests/e2e python REPOSITORY/tests/assets/old_runs/make.py
+    cd EMPTY && PYTHONPATH=BASE:REPOSITORY/tests/helpers python REPOSITORY/tests/assets/old_runs/make.py
 
 Every run is made by the command line, with relative paths, in the empty folder that it is started in. The models are
 two presets shrunk to width 16 (`short_runs.shrink_presets`), whose token embedding is 0 for all tokens that no caption

@@ -1,6 +1,6 @@
 """Run the `sh` blocks of docs/quickstart.md in an empty folder, at debug size: `demo/` recipes become `debug/` ones.
 
-    python tests/run_quickstart.py [--keep DIR]
+    python tests/helpers/run_quickstart.py [--keep DIR]
 
 Exits with the first failing command's code, and 1 if the chain did not leave what the page promises.
 """
@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "quickstart.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "quickstart.md"
 PROMISED = [
     "data-prepare/train/manifest.json",
     "data-prepare/contact_sheet.png",

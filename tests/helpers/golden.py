@@ -11,7 +11,7 @@ from torch import Tensor
 from evatool.formats.safetensors import SafetensorsMap
 from evatool.model.config import ModelConfig, from_mim_arguments
 
-FOLDER = Path(__file__).parent / "assets" / "golden"
+FOLDER = Path(__file__).resolve().parents[1] / "assets" / "golden"
 CLIP_FILES = ["eva01-clip-g", "eva02-clip-b16", "eva02-clip-l14", "eva02-clip-bige14", "eva-clip-8b", "eva-clip-18b"]
 MIM_FILES = ["eva01-mim", "eva02-mim"]
 
