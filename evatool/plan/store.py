@@ -26,7 +26,7 @@ _Taught = PretrainMimRecipe | TrainClipRecipe | DistillRecipe
 WARNED_MULTIPLE = 10.0
 """Times the bytes of the shards, above which a dry run warns."""
 
-_CHECK_BYTES = 8  # mark and checksum of a row (data/feature_store/store.py)
+_CHECK_BYTES = 8  # mark and checksum of a row (data/feature_store/spec.py)
 
 
 def store_sizes(recipe: Recipe) -> dict[str, Any]:

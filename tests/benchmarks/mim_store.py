@@ -24,7 +24,8 @@ from side_by_side import finish, machine, versions
 from evatool.core.batch import Batch
 from evatool.core.image_norm import normalize_images
 from evatool.data.feature_store.fill import missing_batches
-from evatool.data.feature_store.store import FeatureStore, StoreSpec, Views
+from evatool.data.feature_store.spec import StoreSpec, Views
+from evatool.data.feature_store.store import FeatureStore
 from evatool.data.train.loader import TrainLoader, build_train_loader
 from evatool.data.train.masking import MaskSpec
 from evatool.model.mim import build_mim

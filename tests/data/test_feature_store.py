@@ -17,15 +17,9 @@ from tiny_shards import loader, write_prepared
 from evatool.core.batch import Batch
 from evatool.core.errors import DataError
 from evatool.data.feature_store.fill import missing_batches, num_rows
-from evatool.data.feature_store.store import (
-    FeatureStore,
-    StoreSpec,
-    Views,
-    masked_rows,
-    open_store,
-    read_header,
-    unpadded_rows,
-)
+from evatool.data.feature_store.header import read_header
+from evatool.data.feature_store.spec import StoreSpec, Views
+from evatool.data.feature_store.store import FeatureStore, masked_rows, open_store, unpadded_rows
 from evatool.data.train.masking import MaskSpec
 
 COUNTS = [np.array([5, 3])]

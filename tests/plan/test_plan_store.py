@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from evatool.data.feature_store.store import StoreSpec
+from evatool.data.feature_store.spec import StoreSpec
 from evatool.plan.store import store_sizes
 from evatool.recipe.load import resolve_table
 

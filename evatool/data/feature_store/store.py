@@ -14,19 +14,14 @@ How a stage plugs in: it gives `build_train_loader` a `Views` with one `StoreSpe
 teacher on the whole batch and `store.keep(batch, features)` writes its rows and hands them back as they will be read.
 """
 
-# B batch, N patches, M most masked patches of a sample
+# B batch, N patches, M most masked patches of a sample, T a teacher's features of a patch
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,48 +31,11 @@ from torch import Tensor
 
 from evatool.core.batch import Batch
 from evatool.core.errors import DataError
-from evatool.data.tar.writer import write_file
+from evatool.data.feature_store.header import open_header
+from evatool.data.feature_store.spec import ROW_MARK, TRAILER_BYTES, StoreSpec, saying_where
 
-HEADER = "store.json"
-FORMAT = "evatool-features-1"
-_MARK = b"row1"
-_TRAILER_BYTES = len(_MARK) + 4
 _MAX_OPEN_FILES = 64
 _HALF_MAX = 65504.0
-
-
-@dataclass(frozen=True)
-class StoreSpec:
-    """One teacher's store.
-
-    Attributes:
-        name: of the teacher, under which a batch carries its rows.
-        path: the folder; made where it is missing.
-        row_shape: of one sample's features, for instance (N, T); (M, T) where only masked patches are kept.
-        facts: what the features depend on besides the data, by dotted name: the teacher's fingerprint, its picture
-            size. The loader adds its own; where both say something, this one counts.
-        masked_only: rows hold the masked patches in order, padded with zeros up to M.
-    """
-
-    name: str
-    path: Path
-    row_shape: tuple[int, ...]
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    masked_only: bool = False
-
-    @property
-    def row_bytes(self) -> int:
-        """Of one view of one sample on the disk."""
-        return 2 * int(np.prod(self.row_shape)) + _TRAILER_BYTES
-
-
-@dataclass(frozen=True)
-class Views:
-    """Which draws a run sees: `count` views of each sample, of one seed; and the stores that are keyed by them."""
-
-    count: int
-    seed: int
-    stores: tuple[StoreSpec, ...] = ()
 
 
 class FeatureStore:
@@ -100,13 +58,13 @@ class FeatureStore:
 
         A row that was written and does not fit its checksum counts as missing, and is named in `damaged`.
         """
-        rows = np.empty((len(store_rows), self.spec.row_bytes - _TRAILER_BYTES), dtype=np.uint8)
-        trailer = bytearray(_TRAILER_BYTES)
+        rows = np.empty((len(store_rows), self.spec.row_bytes - TRAILER_BYTES), dtype=np.uint8)
+        trailer = bytearray(TRAILER_BYTES)
         for row, place in zip(rows, map(tuple, store_rows.tolist()), strict=True):
             file, size = self._file(place, writing=False), self.spec.row_bytes
             if file is None or os.preadv(file, [row.data, trailer], place[2] * size) != size:
                 return None
-            if trailer[: len(_MARK)] != _MARK:
+            if trailer[: len(ROW_MARK)] != ROW_MARK:
                 return None
             if trailer != self._trailer(place, row):
                 self.damaged.append(f"{self._path(place)}, row {place[2]}")
@@ -165,7 +123,7 @@ class FeatureStore:
 
     def _trailer(self, place: tuple[int, ...], row: np.ndarray) -> bytes:
         start = zlib.crc32(self._key + repr(place).encode())
-        return _MARK + zlib.crc32(row.data, start).to_bytes(4, "little")
+        return ROW_MARK + zlib.crc32(row.data, start).to_bytes(4, "little")
 
     def _path(self, place: tuple[int, ...]) -> Path:
         source, shard, _, view = place
@@ -183,7 +141,7 @@ class FeatureStore:
             except FileNotFoundError:
                 return None
         else:
-            with _saying_where(self.spec):
+            with saying_where(self.spec):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             # To its whole length at once (sparse), so that rows may be written in any order.
@@ -210,83 +168,12 @@ def unpadded_rows(rows: Tensor, mask: Tensor) -> Tensor:
     return rows[torch.arange(rows.shape[1], device=mask.device) < counts[:, None]]
 
 
-# ------------------------------------------------------------------------------------------------------ the header
-
-
 def open_store(spec: StoreSpec, counts: Sequence[np.ndarray], facts: Mapping[str, Any]) -> FeatureStore:
     """The store of `spec`; made where there is none. Any process may call it at any time.
 
     Args:
+        counts: samples of each shard of each source.
         facts: of the loader, beside the spec's own: data, augmentation, masks, views, seed.
     Raises: DataError where the folder holds another store's features, naming what differs.
     """
-    wanted = {"row_shape": list(spec.row_shape), "masked_only": spec.masked_only, **facts, **spec.facts}
-    wanted = json.loads(json.dumps({"format": FORMAT, **dict(sorted(wanted.items()))}))
-    found = read_header(spec.path)
-    if found is None:
-        with _saying_where(spec):
-            spec.path.mkdir(parents=True, exist_ok=True)
-            _create_header(spec.path, wanted)
-        found = read_header(spec.path)
-    _check_header(spec, found or {}, wanted)
-    digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
-    return FeatureStore(spec, counts, digest)
-
-
-def read_header(path: Path) -> dict[str, Any] | None:
-    """What `store.json` says; None where there is no store. Raises: DataError where it cannot be read."""
-    file = path / HEADER
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError as error:
-        raise DataError(f"{HEADER} is damaged", where=str(file), fix="delete the folder: it is made again") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise DataError(
-            f"{HEADER} is of another format", where=str(file), expected=FORMAT, fix="choose another teacher.store.path"
-        )
-    return found
-
-
-def _create_header(path: Path, facts: Mapping[str, Any]) -> None:
-    """Write `store.json` unless somebody else just has: the first one counts."""
-    temporary = path / f".{HEADER}.{os.getpid()}"
-    write_file(temporary, (json.dumps(facts, indent=2) + "\n").encode())
-    try:
-        os.link(temporary, path / HEADER)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without hard links
-        os.replace(temporary, path / HEADER)
-    temporary.unlink(missing_ok=True)
-
-
-def _check_header(spec: StoreSpec, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    different = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
-    if not different:
-        return
-    problems = [
-        f"{key}: stored with {found.get(key, 'nothing')}, now {wanted.get(key, 'nothing')}" for key in different
-    ]
-    raise DataError(
-        "the store holds features of something else:\n  " + "\n  ".join(problems),
-        where=str(spec.path / HEADER),
-        expected="the same teacher, data, augmentation, masks, views and seed as the features were made with",
-        fix="put these back, choose another teacher.store.path, or delete the folder to make the features again",
-    )
-
-
-@contextmanager
-def _saying_where(spec: StoreSpec) -> Iterator[None]:
-    """A folder that cannot be written in, as an error that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise
-        raise DataError(
-            f"teacher features cannot be written: {error.strerror}",
-            where=str(error.filename or spec.path),
-            fix="choose a folder with teacher.store.path; a store that is complete needs no permission to write",
-        ) from error
+    return FeatureStore(spec, counts, open_header(spec, facts))

@@ -52,7 +52,7 @@ class TrainTransform:
         """Views of a batch.
 
         Args:
-            pictures: B tensors (3, H, W) uint8, of any sizes.
+            images: B tensors (3, H, W) uint8, of any sizes.
             keys: uint64 (B,), from `shuffle.sample_keys`.
             num_views: make only the first this many views.
         Returns: for each output size a tensor (B, 3, S, S) uint8; equal sizes share one tensor.
@@ -99,14 +99,22 @@ class TrainTransform:
 def crop_boxes(
     shapes: np.ndarray, keys: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> np.ndarray:
-    """Random crop of each picture as int (B, 4): top, left, height, width.
+    """A random crop of each picture as int (B, 4): top, left, height, width.
 
-    torchvision's `RandomResizedCrop`: ten tries of a random area and log-uniform aspect ratio, else the largest
-    centred crop within the aspect bounds.
+    torchvision's `RandomResizedCrop`, all pictures and all ten tries at once:
+
+        area   a = H W (scale_0 + (scale_1 - scale_0) u)      draws 0 .. 9 of u
+        aspect r = ratio_0 (ratio_1 / ratio_0) ** u           draws 10 .. 19
+        h, w   = round(sqrt(a / r)), round(sqrt(a r))         the first try with 0 < h <= H and 0 < w <= W counts
+        corner = floor(u (H - h + 1)), floor(u (W - w + 1))   draws 20 and 21: every place with the same chance
+
+    Where no try fits, the largest centred crop within the aspect bounds.
 
     Args:
         shapes: int (B, 2), height and width.
-        keys: uint64 (B,).
+        keys: uint64 (B,), from `shuffle.sample_keys`.
+        scale: least and largest area, as shares of the picture's.
+        ratio: least and largest width over height.
     """
     height, width = shapes[:, :1].astype(float), shapes[:, 1:].astype(float)
     draws = shuffle.uniforms(keys, shuffle.STREAM_CROP, 2 * _CROP_TRIES + 2)

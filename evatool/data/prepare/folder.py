@@ -12,8 +12,8 @@ import numpy as np
 
 from evatool.core.errors import DataError
 from evatool.data.image.header import BadImage, decode_rgb, read_header
-from evatool.data.prepare.bad_samples import BadSamples
 from evatool.data.prepare.captions import CaptionRow, read_captions
+from evatool.data.prepare.skipped import SkippedFiles
 from evatool.data.tar.writer import Sample, json_member
 from evatool.recipe.schema import FolderSource, ShardSection
 
@@ -55,7 +55,7 @@ class ImageFolder:
         named = {_inside(row.image) for row in rows}
         unnamed = [f for f in files if Path(f).suffix.lower() in _PICTURE_SUFFIXES and f not in named]
         self.num_rows = len(rows)
-        self.bad = BadSamples(len(rows) + len(unnamed), shards.max_bad_fraction, str(section.images))
+        self.bad = SkippedFiles(len(rows) + len(unnamed), shards.max_bad_fraction, str(section.images))
         by_file: dict[str, CaptionedImage] = {}
         for row in rows:
             self._match(row, files, by_file)

@@ -2,7 +2,10 @@
 
 Nearly every header of a data set's tars says one of two things: here is a file with a short name, or here is the time
 of the file after me. Such headers are followed by their sizes alone and then judged all at once, several times faster
-than one by one; at the first that is anything else the run ends, and `tars` looks at it closely.
+than one by one; at the first that is anything else the run ends, and `scan` looks at it closely.
+
+Why not webdataset's or Python's tar reader: they read every member to find the next one, and cannot begin at a sample's
+number. A sample of 10 kB costs 132.3 us in webdataset, here 16.2 in a first pass and 6.6 after it (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -128,6 +131,7 @@ def _sums_are_right(headers: np.ndarray) -> np.ndarray:
     """Whether each header has the checksum of its bytes, written the usual way; (n, 512) uint8 -> (n,) bool."""
     field = headers[:, CHECKSUM]
     stored, is_octal = _octal(field[:, :6])
+    #     sum over the block - the field's own bytes + 8 spaces
     words = headers.view(np.uint64)
     # Two bytes apart, 64 words add up to less than 2**16 in each of the four lanes.
     pairs = words >> np.uint64(8)
@@ -136,13 +140,14 @@ def _sums_are_right(headers: np.ndarray) -> np.ndarray:
     lanes = pairs.sum(axis=1, dtype=np.uint64)
     sums = lanes.view(np.uint16).reshape(-1, 4).sum(axis=1, dtype=np.int64)
     sums += SUM_OF_BLANK_CHECKSUM - field.sum(axis=1, dtype=np.int64)
-    return is_octal & (field[:, 6] == 0) & (field[:, 7] == _SPACE) & (sums == stored)
+    return np.asarray(is_octal & (field[:, 6] == 0) & (field[:, 7] == _SPACE) & (sums == stored))
 
 
 def _names_are_short(headers: np.ndarray) -> np.ndarray:
     """Whether each name stands whole in its field, is not empty and does not begin at the root."""
     first = headers[:, 0]
-    return (headers[:, NAME.stop - 1] == 0) & (headers[:, PREFIX.start] == 0) & (first != 0) & (first != _SLASH)
+    is_whole = (headers[:, NAME.stop - 1] == 0) & (headers[:, PREFIX.start] == 0)
+    return np.asarray(is_whole & (first != 0) & (first != _SLASH))
 
 
 def _are_stamps(records: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -153,4 +158,5 @@ def _are_stamps(records: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     says_size = 10 * tens + ones == sizes
     ends_there = (is_end.argmax(axis=1) == sizes - 1) & is_end.any(axis=1)
     is_short = (sizes > 0) & (sizes <= _STAMP_BYTES)
-    return is_short & is_digit & says_size & ends_there & (records[:, 2:9] == _MTIME).all(axis=1)
+    is_time = (records[:, 2:9] == _MTIME).all(axis=1)
+    return np.asarray(is_short & is_digit & says_size & ends_there & is_time)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from evatool.core.errors import BadDataLimitError, EvatoolError, TransientError
+from evatool.data.bad_limit import count_by_cause, num_allowed
 from evatool.data.sources.fetch import TRANSIENT_CAUSES
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ class BadSamples:
         """Raises: BadDataLimitError beyond the limit, or where no spare was found; TransientError where most of it
         comes of a store that did not answer."""
         base = min(self.num_samples, max(self._num_tried, self.floor))
-        if no_replacement or len(self._seen) > int(self.max_fraction * base + 1e-9):
+        if no_replacement or len(self._seen) > num_allowed(self.max_fraction, base):
             raise self._beyond(base)
 
     def counts(self) -> dict[str, float]:
@@ -125,11 +126,13 @@ class BadSamples:
         lines = []
         if self._seen:
             lines.append(
-                f"{len(self._seen)} bad samples ({_counted(self.causes)}), "
+                f"{len(self._seen)} bad samples ({count_by_cause(self.causes.most_common())}), "
                 f"{self.num_replacements} places filled by spares"
             )
         if self.converted:
-            lines.append(f"{self.converted.total()} converted pictures read ({_counted(self.converted)})")
+            lines.append(
+                f"{self.converted.total()} converted pictures read ({count_by_cause(self.converted.most_common())})"
+            )
         return lines
 
     def _log(self, bad: BadSample) -> None:
@@ -147,14 +150,10 @@ class BadSamples:
         kind = TransientError if transient * 2 > len(self._seen) else BadDataLimitError
         named = dict.fromkeys(str(bad) for bad in self.first)
         return kind(
-            f"{len(self._seen)} of {base} samples cannot be read ({_counted(self.causes)})",
+            f"{len(self._seen)} of {base} samples cannot be read ({count_by_cause(self.causes.most_common())})",
             where="\n  ".join(list(named)[:5]),
             expected=f"at most data.max_bad_fraction = {self.max_fraction} of them",
             fix="run the same command with --resume when the store answers again"
             if kind is TransientError
             else "prepare the data again with `evatool data-prepare`, or raise data.max_bad_fraction",
         )
-
-
-def _counted(causes: Counter[str]) -> str:
-    return ", ".join(f"{count} {cause}" for cause, count in causes.most_common())

@@ -16,7 +16,8 @@ from torch.utils.data import Sampler
 from evatool.core.batch import Batch
 from evatool.core.errors import CheckpointError, RecipeError
 from evatool.core.loader import Loader
-from evatool.data.feature_store.store import FeatureStore, Views, open_store
+from evatool.data.feature_store.spec import Views
+from evatool.data.feature_store.store import FeatureStore, open_store
 from evatool.data.image.decode import fast_jpeg_decoder
 from evatool.data.image.nonstandard import TrainingImages
 from evatool.data.image.train_transforms import TrainTransform

@@ -1,8 +1,15 @@
 """Masks for masked image modelling: blocks, or single patches anywhere.
 
+A block of area a (drawn from the smallest block up to what is still to be masked) and aspect r (log-uniform between
+0.3 and 1 / 0.3) has height round(sqrt(a r)) and width round(sqrt(a / r)), and may overlap those before it:
+
+    . . . . . . . .      Blocks are added until the target is reached or ten draws in a row fail. A draw fails where
+    . 1 1 1 . . . .      a side is as long as the grid's, where all of the block is masked already, or where it would
+    . 1 1 1 2 2 . .      mask more patches than are still to be masked. So a mask never exceeds its target.
+    . . . 2 2 2 . .      (2 adds five patches: the sixth was masked by 1.)
+
 Source: BEiT's generator of blocks as EVA runs it (docs/reference/eva.md#masks; EVA-02/asuka/masking_generator.py), with
-the grid as
-parameter; MAE's random patches for EVA-L (docs/reference/eva.md#mim-student).
+the grid as parameter; MAE's random patches for EVA-L (docs/reference/eva.md#mim-student).
 """
 
 from __future__ import annotations
@@ -23,7 +30,7 @@ _TRIES_PER_MASK = 100
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """What to mask: `grid` (rows, columns) of patches, shares of the recipe."""
+    """Which masks to draw: for a `grid` (rows, columns) of patches, with the recipe's shares of it."""
 
     grid: tuple[int, int]
     mask_ratio: float

@@ -106,7 +106,8 @@ class _SampleMix(_Phase):
     def counts_before(self, position: int) -> np.ndarray:
         block, slot = divmod(position - self.start, _BLOCK)
         sources, _ = self._block(block)
-        return self.base + self._shares(block) + np.bincount(sources[:slot], minlength=len(self.weights))
+        inside = np.bincount(sources[:slot], minlength=len(self.weights))
+        return np.asarray(self.base + self._shares(block) + inside)
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         before = self._shares(block)
@@ -120,6 +121,12 @@ class _SampleMix(_Phase):
         return sources, own
 
     def _shares(self, blocks: int) -> np.ndarray:
+        """Samples of each source in the first `blocks` blocks.
+
+            end of source j = floor(1024 blocks * (w_0 + ... + w_j))        share of j = end of j - end of j - 1
+
+        Each end is rounded down once, however many blocks there are: no error of rounding adds up.
+        """
         cumulative = [round(float(share) * (1 << _FIXED_POINT)) for share in np.cumsum(self.weights)]
         cumulative[-1] = 1 << _FIXED_POINT
         # Python's integers: blocks * 2^50 would leave 64 bits.
@@ -168,14 +175,14 @@ class _WeightedBatches(_Phase):
         steps, slots = divmod(position - self.start, self.batch)
         counts = self.base + self._batches_before(steps) * self.batch
         counts[self._drawn(steps, steps + 1)[0]] += slots
-        return counts
+        return np.asarray(counts)
 
     def _batches_before(self, step: int) -> np.ndarray:
         chunk = step // _CHUNK
         while len(self._before) <= chunk:
             begin = (len(self._before) - 1) * _CHUNK
             self._before.append(self._before[-1] + self._count(begin, begin + _CHUNK))
-        return self._before[chunk] + self._count(chunk * _CHUNK, step)
+        return np.asarray(self._before[chunk] + self._count(chunk * _CHUNK, step))
 
     def _count(self, begin: int, end: int) -> np.ndarray:
         return np.bincount(self._drawn(begin, end), minlength=len(self.weights))

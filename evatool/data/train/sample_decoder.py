@@ -1,4 +1,9 @@
-"""One sample's stored fields to what training uses: pixels, captions to choose from, arrays beside the image."""
+"""One sample's stored fields to what training uses: pixels, captions to choose from, arrays beside the image.
+
+Why arrays are parsed here: training data is not trusted, and `numpy.load` takes any type, shape and length that a file
+names; (256, 768) float16 takes 152 us here, 236 us there. `safetensors.numpy.load` copies every tensor of a member to
+give one: 83 us here, 134 us there where three of that size stand together (best of 5 x 300 by `timeit`).
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,21 @@
 """Which sample is where in a run, and its random numbers: pure functions of seed and position, no state.
 
-Position k of a source is slot k % n of epoch k // n. An epoch's order permutes the shards, takes them `window` at a
-time, and permutes the samples of each window. Permutations are computed point by point and never written out, so
-any position costs the same. Random numbers are drawn from a counter-based generator keyed by (seed, epoch, sample),
-so that they depend neither on the process that draws them nor on what was drawn before.
+Position k of a source with n samples is slot i = k % n of epoch e = k // n. From a slot to its sample:
+
+    slot i ------------> place p           streams: slot i belongs to stream i % S, and each stream reads its own
+                                           stretch of the epoch; with S = 1, p = i
+    place p -----------> window w          shards in the epoch's order, `window` (here 2) at a time:
+                                               | s4 | s0 || s2 | s5 || s1 | s3 |
+                                               0         a          b          n      starts of windows
+    place p in w ------> another in w      p' = a + permute(p - a), a permutation of the window's samples
+    place p' ----------> sample            the shard whose stretch holds p', and the number within it
+
+Both permutations, that of the shards and that of a window, are computed point by point (`permute`) and never written
+out, so any position costs the same. Random numbers come from a counter-based generator keyed by (seed, epoch, sample),
+so that they depend neither on the process that draws them nor on what was drawn before:
+
+    key = mix(mix(mix(seed + G) + e G + 1) + sample G + 2)      G the golden ratio in 64 bits, all modulo 2^64
+    number j of stream s = mix(key + (1024 s + j) G)            a stream for each use: crop, flip, caption, mask, ...
 """
 
 from __future__ import annotations
@@ -28,10 +40,17 @@ _SHARDS, _WINDOWS, _BLOCKS = 1, 2, 3  # what a permutation is of, in its key
 
 
 def permute(places: np.ndarray, size: int, *key: int) -> np.ndarray:
-    """Images of `places` under the permutation of range(size) that `key` names; int64, in no more than O(places).
+    """The permutation of range(size) that `key` names, applied to each of `places`; int64, in the shape of `places`.
 
-    A Feistel network over the next power of two, walked along its cycle until it lands inside (Black and Rogaway
-    2002): each output bit depends on all of the key, and no table is needed.
+    A Feistel network with eight rounds over the next power of two:
+
+        value = | high | low |              as many bits as `size` - 1 has, the halves as equal as can be
+        even rounds: high ^= F_r(low)       F_r(x) = mix(x + round_key_r), cut to the bits of the other half
+        odd rounds:  low  ^= F_r(high)      each round undoes itself, so the whole is a bijection of the power of two
+
+    A value that lands at `size` or above is sent through again until it lands below (Black and Rogaway 2002, "Ciphers
+    with Arbitrary Finite Domains", cycle walking): still a bijection, now of range(size), and fewer than two passes on
+    average, since size is more than half of the power of two. No table is needed.
     """
     bits = max(1, (size - 1).bit_length())
     low = bits // 2
@@ -122,7 +141,7 @@ class ShuffledOrder(SampleOrder):
     """The order in which one source's samples come, epoch after epoch or drawn with replacement.
 
     Args:
-        seed: of the order.
+        seed: seed of the order.
         counts: samples of each shard.
         window: shards shuffled together; all of them where it is at least their number.
         streams: places of an epoch that are read side by side: slot i belongs to stream i % streams, and each stream
@@ -187,9 +206,12 @@ class ShuffledOrder(SampleOrder):
     def _places(self, slots: np.ndarray) -> np.ndarray:
         if self.streams == 1:
             return slots
+        # n = whole S + rest: the first `rest` streams hold whole + 1 places each, the others whole.
+        #   S = 3, n = 8:   slots 0 3 6 | 1 4 7 | 2 5   are places   0 1 2 | 3 4 5 | 6 7
         stream, step = slots % self.streams, slots // self.streams
         whole, rest = divmod(self.num_samples, self.streams)
-        return stream * whole + np.minimum(stream, rest) + step
+        places: np.ndarray = stream * whole + np.minimum(stream, rest) + step
+        return places
 
     def _epoch(self, epoch: int) -> _Epoch:
         if epoch in self._epochs:
@@ -201,8 +223,11 @@ class ShuffledOrder(SampleOrder):
         return self._epochs[epoch]
 
     def _drawn_windows(self, positions: np.ndarray) -> np.ndarray:
+        # Each stream has windows of its own, numbered stream, stream + S, stream + 2 S, ...; one lasts as many slots of
+        # its stream as a window has samples on average.
         size = max(1, self.num_samples * self.window // len(self.counts))
-        return positions // self.streams // size * self.streams + positions % self.streams
+        windows: np.ndarray = positions // self.streams // size * self.streams + positions % self.streams
+        return windows
 
     def _drawn(self, positions: np.ndarray, attempt: int) -> np.ndarray:
         draws = np.full(positions.shape, attempt, dtype=np.int64)
@@ -226,7 +251,7 @@ class ShuffledOrder(SampleOrder):
 
 
 class _Epoch:
-    """One epoch's order: two arrays as long as the list of shards."""
+    """The order of one epoch: two arrays as long as the list of shards."""
 
     def __init__(self, seed: int, epoch: int, counts: np.ndarray, first: np.ndarray, window: int) -> None:
         self.seed, self.epoch, self.first, self.window = seed, epoch, first, window
@@ -245,13 +270,15 @@ class _Epoch:
             start, end = int(self.window_starts[window]), int(self.window_starts[window + 1])
             at[chosen] = start + permute(places[chosen] - start, end - start, self.seed, self.epoch, window, _WINDOWS)
         ranks = np.searchsorted(self.starts, at, side="right") - 1
-        return self.first[self.shards[ranks]] + at - self.starts[ranks]
+        found: np.ndarray = self.first[self.shards[ranks]] + at - self.starts[ranks]
+        return found
 
     def window_of(self, place: int) -> int:
         return int(np.searchsorted(self.window_starts, place, side="right")) - 1
 
     def shards_of(self, window: int) -> list[int]:
-        return self.shards[window * self.window : (window + 1) * self.window].tolist()
+        shards: list[int] = self.shards[window * self.window : (window + 1) * self.window].tolist()
+        return shards
 
 
 def shuffled(size: int, *key: int) -> np.ndarray:
@@ -265,7 +292,7 @@ def sample_keys(seed: int, draws: np.ndarray, samples: np.ndarray) -> np.ndarray
 
 
 def sample_keys_of(seeds: np.ndarray, draws: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """The same where each pair has its own seed, uint64 (B,)."""
+    """uint64 key of each (draw, sample) pair, where each has its own seed, uint64 (B,)."""
     with np.errstate(over="ignore"):
         key = mix(seeds + _GOLDEN)
         key = mix(key + draws.astype(np.uint64) * _GOLDEN + np.uint64(1))
@@ -296,7 +323,8 @@ def mix(x: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+        mixed: np.ndarray = x ^ (x >> np.uint64(31))
+        return mixed
 
 
 def _key_of(*parts: int) -> np.uint64:
@@ -304,7 +332,7 @@ def _key_of(*parts: int) -> np.uint64:
     for part in parts:
         with np.errstate(over="ignore"):
             key = mix(key + _GOLDEN) ^ np.uint64(part & _MASK64)
-    return mix(key + _GOLDEN)[0]
+    return np.uint64(mix(key + _GOLDEN)[0])
 
 
 def _streams_for(count: int) -> range:

@@ -18,7 +18,7 @@ from evatool.checkpoint.layout import MODEL_PREFIX
 from evatool.checkpoint.load import Checkpoint, latest_checkpoint, load_checkpoint
 from evatool.core.errors import RecipeError
 from evatool.core.param_group import ParamGroup
-from evatool.data.feature_store.store import Views
+from evatool.data.feature_store.spec import Views
 from evatool.data.train.loader import TrainLoader, build_train_loader
 from evatool.data.train.masking import MaskSpec
 from evatool.distributed.collectives import gather_objects

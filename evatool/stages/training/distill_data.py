@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from evatool.core.errors import RecipeError
-from evatool.data.feature_store.store import StoreSpec, Views
+from evatool.data.feature_store.spec import StoreSpec, Views
 from evatool.data.train.loader import TrainLoader
 from evatool.model.config import ModelConfig
 from evatool.plan.costs import flops_per_sample

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 
 from evatool.core.errors import RecipeError
-from evatool.data.feature_store.store import StoreSpec, Views
+from evatool.data.feature_store.spec import StoreSpec, Views
 from evatool.data.train.loader import TrainLoader
 from evatool.data.train.masking import MaskSpec
 from evatool.model.presets import ModelConfig, resolve_preset

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from evatool.core.batch import Batch
-from evatool.data.feature_store.store import StoreSpec, Views
+from evatool.data.feature_store.spec import StoreSpec, Views
 from evatool.data.train.loader import TrainLoader, build_train_loader
 from evatool.distributed.collectives import all_reduce_sum
 from evatool.distributed.engines.amp import autocast

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from evatool.core.errors import RecipeError
-from evatool.data.feature_store.store import StoreSpec, Views
+from evatool.data.feature_store.spec import StoreSpec, Views
 from evatool.distributed.collectives import gather_objects
 from evatool.distributed.engines.amp import own_precision
 from evatool.distributed.engines.blocks import compile_blocks

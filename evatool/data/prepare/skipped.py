@@ -1,4 +1,4 @@
-"""What cannot be used: counted by cause, named, and refused beyond the recipe's limit."""
+"""Images and caption rows that cannot be used: counted by cause, named, and refused beyond the recipe's limit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass, field
 
 from evatool.core.errors import BadDataLimitError
+from evatool.data.bad_limit import count_by_cause, num_allowed
 
 log = logging.getLogger(__name__)
 
@@ -14,8 +15,8 @@ _ENOUGH = 1000  # bad ones found after which a set beyond its limit is not searc
 
 
 @dataclass
-class BadSamples:
-    """Bad pictures and rows of one source.
+class SkippedFiles:
+    """The bad pictures and rows of one source, by cause.
 
     Args:
         total: pictures and rows there are.
@@ -32,18 +33,18 @@ class BadSamples:
 
     @property
     def count(self) -> int:
-        """All of them."""
+        """Number of bad pictures and rows."""
         return sum(len(names) for names in self.by_cause.values())
 
     @property
     def is_beyond_limit(self) -> bool:
-        """More than the recipe allows."""
+        """True once there are more than the recipe allows."""
         return self.count > self.allowed
 
     @property
     def allowed(self) -> int:
-        """Largest number the recipe allows."""
-        return int(self.max_fraction * self.total + 1e-9)  # 0.29 of 100 is 29, whatever binary fractions say
+        """The largest number that the recipe allows."""
+        return num_allowed(self.max_fraction, self.total)
 
     def add(self, cause: str, name: str, detail: str = "") -> None:
         """Count one. Raises: BadDataLimitError once the limit is passed and enough are known to say why."""
@@ -57,7 +58,7 @@ class BadSamples:
         """Raises: BadDataLimitError naming causes and samples if there are more than the recipe allows."""
         if not self.is_beyond_limit:
             return
-        counted = ", ".join(f"{len(names)} {cause}" for cause, names in self.by_cause.items())
+        counted = count_by_cause((cause, len(names)) for cause, names in self.by_cause.items())
         raise BadDataLimitError(
             f"{self.count} of {self.total} pictures and caption rows cannot be used: {counted}",
             where="\n  ".join([self.where, *self.lines()]),
