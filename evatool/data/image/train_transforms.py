@@ -182,4 +182,4 @@ def _color_matrix(gain: np.ndarray, saturation: np.ndarray, angle: np.ndarray) -
     axis = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
     cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
     hue = cos * identity + sin * axis + (1 - cos) * np.full((3, 3), 1 / 3)
-    return (gain[:, None, None] * (hue @ saturate)).astype(np.float32)
+    return np.asarray(gain[:, None, None] * (hue @ saturate), dtype=np.float32)

@@ -12,7 +12,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from evatool.data.sources.shard_list import ShardList, read_members
 from evatool.data.tar.index import ShardMembers
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 LOCAL_WINDOW, REMOTE_WINDOW = 64, 16
 """Shards shuffled together where the recipe does not say: fewer where each has to be fetched."""
@@ -211,7 +213,7 @@ class TarSource(Source):
     def _remote(self, shard: int) -> tuple[str, int, str | None]:
         return self.shards.urls[shard], int(self.shards.sizes[shard]), self.shards.sha256[shard]
 
-    def _patiently(self, shard: int, once: Callable[[], Any]) -> Any:
+    def _patiently(self, shard: int, once: Callable[[], T]) -> T:
         """Repeat what the file system refuses. Raises: UnreadableSample after the last try."""
         pauses = None
         while True:
