@@ -57,7 +57,7 @@ class ClipTokenizer:
     Args:
         context_length: L.
     Attributes:
-        sot_token_id, eot_token_id, vocab_size: as open_clip's tokenizer has them.
+        sot_token_id, eot_token_id, vocab_size: those of open_clip's tokenizer.
     """
 
     def __init__(self, context_length: int = 77) -> None:
@@ -165,7 +165,7 @@ def _characters_named(pattern: str) -> frozenset[str]:
 
 
 class _Fixed(dict[int, str]):
-    """What ftfy makes, in one pass of its steps, of a character where nothing looks badly decoded."""
+    """Each character as ftfy leaves it after one pass of its steps, in text where nothing looks badly decoded."""
 
     def __init__(self) -> None:
         super().__init__()

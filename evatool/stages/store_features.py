@@ -84,7 +84,7 @@ def _fill(work: StoreWork, batch: Batch) -> int:
 
 
 def _works(job: wiring.Job, recipe: PretrainMimRecipe | DistillRecipe | TrainClipRecipe) -> list[StoreWork]:
-    """What is to be stored of the training pictures, first, and of others."""
+    """The stores to fill: those of the training pictures first, then those of others."""
     match recipe:
         case PretrainMimRecipe() if recipe.teacher.store is not None:
             data = open_mim_data(job, recipe)
@@ -117,5 +117,5 @@ def _distill_work(job: wiring.Job, recipe: DistillRecipe) -> StoreWork:
 
 
 def _embeddings(teacher: Teacher, batch: Batch) -> Tensor:
-    """What a store keeps of a batch: (B, 2, T), image and text embedding of unit length."""
+    """The rows of a batch, (B, 2, T): image and text embeddings of unit length."""
     return torch.stack(teacher_features(teacher, batch), dim=1)

@@ -86,7 +86,7 @@ class SceneSamples:
 
 
 def _outline(pixels: np.ndarray) -> np.ndarray:
-    """(H, W) bool: what is not white, and white that the drawing encloses."""
+    """The drawing's pixels as bool (H, W): those that are not white, and white ones that the drawing encloses."""
     from scipy import ndimage
 
     light = (pixels >= _WHITE).all(axis=-1)

@@ -110,7 +110,7 @@ class EvalLoader:
 
     @property
     def most_batches(self) -> int:
-        """Batches of the rank that has the most: what ranks that work in step go through."""
+        """Number of batches of the rank that has the most; ranks that work in lockstep all go through so many."""
         most_images = math.ceil(len(self.samples) / self.world_size)
         return math.ceil(most_images / self.batch_size)
 
@@ -119,7 +119,7 @@ class EvalLoader:
             yield torch.stack([image for _, image in decoded if image is not None]), targets
 
     def unknown(self, known: Container[bytes]) -> Iterator[tuple[list[bytes], dict[bytes, Tensor], Any]]:
-        """As iterating, but pictures in `known` are not decoded.
+        """Batches in the order of iteration, in which pictures in `known` are not decoded.
 
         Args:
             known: digests of encoded pictures; what is in it stays in it.

@@ -81,10 +81,11 @@ def _check_members(folder: Path, split: str, samples: TarSamples, kind: str) -> 
     label = _LABEL[kind]
     for i, key in enumerate(samples.keys):
         extensions = samples.extensions(i)
-        odd = [e for e in extensions if e.rpartition(".")[2] not in ALLOWED_MEMBERS]
-        if odd:
+        refused = [e for e in extensions if e.rpartition(".")[2] not in ALLOWED_MEMBERS]
+        if refused:
             raise DataError(
-                f"evaluation set {folder.name} has a member {key}.{odd[0]} that is not read, because it may hold code",
+                f"evaluation set {folder.name} has a member {key}.{refused[0]} that is not read, "
+                "because it may hold code",
                 expected=f"members of {', '.join(sorted(ALLOWED_MEMBERS))} only",
             )
         if label not in extensions or not any(e in IMAGE_MEMBERS for e in extensions):

@@ -15,7 +15,7 @@ from evatool.data.train.loader import TrainLoader
 
 @dataclass(frozen=True)
 class _OneSource:
-    """A mix that reads nothing but this source."""
+    """A mix that reads one source alone."""
 
     number: int
 

@@ -21,7 +21,7 @@ def open_header(spec: StoreSpec, facts: Mapping[str, Any]) -> str:
     """The digest of everything that the rows of a store depend on; `store.json` is made where there is none.
 
     Args:
-        facts: of the loader, beside the spec's own, which count where both say something.
+        facts: facts that the loader adds; where both say something, the spec's own count.
     Raises: DataError where the folder holds another store's features, naming what differs.
     """
     wanted = {"row_shape": list(spec.row_shape), "masked_only": spec.masked_only, **facts, **spec.facts}
@@ -37,7 +37,7 @@ def open_header(spec: StoreSpec, facts: Mapping[str, Any]) -> str:
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
-    """What `store.json` says; None where there is no store. Raises: DataError where it cannot be read."""
+    """The contents of `store.json`; None where there is no store. Raises: DataError where it cannot be read."""
     file = path / HEADER
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

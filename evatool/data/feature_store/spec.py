@@ -1,4 +1,4 @@
-"""Which features a store keeps: of which teacher, in rows of which shape, of which draws."""
+"""Descriptions of a store and of the views that it keeps: the teacher, the shape of a row, the draws."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class StoreSpec:
     """One teacher's store.
 
     Attributes:
-        name: of the teacher, under which a batch carries its rows.
+        name: the teacher's name, under which a batch carries its rows.
         path: the folder; made where it is missing.
-        row_shape: of one sample's features, for instance (N, T); (M, T) where only masked patches are kept.
-        facts: what the features depend on besides the data, by dotted name: the teacher's fingerprint, its picture
-            size. The loader adds its own; where both say something, this one counts.
+        row_shape: shape of one sample's features, for instance (N, T); (M, T) where only masked patches are kept.
+        facts: everything that the features depend on besides the data, by dotted name: the teacher's fingerprint,
+            its picture size. The loader adds its own; where both say something, this one counts.
         masked_only: rows hold the masked patches in order, padded with zeros up to M.
     """
 
@@ -41,13 +41,13 @@ class StoreSpec:
 
     @property
     def row_bytes(self) -> int:
-        """Of one view of one sample on the disk."""
+        """Bytes of one view of one sample on the disk."""
         return 2 * int(np.prod(self.row_shape)) + TRAILER_BYTES
 
 
 @dataclass(frozen=True)
 class Views:
-    """Which draws a run sees: `count` views of each sample, of one seed; and the stores that are keyed by them."""
+    """The draws that a run sees: `count` views of each sample under one seed, and the stores that are keyed by them."""
 
     count: int
     seed: int

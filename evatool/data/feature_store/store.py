@@ -1,4 +1,4 @@
-"""What a frozen teacher says of each view of each sample, kept on the disk and checked row by row.
+"""A frozen teacher's features of each view of each sample, kept on the disk and checked row by row.
 
 A view of a sample is one draw of augmentation, mask and caption, keyed by (store seed, sample, epoch mod views): the
 loader draws it alike whether the teacher runs or its features are read. A store is a folder:
@@ -42,9 +42,9 @@ class FeatureStore:
     """Rows of one teacher, found by place: (source, shard, number within the shard, view).
 
     Args:
-        spec: the teacher's.
+        spec: the teacher's store: its folder, and the shape of its rows.
         counts: samples of each shard of each source.
-        digest: of everything the rows depend on; a row written under another one does not count.
+        digest: digest of everything that the rows depend on; a row written under another one does not count.
     """
 
     def __init__(self, spec: StoreSpec, counts: Sequence[np.ndarray], digest: str) -> None:
@@ -86,7 +86,7 @@ class FeatureStore:
         return None if batch.stored is None else batch.stored.get(self.spec.name)
 
     def keep(self, batch: Batch, features: Tensor) -> Tensor:
-        """Write what the teacher says of a batch.
+        """Write the teacher's features of a batch.
 
         Args:
             features: (B, *row_shape) float; with `masked_only` (B, N, T), of which the batch's mask takes its part.
@@ -163,7 +163,7 @@ def masked_rows(features: Tensor, mask: Tensor, most: int) -> Tensor:
 
 
 def unpadded_rows(rows: Tensor, mask: Tensor) -> Tensor:
-    """(B, M, T) of `masked_rows` -> (masked patches of the batch, T), row by row: what `features[mask]` was."""
+    """The inverse of `masked_rows`: rows (B, M, T) as (masked patches of the batch, T), equal to `features[mask]`."""
     counts = mask.sum(dim=1)
     return rows[torch.arange(rows.shape[1], device=mask.device) < counts[:, None]]
 
@@ -173,7 +173,7 @@ def open_store(spec: StoreSpec, counts: Sequence[np.ndarray], facts: Mapping[str
 
     Args:
         counts: samples of each shard of each source.
-        facts: of the loader, beside the spec's own: data, augmentation, masks, views, seed.
+        facts: facts that the loader adds to the spec's own: data, augmentation, masks, views, seed.
     Raises: DataError where the folder holds another store's features, naming what differs.
     """
     return FeatureStore(spec, counts, open_header(spec, facts))

@@ -4,8 +4,8 @@ Which pictures are used is decided as open_clip's and clip-benchmark's readers d
 decoder: whatever Pillow turns into RGB. So CMYK is converted, 16-bit values are brought to 8 bits, of an animation the
 first frame counts, alpha is dropped, EXIF orientation is not applied and a file's name says nothing. Refused are
 pictures of more pixels than the limit, before any is decoded, and formats outside `FORMATS`, some of which Pillow hands
-to other programs. Training can leave odd ones out before (`evatool.data.image.nonstandard`), and what goes into shards
-is judged more strictly (`evatool.data.image.header`).
+to other programs. Training can leave nonstandard ones out before (`evatool.data.image.nonstandard`), and what goes into
+shards is judged more strictly (`evatool.data.image.header`).
 """
 
 from __future__ import annotations

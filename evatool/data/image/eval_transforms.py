@@ -42,7 +42,7 @@ class EvalTransform:
             long = int(self.size * max(height, width) / min(height, width))
             rows, columns = (self.size, long) if height <= width else (long, self.size)
             top, left = round((rows - self.size) / 2), round((columns - self.size) / 2)
-        steps = np.arange(self.size) + 0.5
-        from_rows = ((steps + top) * height / rows).astype(np.int64)
-        from_columns = ((steps + left) * width / columns).astype(np.int64)
+        centers = np.arange(self.size) + 0.5
+        from_rows = ((centers + top) * height / rows).astype(np.int64)
+        from_columns = ((centers + left) * width / columns).astype(np.int64)
         return torch.from_numpy(mask[from_rows][:, from_columns].astype(np.int32))

@@ -1,6 +1,6 @@
 """Encoded pictures that go into shards: judged by their header before a byte of pixels is decoded.
 
-What training and evaluation accept is wider: `evatool.data.image.decode`. Accepted here are JPEG, PNG and WebP with
+Training and evaluation accept more: `evatool.data.image.decode`. Accepted here are JPEG, PNG and WebP with
 one frame and 8 bits a channel in grey, palette or RGB, with or without alpha. Everything else is named by one of
 `CAUSES` rather than guessed at: a converted CMYK or 16-bit picture depends on a colour profile or a value range that
 a caption file does not give.
@@ -48,7 +48,7 @@ PLAIN_MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa",
 """Pillow's modes of 8-bit grey, palette and RGB, with or without alpha."""
 
 HEADER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error)
-"""What Pillow raises at damaged headers."""
+"""Exceptions that Pillow raises at damaged headers."""
 
 _limit_lock = threading.Lock()
 
@@ -68,7 +68,7 @@ class BadImage(Exception):
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What a header says. `extension` is the member name in a shard, from the content and not from the file name."""
+    """Format and size of a picture. `extension` is the member's name in a shard, by content, not file name."""
 
     extension: str
     width: int

@@ -22,7 +22,7 @@ from evatool.data.image.header import (
     png_bit_depth,
 )
 
-OddPolicy = Literal["convert", "skip"]
+NonstandardPolicy = Literal["convert", "skip"]
 
 _JPEG_START = b"\xff\xd8\xff"
 _FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15; the three others are tables
@@ -36,23 +36,23 @@ class TrainingImages:
 
     Args:
         policy: the recipe's `data.nonstandard`.
-        mode, min_side: as `decode_image` has them.
+        mode, min_side: arguments of `decode_image`.
     """
 
-    policy: OddPolicy
+    policy: NonstandardPolicy
     mode: Mode
     min_side: int | None
 
     def __call__(self, data: bytes, max_pixels: int) -> tuple[np.ndarray, str | None]:
-        """uint8 (H, W, 3), and why the picture was an odd one, None for the ordinary ones.
+        """The pixels, uint8 (H, W, 3), and why they had to be converted; None for an ordinary picture.
 
-        Raises: BadImage with the cause; that of an odd picture where the policy is to skip it.
+        Raises: BadImage with the cause; also for a nonstandard picture, where the policy is to skip those.
         """
-        odd = nonstandard_cause(data, max_pixels)
-        if odd is not None and self.policy == "skip":
-            raise BadImage(*odd)
+        cause = nonstandard_cause(data, max_pixels)
+        if cause is not None and self.policy == "skip":
+            raise BadImage(*cause)
         pixels = decode_image(data, max_pixels, self.mode, min_side=self.min_side)
-        return pixels, None if odd is None else odd[0]
+        return pixels, None if cause is None else cause[0]
 
 
 def nonstandard_cause(data: bytes, max_pixels: int) -> tuple[str, str] | None:

@@ -27,7 +27,7 @@ def write_eval_set(
     """Write one set; returns its manifest.
 
     Args:
-        folder: of this set, made here.
+        folder: the set's folder, made here.
         samples: with a `cls` member (class number) for kind "classification", `txt` for "retrieval".
         templates: prompts with `{c}` in place of the class name.
         extra: further entries of the manifest.

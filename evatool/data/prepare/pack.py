@@ -24,7 +24,7 @@ MANIFEST_FORMAT = "evatool-data-1"
 
 
 class ProgressBar(Protocol):
-    """What is needed of a progress bar."""
+    """The part of a progress bar that packing uses."""
 
     def advance(self, n: float = 1, **fields: Any) -> None: ...
 
@@ -35,7 +35,7 @@ Progress = Callable[[str, float | None], AbstractContextManager[ProgressBar]]
 
 @dataclass
 class Packed:
-    """What was written, and what the stage still has to write: manifest and contact sheet."""
+    """The outcome of packing: shards are written; manifest and contact sheet are left for the stage to write."""
 
     manifest: dict[str, Any]
     contact: list[Entry] = field(default_factory=list)

@@ -28,7 +28,7 @@ class UnreadableSample(Exception):
 
     Args:
         cause: a word or two for the counts, for instance "truncated-shard".
-        detail: what was seen.
+        detail: the value or place that was found wrong.
         is_whole_shard: True where every sample of the shard is lost with it.
     """
 
@@ -79,7 +79,7 @@ class Source(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """What the source holds, in half a line for the log: "400 samples in 7 shards"."""
+        """Half a line for the log on what the source holds, for instance "400 samples in 7 shards"."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -148,7 +148,7 @@ class SequentialSource(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """What the source holds, in half a line for the log."""
+        """Half a line for the log on what the source holds."""
 
     @abstractmethod
     def fingerprint(self) -> str:

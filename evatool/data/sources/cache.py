@@ -56,14 +56,14 @@ class ShardCache:
         self._failed: dict[str, tuple[float, FetchError]] = {}
 
     def path(self, url: str) -> Path:
-        """Where a shard is, or would be."""
+        """The path at which a shard is kept once it is fetched."""
         return self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.tar"
 
     def get(self, url: str, *, size: int = -1, sha256: str | None = None) -> Path:
         """The shard's file, fetched if it is not here.
 
         Args:
-            size, sha256: what the manifest says of it, checked when it is fetched; -1 and None if it says nothing.
+            size, sha256: the manifest's, checked when the shard is fetched; -1 and None where there are none.
         Raises: FetchError after the last try.
         """
         path = self.path(url)

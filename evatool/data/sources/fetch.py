@@ -41,7 +41,7 @@ class FetchError(Exception):
     Args:
         cause: "missing-shard", "forbidden", "timeout", "connection", "server-error", "partial-body", "too-large",
             "changed-shard" (other bytes than the manifest says) or "unreachable".
-        detail: what was seen.
+        detail: the answer or value that was found wrong.
     """
 
     def __init__(self, cause: str, detail: str) -> None:
@@ -51,7 +51,7 @@ class FetchError(Exception):
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to go on: tries, seconds without bytes before a try fails, first pause between tries."""
+    """Patience with a store: tries, seconds without bytes before a try fails, first pause between tries."""
 
     attempts: int = 4
     timeout_sec: float = 30.0
@@ -91,7 +91,7 @@ def fetch_file(url: str, path: Path, patience: Patience, *, max_bytes: int, size
     """Fetch into `path`, which need not be whole after an error.
 
     Args:
-        size, sha256: what the manifest says; -1 and None where it says nothing.
+        size, sha256: the manifest's, which the file must have; -1 and None where there are none.
     Raises: FetchError after the last try; OSError where the file cannot be written.
     """
 
@@ -201,7 +201,10 @@ def _fsspec_chunks(url: str) -> Generator[bytes, None, None]:
 
 
 def _watched(source: Generator[bytes, None, None], timeout_sec: float) -> Generator[bytes, None, None]:
-    """The same chunks from a thread, because a file system's read may never come back. Raises: FetchError."""
+    """The chunks of `source`, read in a thread, because a file system's read may never come back.
+
+    Raises: FetchError.
+    """
     chunks: queue.Queue[bytes | BaseException | None] = queue.Queue(maxsize=2)
     given_up = threading.Event()
 

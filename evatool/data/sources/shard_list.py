@@ -47,9 +47,9 @@ class ShardList:
 
     Attributes:
         urls: local paths or URLs.
-        counts: samples of each, int64.
-        sizes: bytes of each, int64; -1 where not known.
-        sha256: of each tar; None where not known.
+        counts: samples of each shard, int64.
+        sizes: bytes of each shard, int64; -1 where not known.
+        sha256: checksum of each tar; None where not known.
         indexes: local index files beside or for the tars, as paths; None where there is none.
         max_pixels: limit on a picture's size.
         decoded_bytes: all pictures as uint8 RGB; None where not known.
@@ -77,14 +77,14 @@ class ShardList:
         return any(is_remote(url) for url in self.urls)
 
     def digest(self) -> str:
-        """What the order of samples depends on: names and counts of the shards, wherever they lie."""
+        """A hash of what the order of samples depends on: names and counts of the shards, wherever they lie."""
         digest = hashlib.sha256(np.ascontiguousarray(self.counts).tobytes())
         for url in self.urls:
             digest.update(url.rpartition("/")[2].encode("utf-8", "surrogatepass") + b"\0")
         return digest.hexdigest()[:16]
 
     def content_digest(self) -> str:
-        """The same, and what is known of the contents: checksums where there are any, else sizes."""
+        """A hash that also covers the contents as far as they are known: checksums where there are any, else sizes."""
         known = [sha or size for sha, size in zip(self.sha256, self.sizes.tolist(), strict=True)]
         return hashlib.sha256(f"{self.digest()} {known}".encode()).hexdigest()[:16]
 
@@ -222,7 +222,10 @@ def _from_manifest(name: str, spec: str, patience: Patience) -> ShardList:
 
 
 def _check_present(shards: ShardList, max_bad_fraction: float) -> None:
-    """Look at local tars before a long run begins. Raises: BadDataLimitError where too much is gone already."""
+    """Compare the sizes of local tars with the manifest's before a long run begins.
+
+    Raises: BadDataLimitError where too much is gone already.
+    """
     # All of them where they are not too many; else evenly spread ones, which stand for the others.
     step = -(-len(shards.urls) // MAX_LOOKED_AT)
     missing, problems = 0.0, []
@@ -324,8 +327,8 @@ def _count(url: str, cache: ShardCache) -> tuple[Path | None, int, int]:
     remote = is_remote(url)
     kept = cache.folder / "indexes" / f"{cache.path(str(url)).stem}.json"
     tar = cache.path(url) if remote else local_path(url).resolve()
-    places = [kept] if remote else [tar.with_name(f"{tar.name}.index.json"), kept]
-    for path in places:
+    candidates = [kept] if remote else [tar.with_name(f"{tar.name}.index.json"), kept]
+    for path in candidates:
         found = _read_kept(path, None if remote else tar.stat())
         if found is not None:
             return path, *found
@@ -334,7 +337,7 @@ def _count(url: str, cache: ShardCache) -> tuple[Path | None, int, int]:
     members = scan_file(tar)
     for problem in members.problems[:10]:
         log.warning("%s: %s", display_url(url), problem)
-    return _keep_index(members, tar, places), len(members), tar.stat().st_size
+    return _keep_index(members, tar, candidates), len(members), tar.stat().st_size
 
 
 def _read_kept(path: Path, tar: os.stat_result | None) -> tuple[int, int] | None:
@@ -349,11 +352,12 @@ def _read_kept(path: Path, tar: os.stat_result | None) -> tuple[int, int] | None
     return int(head[3]), int(head[1])
 
 
-def _keep_index(members: ShardMembers, tar: Path, places: Sequence[Path]) -> Path | None:
+def _keep_index(members: ShardMembers, tar: Path, candidates: Sequence[Path]) -> Path | None:
+    """The first of `candidates` that the index could be written to; None where no folder can be written."""
     stat = tar.stat()
     head = {"tar_bytes": stat.st_size, "tar_mtime_ns": stat.st_mtime_ns, "num_samples": len(members)}
     data = index_json(members, **head)
-    for path in places:
+    for path in candidates:
         try:
             path.parent.mkdir(exist_ok=True)
             write_file(path, data)

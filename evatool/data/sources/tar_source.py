@@ -50,7 +50,7 @@ class _Open:
     members: ShardMembers
     fields: Collection[str] | None
     names: list[str | None]
-    """By number of the extension: None where the member is not among `fields`."""
+    """Name of each extension, by its number; None where the member is not among `fields`."""
     process: int
 
     def select(self, fields: Collection[str]) -> None:

@@ -49,9 +49,9 @@ def ordinary_members(read: Read, start: int, num_bytes: int) -> Run:
     that no one could take for a path outside, and all of its bytes; a pax header before it may give its time.
 
     Args:
-        read: of the tar.
+        read: gives some thousand bytes of the tar from an offset on.
         start: offset of a header, a multiple of 512.
-        num_bytes: of the whole tar.
+        num_bytes: size of the whole tar.
     """
     positions, headers, stamps, following = _followed(read, start, num_bytes)
     nothing = Run([], np.empty(0, np.int64), np.empty(0, np.int64), start, False)
@@ -68,8 +68,8 @@ def ordinary_members(read: Read, start: int, num_bytes: int) -> Run:
     is_stamp[rows] &= _are_stamps(stamps, sizes[rows])
     is_stamp[:-1] &= is_file[1:]
     is_stamp[-1] = False  # the file it belongs to was not looked at
-    odd = np.flatnonzero(~(is_file | is_stamp))
-    count = int(odd[0]) if len(odd) else len(where)
+    others = np.flatnonzero(~(is_file | is_stamp))
+    count = int(others[0]) if len(others) else len(where)
     chosen = np.flatnonzero(is_file[:count])
     names = headers[chosen, NAME].copy().view("S100")[:, 0].tolist()
     joined = b"\0".join(names)
@@ -83,7 +83,7 @@ def ordinary_members(read: Read, start: int, num_bytes: int) -> Run:
 
 
 def _followed(read: Read, start: int, num_bytes: int) -> tuple[list[int], np.ndarray, np.ndarray, int]:
-    """What would be headers if their sizes are true.
+    """The blocks that are headers if the sizes in those before them are true.
 
     Returns: offsets; the headers (n, 512) uint8; the first 64 bytes after each that is a pax header, (p, 64) uint8; the
         offset after them all.
@@ -128,7 +128,7 @@ def _octal(digits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _sums_are_right(headers: np.ndarray) -> np.ndarray:
-    """Whether each header has the checksum of its bytes, written the usual way; (n, 512) uint8 -> (n,) bool."""
+    """True for each header (n, 512) uint8 whose checksum is right and written the usual way; (n,) bool."""
     field = headers[:, CHECKSUM]
     stored, is_octal = _octal(field[:, :6])
     #     sum over the block - the field's own bytes + 8 spaces
@@ -144,14 +144,14 @@ def _sums_are_right(headers: np.ndarray) -> np.ndarray:
 
 
 def _names_are_short(headers: np.ndarray) -> np.ndarray:
-    """Whether each name stands whole in its field, is not empty and does not begin at the root."""
+    """True for each name that stands whole in its field, is not empty and does not begin at the root; (n,) bool."""
     first = headers[:, 0]
     is_whole = (headers[:, NAME.stop - 1] == 0) & (headers[:, PREFIX.start] == 0)
     return np.asarray(is_whole & (first != 0) & (first != _SLASH))
 
 
 def _are_stamps(records: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Whether pax records (n, 64) of these sizes are one record each, of a time: `NN mtime=...\\n`."""
+    """True where pax records (n, 64) of these sizes are one record, of a time: `NN mtime=...\\n`; (n,) bool."""
     tens, ones = (records[:, i].astype(np.int64) - _ZERO for i in (0, 1))
     is_digit = (tens >= 1) & (tens <= 9) & (ones >= 0) & (ones <= 9)
     is_end = records == _NEWLINE

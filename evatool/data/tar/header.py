@@ -37,7 +37,7 @@ LONG_NAME, LONG_LINK, PAX, PAX_GLOBAL = b"L", b"K", b"xX", b"g"
 """Kinds of headers that say something of the member after them; a global one says it of all that follow."""
 
 SUM_OF_BLANK_CHECKSUM = 8 * ord(" ")
-"""What the field of the checksum adds to the checksum."""
+"""Share of the checksum's own field, taken as spaces, in the checksum."""
 
 
 def blocks_of(size: int) -> int:

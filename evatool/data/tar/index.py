@@ -35,7 +35,7 @@ class ShardMembers:
     """The samples of a tar in its order.
 
     Attributes:
-        problems: what could not be used, as found by a scan.
+        problems: headers and members that could not be used, in the order of the tar.
     """
 
     key_ends: np.ndarray  # (samples,) int64: ends of the keys in `key_bytes`
@@ -66,7 +66,7 @@ class ShardMembers:
         return [(self.extensions[i], Place(*place)) for i, place in zip(ids, places, strict=True)]
 
     def rows(self, number: int) -> tuple[list[int], list[list[int]]]:
-        """The same as plain numbers: indices into `extensions`, and offset, size and crc32 of each."""
+        """A sample's members as plain numbers: indices into `extensions`, and offset, size and crc32 of each."""
         first, last = self.starts[number : number + 2].tolist()
         return self.extension_ids[first:last].tolist(), self.places[first:last].tolist()
 

@@ -22,7 +22,7 @@ class ShardIndex(TarReader):
     """The samples of a folder as `ShardWriter` left it, in the order of its manifest.
 
     Attributes:
-        manifest: as read.
+        manifest: contents of `manifest.json`.
         decoded_bytes: size of all pictures as uint8 RGB.
         max_pixels: limit on a picture's size, as prepared.
     Raises: DataError naming the folder or shard where something is missing or of another size than written.

@@ -20,7 +20,7 @@ class TarReader:
 
     Args:
         paths: tars.
-        scanned: what is known of each tar already, e.g. from its index.
+        scanned: the samples of each tar where they are known already, e.g. from its index.
     Raises: DataError naming a tar that cannot be scanned to its end.
     """
 

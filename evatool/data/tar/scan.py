@@ -60,7 +60,7 @@ CAUSES = {
     "long-name": f"a name longer than {MAX_NAME_BYTES} bytes",
     "no-name": "a member without a name",
 }
-"""What `TarProblem.cause` can be. Those up to "data-after-end" are of the tar, the others of one member."""
+"""Values of `TarProblem.cause`, with their meaning. Those up to "data-after-end" concern the tar, the others a member."""
 
 _MAX_EXTENSION_BYTES = 2**20  # of a long name or pax records; real ones have some hundred
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
@@ -82,7 +82,7 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class TarProblem:
-    """What is wrong: a key of `CAUSES`, the member's name where one is known, the offset of its header."""
+    """A fault in a tar: a key of `CAUSES`, the member's name where one is known, the offset of its header."""
 
     cause: str
     name: str
@@ -119,7 +119,7 @@ class _DamagedHeader(Exception):
 
 @dataclass
 class _Extension:
-    """What a long-name or pax header says of the member after it; a global pax header of all that follow."""
+    """Facts from a long-name or pax header on the member after it, or from a global pax header on all that follow."""
 
     name: bytes | None = None
     size: int | None = None

@@ -28,8 +28,8 @@ class Sample:
 
     Args:
         key: sample name in the tar, without a dot; equal stems of two members make a sample.
-        extension: of the picture member.
-        picture: the encoded file, byte for byte.
+        extension: extension of the image's member.
+        image: the encoded file, byte for byte.
         members: further members by extension, e.g. `txt`, `json`, `cls`.
         decoded_bytes: size of the picture as uint8 RGB.
     """

@@ -17,7 +17,8 @@ LIMIT_FLOOR = 1000
 """Samples tried before a share of bad ones means anything, where the set has so many."""
 
 LIMIT_FLOOR_SHARDS = 100
-"""Where shards are read a window at a time, a lost one comes as many bad samples at once: the same in shards."""
+"""Shards' worth of samples tried before a share means anything, where shards are read a window at a time: a lost shard
+comes as many bad samples at once."""
 
 _NAMED = 1000  # bad samples that get a line of their own; then every thousandth
 _KEPT = 100  # kept with all details, for messages
@@ -26,7 +27,7 @@ _NAMED_CONVERTED = 5  # pictures of each cause that get a line in the log
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that could not be read; with `is_whole_shard`, as all of its shard."""
+    """A sample that could not be read; with `is_whole_shard`, no sample of its shard could."""
 
     source: int
     sample: int
@@ -43,7 +44,7 @@ class BadSample:
 
 @dataclass(frozen=True)
 class Converted:
-    """A picture of a batch that was odd and was converted."""
+    """A picture of a batch that was not an ordinary one and was converted."""
 
     cause: str
     shard: str
@@ -51,7 +52,7 @@ class Converted:
 
 
 class BadSamples:
-    """What one rank has met.
+    """The bad samples and converted pictures that one rank has met, and the limit on them.
 
     Args:
         num_samples: samples in all sources together.
@@ -95,12 +96,12 @@ class BadSamples:
             if len(self.first) < _KEPT:
                 self.first.append(bad)
             self._log(bad)
-        for odd in converted:
-            self.converted[odd.cause] += 1
-            named = [other for other in self._named_converted if other.cause == odd.cause]
-            if odd not in named and len(named) < _NAMED_CONVERTED:
-                self._named_converted.add(odd)
-                log.warning("picture converted: %s %s: %s", odd.shard, odd.key, odd.cause)
+        for each in converted:
+            self.converted[each.cause] += 1
+            named = [other for other in self._named_converted if other.cause == each.cause]
+            if each not in named and len(named) < _NAMED_CONVERTED:
+                self._named_converted.add(each)
+                log.warning("picture converted: %s %s: %s", each.shard, each.key, each.cause)
 
     def check(self, *, no_replacement: bool = False) -> None:
         """Raises: BadDataLimitError beyond the limit, or where no spare was found; TransientError where most of it

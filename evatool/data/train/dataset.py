@@ -31,14 +31,21 @@ _MAX_REMEMBERED_BAD = 100_000  # bad samples a process remembers, so as not to r
 
 @dataclass
 class Made:
-    """What a worker hands over: a batch, or None where spares ran out, the bad samples newly met on the way, and the
-    pictures of the batch that were converted."""
+    """A batch as a worker hands it over, with what it met on the way.
+
+    Attributes:
+        batch: None where no replacement of a bad sample could be found.
+        bad: bad samples that this worker met for the first time.
+        num_replacements: samples of the batch that stand in for bad ones.
+        converted: pictures of the batch that were not ordinary ones.
+        damaged: rows of stored features whose checksum does not fit.
+    """
 
     batch: Batch | None
     bad: list[BadSample] = field(default_factory=list)
     num_replacements: int = 0
     converted: list[Converted] = field(default_factory=list)
-    damaged: list[str] = field(default_factory=list)  # stored features whose checksum does not fit
+    damaged: list[str] = field(default_factory=list)
 
     def pin_memory(self) -> Made:
         """Called by the DataLoader."""
@@ -50,7 +57,7 @@ class OrderedSource:
     """One source, and the order in which a run reads it.
 
     Attributes:
-        seed: of the random numbers of its samples: the run's, or that of stored views.
+        seed: seed of the random numbers of its samples: the run's, or that of stored views.
     """
 
     source: Source
@@ -65,17 +72,16 @@ class StepDataset(Dataset[Made]):
     own stretch of the data.
 
     Args:
-        sources: what is mixed.
+        sources: the sources that are mixed.
         mix: which position reads which source.
         decoder: stored fields to decoded samples.
         transform: views of a picture; the first is the student's.
-        seed: of augmentation, caption choice and masks.
         global_batch_size, rank, world_size: slice of the batch.
         tokenizer: None leaves the captions out.
         masks: None makes no masks.
         keep_decoded: keep decoded samples in memory.
         end: position from which on samples do not count: `Batch.valid` is False there. None: no end.
-        num_views: epoch e of a sample has the draws of epoch e mod this. None: of e.
+        num_views: epoch e of a sample has the draws of epoch e mod this; of epoch e itself where it is None.
         stores: teachers' features to read; a batch whose features are all there gets no teacher's view.
         skip_stored: make an empty batch where all features of all stores are there.
     """
@@ -150,7 +156,7 @@ class StepDataset(Dataset[Made]):
         return made
 
     def _store_rows(self, numbers: np.ndarray, samples: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """Where a store keeps these views of these samples, int64 (B, 4)."""
+        """Source, shard, number and view under which stores keep these samples, int64 (B, 4)."""
         if not self.stores:
             return np.empty((len(samples), 0), dtype=np.int64)
         inside = [self.sources[n].source.locate(s) for n, s in zip(numbers.tolist(), samples.tolist(), strict=True)]
@@ -158,7 +164,7 @@ class StepDataset(Dataset[Made]):
         return np.stack([numbers, shards, rows, draws % (self.num_views or 1)], axis=1)
 
     def _stored(self, store_rows: np.ndarray, made: Made) -> dict[str, torch.Tensor]:
-        """Features by teacher, of those whose rows are all there."""
+        """Stored features by teacher; a teacher is left out where any of its rows is missing."""
         found = {}
         for store in self.stores:
             rows = store.read(store_rows)
@@ -232,7 +238,7 @@ class StepDataset(Dataset[Made]):
 
 
 def caption_id(concept: str | None, caption: str) -> int:
-    """Equal for captions that count as equal: of one concept where the sample names one, else of the same words.
+    """A number that is equal for captions that count as equal: those of one concept, else those of the same words.
 
     Letter case and spacing do not matter, as they do not to the tokenizer. int64, a hash: the same in every process.
     """

@@ -46,8 +46,9 @@ class TrainLoader(Loader):
     Attributes:
         position: samples consumed by the run once the batch yielded last is used; set by iteration.
         num_samples: samples in all sources.
-        bad: what could not be read so far in this process, replaced by spares.
-        order_name: what the order of samples depends on besides the seed; a run must go on with the one it began with.
+        bad: samples that could not be read so far in this process and were replaced.
+        order_name: version and hash of all that the order of samples depends on besides the seed; a run must go on with
+            the one it began with.
         stores: teachers' stored features, by teacher.
     """
 
@@ -80,20 +81,20 @@ class TrainLoader(Loader):
                 where=f'data.mixing = "{self.section.mixing}" counts whole batches',
                 fix="go on with the batch size the run began with",
             )
-        steps = iterate_batches(
+        results = iterate_batches(
             dataset,
             self._positions,
             num_workers=self.section.num_workers,
             max_wait_sec=self.section.max_wait_sec,
         )
         try:
-            for made in steps:
+            for made in results:
                 self._account(made)
                 assert made.batch is not None, "a batch without spares passed the limit on bad samples"
                 self.position = made.batch.position
                 yield made.batch
         finally:
-            steps.close()
+            results.close()
             for line in self.bad.summary():
                 log.warning("data: %s", line)
 
@@ -147,9 +148,9 @@ def build_train_loader(
     Args:
         section: the recipe's `[data]`.
         image_size, teacher_image_sizes: sides of the student's and (where they differ) the teachers' views of one crop.
-        context_length: of the built-in tokenizer, where none is given.
+        context_length: length of the built-in tokenizer's rows, where no tokenizer is given.
         global_batch_size: samples of a step over all ranks.
-        seed: of order, augmentation, caption choice and masks.
+        seed: seed of order, augmentation, caption choice and masks.
         position: samples consumed before, from a checkpoint.
         mask: block masks on the student's patch grid.
         with_text: tokens and caption ids; without, captions are not even read.

@@ -1,4 +1,4 @@
-"""Which source each position of a run reads from, and which sample of that source it is in turn.
+"""The source that each position of a run reads from, and the position within that source.
 
 Pure functions of the position, so that any position costs the same and nothing has to be saved. The whole-batch modes
 are EVA's (docs/reference/eva.md#clip-data): its released commands take the two parts of Merged-2B in turn, batch by
@@ -32,10 +32,10 @@ class Mix:
     """Maps positions of the run to (source, position within that source).
 
     Args:
-        seed: of the draws.
+        seed: seed of the draws.
         mode: the recipe's `data.mixing`.
         phases: by ascending start, the first at 0; starts are rounded up to whole batches.
-        global_batch_size: what the whole-batch modes call a batch.
+        global_batch_size: samples of a batch over all ranks, for the whole-batch modes.
     """
 
     def __init__(self, seed: int, mode: str, phases: Sequence[MixPhase], global_batch_size: int) -> None:
@@ -139,16 +139,16 @@ class _Alternating(_Phase):
 
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         active = np.flatnonzero(self.weights)
-        steps, slots = np.divmod(positions - self.start, self.batch)
-        sources = active[steps % len(active)]
-        return sources, self.base[sources] + steps // len(active) * self.batch + slots
+        batches, slots = np.divmod(positions - self.start, self.batch)
+        sources = active[batches % len(active)]
+        return sources, self.base[sources] + batches // len(active) * self.batch + slots
 
     def counts_before(self, position: int) -> np.ndarray:
         active = np.flatnonzero(self.weights)
-        steps, slots = divmod(position - self.start, self.batch)
+        batches, slots = divmod(position - self.start, self.batch)
         counts = self.base.copy()
-        counts[active] += (steps + len(active) - 1 - np.arange(len(active))) // len(active) * self.batch
-        counts[active[steps % len(active)]] += slots
+        counts[active] += (batches + len(active) - 1 - np.arange(len(active))) // len(active) * self.batch
+        counts[active[batches % len(active)]] += slots
         return counts
 
 
@@ -163,18 +163,18 @@ class _WeightedBatches(_Phase):
 
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         sources, own = np.empty((2, len(positions)), dtype=np.int64)
-        steps, slots = np.divmod(positions - self.start, self.batch)
-        for step in np.unique(steps).tolist():
-            chosen = steps == step
+        batches, slots = np.divmod(positions - self.start, self.batch)
+        for step in np.unique(batches).tolist():
+            chosen = batches == step
             source = int(self._drawn(step, step + 1)[0])
             sources[chosen] = source
             own[chosen] = self.base[source] + int(self._batches_before(step)[source]) * self.batch + slots[chosen]
         return sources, own
 
     def counts_before(self, position: int) -> np.ndarray:
-        steps, slots = divmod(position - self.start, self.batch)
-        counts = self.base + self._batches_before(steps) * self.batch
-        counts[self._drawn(steps, steps + 1)[0]] += slots
+        batches, slots = divmod(position - self.start, self.batch)
+        counts = self.base + self._batches_before(batches) * self.batch
+        counts[self._drawn(batches, batches + 1)[0]] += slots
         return np.asarray(counts)
 
     def _batches_before(self, step: int) -> np.ndarray:
@@ -188,8 +188,8 @@ class _WeightedBatches(_Phase):
         return np.bincount(self._drawn(begin, end), minlength=len(self.weights))
 
     def _drawn(self, begin: int, end: int) -> np.ndarray:
-        steps = np.arange(begin, end)
-        keys = shuffle.sample_keys(self.seed, np.full(len(steps), self.number), steps)
+        batches = np.arange(begin, end)
+        keys = shuffle.sample_keys(self.seed, np.full(len(batches), self.number), batches)
         draws = shuffle.uniforms(keys, shuffle.STREAM_DRAW, 1)[:, 0]
         last = int(np.flatnonzero(self.weights)[-1])  # where rounding leaves the sum of the weights below 1
         return np.minimum(np.searchsorted(np.cumsum(self.weights), draws, side="right"), last)

@@ -27,7 +27,7 @@ MAX_TEXT_BYTES = 2**20
 """A caption or json member larger than this makes a bad sample."""
 
 MAX_CAPTION_CHARS = 4096
-"""What stands behind these is cut off before tokenising; 77 tokens hold a tenth of it."""
+"""Characters of a caption that are kept; the rest is cut off before tokenising, and 77 tokens hold a tenth of them."""
 
 _SAFETENSORS_TYPES = {"F32": "<f4", "F16": "<f2"}
 _NPY_TYPES = frozenset({"<f4", "<f2"})

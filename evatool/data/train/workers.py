@@ -28,14 +28,16 @@ def iterate_batches(
     num_workers: int,
     max_wait_sec: float,
 ) -> Generator[Made, None, None]:
-    """What the dataset makes of each position, in order.
+    """The dataset's item of each position, in order.
 
     A process that dies is noticed within seconds; then all are started again at the batch that is due, which changes
     nothing in what comes. Dying twice at one batch, or nothing for `max_wait_sec`, is an error.
 
     Args:
-        positions: those that are still due, asked again after a restart.
-    Raises: TransientError as said; whatever the dataset raises.
+        positions: makes the sampler of the positions that are still due; called again after a restart.
+        num_workers: loader processes; with 0 items are made in this one.
+        max_wait_sec: longest wait for one item.
+    Raises: TransientError where processes die twice at one batch or hang; whatever the dataset raises.
     """
     has_failed = False
     while True:
