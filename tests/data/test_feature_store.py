@@ -17,7 +17,7 @@ from tiny_shards import loader, write_prepared
 from evatool.core.batch import Batch
 from evatool.core.errors import DataError
 from evatool.data.feature_store.fill import missing_batches, num_rows
-from evatool.data.feature_store.header import read_header
+from evatool.data.feature_store.header import read_store_header
 from evatool.data.feature_store.spec import StoreSpec, Views
 from evatool.data.feature_store.store import FeatureStore, masked_rows, open_store, unpadded_rows
 from evatool.data.train.masking import MaskSpec
@@ -240,7 +240,7 @@ def test_a_pass_ahead_of_time_fills_all_and_once(shards: Path, tmp_path: Path, w
 
 def test_what_a_teacher_sees_is_part_of_the_store(shards: Path, tmp_path: Path) -> None:
     batches(shards, tmp_path, 1)
-    header = read_header(tmp_path)
+    header = read_store_header(tmp_path)
     assert header is not None
     assert header["row_shape"] == [4, 3]
     for changes, key in (

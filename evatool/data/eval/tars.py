@@ -7,7 +7,7 @@ from pathlib import Path
 from evatool.core.errors import DataError
 from evatool.data.eval.samples import MASK_MEMBER, TarSamples
 from evatool.data.image.header import IMAGE_MEMBERS
-from evatool.data.tar.manifest import MANIFEST, read_manifest
+from evatool.data.tar.manifest import MANIFEST, read_shard_manifest
 
 ALLOWED_MEMBERS = frozenset((*IMAGE_MEMBERS, "cls", "txt", "json"))
 """Members by the last part of their extension. clip-benchmark hands a set to webdataset's `.decode()`, which would
@@ -98,7 +98,7 @@ def _check_members(folder: Path, split: str, samples: TarSamples, kind: str) -> 
             f"evaluation set {folder.name} has no samples", where=str(folder), fix="copy or convert the set again"
         )
     if (folder / split / MANIFEST).is_file():
-        written = read_manifest(folder / split)["num_samples"]
+        written = read_shard_manifest(folder / split)["num_samples"]
         if written != len(samples):
             raise DataError(
                 f"evaluation set {folder.name} has {len(samples)} samples instead of the {written} of its manifest",

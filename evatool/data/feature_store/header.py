@@ -26,17 +26,17 @@ def open_header(spec: StoreSpec, facts: Mapping[str, Any]) -> str:
     """
     wanted = {"row_shape": list(spec.row_shape), "masked_only": spec.masked_only, **facts, **spec.facts}
     wanted = json.loads(json.dumps({"format": FORMAT, **dict(sorted(wanted.items()))}))
-    found = read_header(spec.path)
+    found = read_store_header(spec.path)
     if found is None:
         with saying_where(spec):
             spec.path.mkdir(parents=True, exist_ok=True)
             _create_header(spec.path, wanted)
-        found = read_header(spec.path)
+        found = read_store_header(spec.path)
     _check_header(spec, found or {}, wanted)
     return hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
 
 
-def read_header(path: Path) -> dict[str, Any] | None:
+def read_store_header(path: Path) -> dict[str, Any] | None:
     """The contents of `store.json`; None where there is no store. Raises: DataError where it cannot be read."""
     file = path / HEADER
     try:

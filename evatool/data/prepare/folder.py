@@ -24,7 +24,7 @@ _PICTURE_SUFFIXES = frozenset(
 
 
 @dataclass
-class CaptionedImage:
+class CaptionedFile:
     """A picture file and its captions, in the order of the caption file."""
 
     number: int
@@ -56,7 +56,7 @@ class ImageFolder:
         unnamed = [f for f in files if Path(f).suffix.lower() in _PICTURE_SUFFIXES and f not in named]
         self.num_rows = len(rows)
         self.bad = SkippedFiles(len(rows) + len(unnamed), shards.max_bad_fraction, str(section.images))
-        by_file: dict[str, CaptionedImage] = {}
+        by_file: dict[str, CaptionedFile] = {}
         for row in rows:
             self._match(row, files, by_file)
         for file in unnamed:
@@ -64,7 +64,7 @@ class ImageFolder:
         self.bad.check()
         self.images = list(by_file.values())
 
-    def read(self, image: CaptionedImage) -> tuple[Sample, np.ndarray] | None:
+    def read(self, image: CaptionedFile) -> tuple[Sample, np.ndarray] | None:
         """The picture as a sample, its file byte for byte, with its pixels; None if it is bad, which is then counted.
 
         Raises: BadDataLimitError beyond the limit.
@@ -85,7 +85,7 @@ class ImageFolder:
         }
         return Sample(image.key, header.extension, data, members, header.decoded_bytes), pixels
 
-    def _match(self, row: CaptionRow, files: dict[str, None], by_file: dict[str, CaptionedImage]) -> None:
+    def _match(self, row: CaptionRow, files: dict[str, None], by_file: dict[str, CaptionedFile]) -> None:
         name = f"{self.section.captions.name} line {row.line}"
         if row.cause is not None:
             self.bad.add(row.cause, name, row.detail)
@@ -96,7 +96,7 @@ class ImageFolder:
         elif file not in files:
             self.bad.add("missing-picture", name, row.image)
         else:
-            image = by_file.setdefault(file, CaptionedImage(len(by_file), file))
+            image = by_file.setdefault(file, CaptionedFile(len(by_file), file))
             if row.caption not in image.captions:
                 image.captions.append(row.caption)
 

@@ -35,14 +35,14 @@ class ShardCache:
     """Fetched shards by URL.
 
     Args:
-        folder: made if absent; `default_folder()` when None.
+        folder: made if absent; `default_cache_folder()` when None.
         max_bytes: most bytes of shards kept.
         patience: with the store.
     Raises: DataError where the folder cannot be made.
     """
 
     def __init__(self, folder: Path | None, max_bytes: int, patience: Patience) -> None:
-        self.folder = folder or default_folder()
+        self.folder = folder or default_cache_folder()
         self.max_bytes, self.patience = max_bytes, patience
         try:
             (self.folder / "locks").mkdir(parents=True, exist_ok=True)
@@ -191,6 +191,6 @@ class _Ahead:
                 log.debug("not fetched ahead: %s: %s", display_url(url), err)
 
 
-def default_folder() -> Path:
+def default_cache_folder() -> Path:
     """A folder of this user's in the system's temporary folder."""
     return Path(tempfile.gettempdir()) / f"evatool-shards-{os.getuid()}"

@@ -24,7 +24,7 @@ from evatool.data.image.header import MAX_PIXELS
 from evatool.data.sources.cache import ShardCache
 from evatool.data.sources.fetch import FetchError, Patience, display_url, fetch_bytes, is_remote, local_path
 from evatool.data.tar.index import ShardMembers, index_json, read_index, scan_file
-from evatool.data.tar.manifest import FORMAT, MANIFEST, read_manifest
+from evatool.data.tar.manifest import FORMAT, MANIFEST, read_shard_manifest
 from evatool.data.tar.writer import write_file
 
 log = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ def _from_manifest(name: str, spec: str, patience: Patience) -> ShardList:
     else:
         folder = local_path(spec)
         folder = folder.parent if folder.name == MANIFEST else folder
-        manifest = read_manifest(folder)
+        manifest = read_shard_manifest(folder)
         prefix, is_local = str(folder), True
     try:
         shards = manifest["shards"]

@@ -40,7 +40,7 @@ SUM_OF_BLANK_CHECKSUM = 8 * ord(" ")
 """Share of the checksum's own field, taken as spaces, in the checksum."""
 
 
-def blocks_of(size: int) -> int:
+def padded_bytes(size: int) -> int:
     """Bytes that `size` bytes of data take in a tar: whole blocks."""
     return (size + BLOCK - 1) // BLOCK * BLOCK
 

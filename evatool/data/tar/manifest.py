@@ -30,7 +30,7 @@ class ShardIndex(TarReader):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.manifest = read_manifest(folder)
+        self.manifest = read_shard_manifest(folder)
         self.max_pixels = int(self.manifest.get("max_pixels", MAX_PIXELS))
         self.decoded_bytes = int(self.manifest["decoded_bytes"])
         shards = self.manifest["shards"]
@@ -50,7 +50,7 @@ class ShardIndex(TarReader):
             raise DataError("the manifest lists no samples", where=str(folder / MANIFEST))
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_shard_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a folder of shards. Raises: DataError where there is none or it cannot be read."""
     path = folder / MANIFEST
     if not folder.is_dir():

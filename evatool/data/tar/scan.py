@@ -37,7 +37,7 @@ from evatool.data.tar.header import (
     SPARSE,
     SUM_OF_BLANK_CHECKSUM,
     USTAR,
-    blocks_of,
+    padded_bytes,
     is_unsafe_name,
 )
 
@@ -60,7 +60,7 @@ CAUSES = {
     "long-name": f"a name longer than {MAX_NAME_BYTES} bytes",
     "no-name": "a member without a name",
 }
-"""Values of `TarProblem.cause`, with their meaning. Those up to "data-after-end" concern the tar, the others a member."""
+"""Values of `TarProblem.cause` and their meaning; those up to "data-after-end" concern the tar, the others a member."""
 
 _MAX_EXTENSION_BYTES = 2**20  # of a long name or pax records; real ones have some hundred
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
@@ -214,7 +214,7 @@ class _Walk:
             size = extension.size
         if kind in _WITHOUT_DATA:
             size = 0
-        following = data + blocks_of(size)
+        following = data + padded_bytes(size)
         if kind in SPARSE:
             following += self._sparse_map_bytes(header, data)
         if data + size > self.end:

@@ -162,12 +162,7 @@ def build_train_loader(
     Raises: DataError where a source is not what it should be, or a store is another's; RecipeError where the batch
         does not divide.
     """
-    if global_batch_size % world_size:
-        near = global_batch_size // world_size * world_size
-        raise RecipeError(
-            f"train.global_batch_size = {global_batch_size} does not divide over {world_size} ranks",
-            expected=f"a multiple of {world_size}: {', '.join(str(n) for n in (near, near + world_size) if n)}",
-        )
+    _check_divides(global_batch_size, world_size)
     if section.decode != "exact":
         fast_jpeg_decoder()  # here, so that a missing one is said once and not by every worker
     sizes = [image_size, *teacher_image_sizes]
@@ -181,10 +176,6 @@ def build_train_loader(
     ordered = _ordered(opened, section, seed)
     if views is not None:
         ordered = [replace(source, seed=seed_of(views.seed, number)) for number, source in enumerate(ordered)]
-    decoded = [source.decoded_bytes for source in opened]
-    keep_decoded = all(n is not None for n in decoded) and (
-        sum(n or 0 for n in decoded) * max(1, section.num_workers) <= CACHE_BYTES
-    )
     if with_text and tokenizer is None:
         tokenizer = build_tokenizer(context_length)
     dataset = StepDataset(
@@ -197,12 +188,28 @@ def build_train_loader(
         world_size=world_size,
         tokenizer=tokenizer if with_text else None,
         masks=None if mask is None else mask.generator(),
-        keep_decoded=keep_decoded,
+        keep_decoded=_fit_in_memory(opened, section.num_workers),
         end=position + sum(source.num_samples for source in opened) if one_pass else None,
         num_views=None if views is None else views.count,
         stores=[] if views is None else _open_stores(views, opened, section, sizes[-1], transform, mask, with_text),
     )
     return TrainLoader(dataset, position=position, section=section, order_name=_order_name(section, ordered))
+
+
+def _check_divides(global_batch_size: int, world_size: int) -> None:
+    """Raises: RecipeError where ranks would get different numbers of samples."""
+    if global_batch_size % world_size:
+        near = global_batch_size // world_size * world_size
+        raise RecipeError(
+            f"train.global_batch_size = {global_batch_size} does not divide over {world_size} ranks",
+            expected=f"a multiple of {world_size}: {', '.join(str(n) for n in (near, near + world_size) if n)}",
+        )
+
+
+def _fit_in_memory(sources: Sequence[Source], num_workers: int) -> bool:
+    """True where the decoded images of all sources may be kept, once in every loader process."""
+    sizes = [source.decoded_bytes for source in sources]
+    return all(n is not None for n in sizes) and sum(n or 0 for n in sizes) * max(1, num_workers) <= CACHE_BYTES
 
 
 def _open_stores(
