@@ -37,8 +37,8 @@ from evatool.data.tar.header import (
     SPARSE,
     SUM_OF_BLANK_CHECKSUM,
     USTAR,
-    padded_bytes,
     is_unsafe_name,
+    padded_bytes,
 )
 
 MAX_NAME_BYTES = 4096
