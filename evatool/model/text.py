@@ -10,6 +10,8 @@ Parity: tests/objective/test_text.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -31,28 +33,30 @@ def encode_text(
     Args:
         tokens: (B, L) int64, zero-padded after the end-of-text token, which is the largest id.
         lengths: (B,) tokens of each caption, on the CPU; found out when absent, which makes a GPU wait.
-        max_groups: passes through the tower; 1 where ranks with divided weights have other numbers of captions.
+        max_groups: passes through the tower; 1 where ranks with sharded weights have other numbers of captions.
     """
     tower = model.text
     assert isinstance(tower, nn.Module)
     if not is_trimmable(tower):
-        return model.encode_text(tokens)  # type: ignore[operator]
+        whole: Tensor = model.encode_text(tokens)  # type: ignore[operator]
+        return whole
     if lengths is None:
         lengths = tokens.argmax(dim=-1).cpu() + 1
-    order = lengths.argsort(stable=True)
-    in_order = lengths[order].tolist()
+    by_length = lengths.argsort(stable=True)
+    rising = lengths[by_length].tolist()
     counts = group_sizes(lengths.numpy(), max_groups)
     if world_size() > 1:
-        # Divided weights come together in each pass, so every rank must make as many.
+        # Sharded weights come together in each pass, so every rank must make as many.
         counts = split_up(counts, min(max_groups, len(lengths)))
-    order_there = order.to(tokens.device, non_blocking=True)
-    longest = [in_order[last - 1] for last in np.cumsum(counts).tolist()]
-    groups = [group[:, :length] for group, length in zip(tokens[order_there].split(counts), longest, strict=True)]
+    on_device = by_length.to(tokens.device, non_blocking=True)
+    longest = [rising[last - 1] for last in np.cumsum(counts).tolist()]
+    runs: Sequence[Tensor] = tokens[on_device].split(counts)  # type: ignore[no-untyped-call]
+    groups = [run[:, :length] for run, length in zip(runs, longest, strict=True)]
     # Embedded in one go: each look-up has a gradient as large as the whole table.
     flat = tower.token_embedding(torch.cat([group.flatten() for group in groups]))  # type: ignore[operator]
     embedded = flat.split([group.numel() for group in groups])
     parts = [_encode_group(tower, group, given) for group, given in zip(groups, embedded, strict=True)]
-    return torch.cat(parts)[order_there.argsort()]
+    return torch.cat(parts)[on_device.argsort()]
 
 
 def _encode_group(tower: nn.Module, tokens: Tensor, embedded: Tensor) -> Tensor:
@@ -79,34 +83,49 @@ def encode_cut_tokens(tower: nn.Module, tokens: Tensor) -> Tensor:
 
 
 class _Given(nn.Module):
-    """In the place of a module whose answer is known."""
+    """Stands in the place of a module whose output is known."""
 
-    def __init__(self, answer: Tensor) -> None:
+    def __init__(self, output: Tensor) -> None:
         super().__init__()
-        self.answer = answer
+        self.output = output
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.answer
+        return self.output
 
 
 def group_sizes(lengths: NDArray[np.int64], most: int) -> list[int]:
-    """How many captions go into each group so that the fewest columns are computed.
+    """Sizes of the groups of captions for which the fewest columns are computed.
+
+    Sorted by length, a group is a run of captions, each padded to the longest of its run; the area under the steps is
+    what the tower computes, the area above the captions' own lengths is waste. With two groups and with three:
+
+        columns                #              columns                #
+            ^              ....#                  ^               ...#
+            |              ..###                  |             ..|###
+            |    .........|#####                  |  ......#### |####
+            |    ....##########                   |  ..###|#########
+            +---------------------> captions      +---------------------> captions
+
+    Dynamic programming over the distinct lengths l_1 < l_2 < ..., with c_k captions of at most length l_k: the fewest
+    columns of the captions up to l_e in g groups are
+
+        cost_1(e) = c_e l_e,        cost_g(e) = min over s < e of cost_(g-1)(s) + (c_e - c_s) l_e
 
     Args:
-        lengths: in any order.
+        lengths: of the captions, in any order.
         most: groups at most.
-    Returns: the groups' sizes, from the shortest captions to the longest; captions of one length stay together.
+    Returns: from the shortest captions to the longest; captions of one length stay together.
     """
     longest, counts = np.unique(lengths, return_counts=True)
     ends = counts.cumsum()
-    is_earlier = np.tri(len(ends), k=-1, dtype=bool).T  # [start, end]
-    # Fewest columns of the captions up to each end: in one group, then in one more at each turn.
-    cost, starts = ends * longest, []
+    is_earlier = np.tri(len(ends), k=-1, dtype=bool).T  # [s, e]: s < e
+    cost, starts = ends * longest, []  # cost_1, and where the last group starts for each turn and end
     for _ in range(1, min(most, len(ends))):
         options = cost[:, None] + (ends - ends[:, None]) * longest
         options = np.where(is_earlier, options, np.iinfo(np.int64).max)
-        starts.append(np.where(options.min(0) < cost, options.argmin(0), -1))
+        starts.append(np.where(options.min(0) < cost, options.argmin(0), -1))  # -1: one more group saves nothing
         cost = np.minimum(cost, options.min(0))
+    # Back from the last caption: each turn's start is the end of the group before it.
     sizes, end = [], len(ends) - 1
     for start in reversed(starts):
         if start[end] >= 0:
@@ -125,7 +144,7 @@ def split_up(sizes: list[int], count: int) -> list[int]:
 
 
 def is_trimmable(tower: nn.Module | Tensor) -> bool:
-    """Whether a text tower is causal and pools at the largest id, as open_clip's `TextTransformer` does by default."""
+    """True for a causal text tower that pools at the largest id, which open_clip's `TextTransformer` is by default."""
     return (
         getattr(tower, "attn_mask", None) is not None
         and getattr(tower, "pool_type", None) == "argmax"

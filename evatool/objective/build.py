@@ -10,7 +10,7 @@ from torch import nn
 
 from evatool.objective.base import Objective
 from evatool.objective.clip import ClipObjective
-from evatool.objective.mim import MimObjective, PatchStore, PatchTeacher
+from evatool.objective.mim import MimObjective
 from evatool.objective.terms.base import LossTerm
 from evatool.objective.terms.contrastive import InfoNceTerm, SigmoidTerm
 from evatool.objective.terms.feature import FeatureTerm
@@ -21,7 +21,7 @@ from evatool.objective.terms.relation import RelationTerm
 from evatool.objective.terms.teaching import StudentProjection
 from evatool.recipe import schema
 from evatool.recipe.schema.distill import is_used
-from evatool.teachers.base import Teacher
+from evatool.teachers.base import PatchStore, PatchTeacher, Teacher
 
 ClipSection = schema.InfoNceObjective | schema.SigmoidObjective | schema.DistillObjective
 

@@ -1,4 +1,4 @@
-"""Masked image modelling: predict a CLIP teacher's patch features at the places the student does not see.
+"""Masked image modelling: predict a CLIP teacher's patch features at patches that the student does not see.
 
 Source: EVA (arXiv 2211.07636), EVA-02 (arXiv 2303.11331); EVA-02/asuka/engine_for_pretraining.py
 (docs/reference/eva.md#mim-student, #mim-targets and #mim-loss).
@@ -9,7 +9,7 @@ Source: EVA (arXiv 2211.07636), EVA-02 (arXiv 2303.11331); EVA-02/asuka/engine_f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,30 +19,7 @@ from evatool.core.batch import Batch, LossDict
 from evatool.core.image_norm import normalize_images
 from evatool.core.step import StepContext
 from evatool.objective.base import START, SumObjective
-
-
-class PatchTeacher(Protocol):
-    """A frozen model in eval mode, on the device of the batch, that keeps its own pixel statistics."""
-
-    def visual_tokens(self, image: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, N, T): patch tokens after final norm and projection, without the class token."""
-        ...
-
-
-class PatchStore(Protocol):
-    """Where a teacher's features are kept (`data.feature_store.FeatureStore`)."""
-
-    def rows(self, batch: Batch) -> Tensor | None:
-        """The batch's rows; None where any is missing."""
-        ...
-
-    def keep(self, batch: Batch, features: Tensor) -> Tensor:
-        """Write features (B, N, T), and hand back their rows."""
-        ...
-
-    def at_masked(self, rows: Tensor, mask: Tensor) -> Tensor:
-        """Features (M, T) at the masked patches."""
-        ...
+from evatool.teachers.base import PatchStore, PatchTeacher
 
 
 class MimObjective(SumObjective):
@@ -87,7 +64,8 @@ class MimObjective(SumObjective):
 
     def predict_masked(self, batch: Batch) -> Tensor:
         """The student's predictions (M, T) at masked patches."""
-        return self.model(normalize_images(batch.image, dtype=self._dtype), batch.mask)
+        prediction: Tensor = self.model(normalize_images(batch.image, dtype=self._dtype), batch.mask)
+        return prediction
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -95,8 +73,9 @@ class MimObjective(SumObjective):
 
     def predict_all(self, batch: Batch) -> Tensor:
         """The student's predictions (B, N, T) at all patches."""
-        # type: ignore[operator]
-        return self.model.predict_all(normalize_images(batch.image, dtype=self._dtype), batch.mask)
+        student: Any = self.model
+        predictions: Tensor = student.predict_all(normalize_images(batch.image, dtype=self._dtype), batch.mask)
+        return predictions
 
     def known_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The teacher's features (B, N, T) float32, and where they are known (B, N): everywhere, or only at masked

@@ -31,7 +31,13 @@ class _Stretch:
 
 
 class Lamb(LayerwiseOptimizer):
-    """LAMB with one trust ratio a tensor, or a slice of a group, however the tensors are divided over ranks.
+    """LAMB with one trust ratio a tensor, or a slice of a group, however the tensors are sharded over ranks.
+
+    A step takes two passes, since the ratio needs the whole tensor's norms before any number of it may move:
+
+        1. m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2,   u = m / (sqrt(v) + eps) + decay p
+           |p|^2 and |u|^2 of every unit (tensor or slice), summed over this rank's shards, then over ranks
+        2. p <- p - lr (|p| / |u|) u
 
     variant "deepspeed": u = m / (sqrt(v) + eps) + decay p, the ratio |p| / |u| clamped to `trust_bounds` for every
     tensor, and p -= lr sqrt(1 - beta2^t) / (1 - beta1^t) ratio u. variant "timm": both moments are corrected inside u,
@@ -191,7 +197,7 @@ class Lamb(LayerwiseOptimizer):
         return torch.where((weight > 0) & (update > 0), ratio, 1.0)
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
-        state = self.state[param]
+        state: dict[str, Any] = self.state[param]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state |= {moment: torch.zeros_like(param) for moment in MOMENTS}

@@ -47,7 +47,8 @@ def constant_cooldown(
     left = num_steps - step
     if left >= cooldown_steps:
         return 1.0
-    return min_fraction + (1.0 - min_fraction) * (left / cooldown_steps) ** power
+    share: float = (left / cooldown_steps) ** power
+    return min_fraction + (1.0 - min_fraction) * share
 
 
 def build_schedule(section: AnySchedule, *, num_steps: int, global_batch_size: int) -> Callable[[int], float]:

@@ -16,6 +16,7 @@ from typing import Literal
 
 from evatool.model.config import ModelConfig
 from evatool.plan.towers import Blocks, decoder_blocks, image_blocks, kept_tokens, num_patches, text_blocks
+from evatool.recipe.schema.objective import TILE_SIDE
 
 GIB = 2**30
 FP32 = 4
@@ -27,8 +28,6 @@ CONTEXT_BYTES = 1.5 * GIB
 """CUDA context and the buffers of NCCL or RCCL: 1 to 2 GiB (docs/reference/memory-and-scale.md#what-is-left-over)."""
 FRAGMENTATION = 1.06
 """What the allocator cannot use: 5 to 8 % (docs/reference/memory-and-scale.md#what-is-left-over)."""
-TILE_SIDE = 4096
-"""Rows and columns of a tile of similarities on a GPU (objective/tiled/tiles.py)."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +221,7 @@ def contrastive_bytes(
         return 2 * batch * global_batch * (numerics.compute + 8) + 4 * global_batch * embed_dim * numerics.compute
     features = 10 * batch * embed_dim * FP32
     features += 6 * batch * sum(teacher_widths) * FP32
-    tiles = (6 if teacher_widths else 4) * min(batch, TILE_SIDE) ** 2 * FP32
+    tiles = (6 if teacher_widths else 4) * min(batch, TILE_SIDE["cuda"]) ** 2 * FP32
     return features + tiles
 
 

@@ -51,6 +51,30 @@ class EmbeddingStore(Protocol):
         ...
 
 
+class PatchTeacher(Protocol):
+    """A frozen model in eval mode, on the device of the batch, that keeps its own pixel statistics."""
+
+    def visual_tokens(self, image: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8 -> (B, N, T): patch tokens after final norm and projection, without the class token."""
+        ...
+
+
+class PatchStore(Protocol):
+    """Where a teacher's patch features are kept (`data.feature_store.FeatureStore`)."""
+
+    def rows(self, batch: Batch) -> Tensor | None:
+        """The batch's rows; None where any is missing."""
+        ...
+
+    def keep(self, batch: Batch, features: Tensor) -> Tensor:
+        """Write features (B, N, T), and hand back their rows."""
+        ...
+
+    def at_masked(self, rows: Tensor, mask: Tensor) -> Tensor:
+        """Features (M, T) at the masked patches."""
+        ...
+
+
 @dataclass(frozen=True)
 class Teacher:
     """One teacher, and what it counts for.

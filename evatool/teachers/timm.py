@@ -59,7 +59,8 @@ class TimmTeacher:
         found = self.model.forward_intermediates(  # type: ignore[operator]
             pixels, indices=[self.layer], norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True
         )
-        return found[0]
+        features: Tensor = found[0]
+        return features
 
 
 def load_timm_teacher(
@@ -163,6 +164,6 @@ def resize_grid(tokens: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) 
     fewer patches; the same tensor where the grids are equal."""
     if grid == wanted:
         return tokens
-    image = tokens.transpose(1, 2).unflatten(2, grid)
+    image = tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
     image = F.interpolate(image, size=wanted, mode="bilinear", align_corners=False, antialias=True)
     return image.flatten(2).transpose(1, 2)

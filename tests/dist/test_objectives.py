@@ -59,7 +59,7 @@ def losses_and_gradients(kind: str) -> tuple[dict[str, float], dict[str, torch.T
     world = World(rank(), world_size(), rank(), torch.device("cpu"))
     optimizer = torch.optim.AdamW([param for _, param in named])
     settings = {"precision": "fp32", "grad_clip_norm": None, "optimizer": optimizer, "bounds": objective.parameter_bounds}
-    engine = build_engine(schema.EngineSection(), world, objective, groups, **settings)
+    engine = build_engine(schema.EngineSection(kind="ddp"), world, objective, groups, **settings)
     losses = engine.forward(rows_of(batch, rank(), world_size()))
     engine.backward(losses["loss"])
     means = {name: float(all_reduce_mean(loss.double())) for name, loss in losses.items()}

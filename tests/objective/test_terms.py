@@ -23,6 +23,7 @@ from evatool.core.step import StepContext
 from evatool.objective.clip import ClipObjective
 from evatool.objective.terms.contrastive import InfoNceTerm, SigmoidTerm
 from evatool.optim.param_groups import build_param_groups
+from evatool.train.control import TrainerConfig
 from evatool.train.hooks.checkpoint import Checkpoints
 from evatool.train.state import TrainState, resume_from
 from evatool.train.trainer import Trainer
@@ -62,7 +63,14 @@ def trainer(run_dir: Path, num_steps: int, resumes: bool = False) -> Trainer:
         loader.position = state.position
     save = partial(save_run, run_dir, model_config={"task": "clip"}, resolved_toml="a = 1\n", keep=9)
     return Trainer(
-        objective, engine, loader, groups, lambda step: 1.0, [Checkpoints(save, 2)], state, num_steps, B, log_every=1
+        TrainerConfig(num_steps=num_steps, global_batch_size=B, log_every=1),
+        objective=objective,
+        engine=engine,
+        loader=loader,
+        groups=groups,
+        schedule=lambda step: 1.0,
+        hooks=[Checkpoints(save, 2)],
+        state=state,
     )
 
 

@@ -16,6 +16,7 @@ from evatool.recipe.load import resolve_table
 from evatool.runs.run_dir import RunDir, RunOptions
 from evatool.stages.training import teachers
 from evatool.stages.training.build import Job
+from evatool.teachers.clip import GridTeacher
 from evatool.train.hooks.log import read_metrics
 
 pytestmark = pytest.mark.e2e
@@ -72,7 +73,7 @@ def opened(tmp_path, clip_run, device="cpu", **section):
 
 
 def tokens_of(teacher, image):
-    return teachers.PatchTeacher(teacher, teacher.facts.grid).visual_tokens(image)
+    return GridTeacher(teacher, teacher.facts.grid).visual_tokens(image)
 
 
 @pytest.fixture

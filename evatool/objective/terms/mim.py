@@ -23,9 +23,10 @@ from evatool.distributed.collectives import all_reduce_mean
 from evatool.distributed.engines.random_fill import trunc_normal_
 from evatool.model.mim import masked_tokens
 from evatool.objective.base import Features
-from evatool.objective.mim import PatchStore, PatchTeacher, masked_targets, patch_cosine
+from evatool.objective.mim import masked_targets, patch_cosine
 from evatool.objective.terms.base import LossTerm, TermLoss
 from evatool.recipe.schema.distill import Weight
+from evatool.teachers.base import PatchStore, PatchTeacher
 
 
 class MimTerm(LossTerm):

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from evatool.distributed.collectives import around_ring
 from evatool.model.features import FeaturePair
-from evatool.objective.tiled.log_sum_exp import RunningSum, shared_of
+from evatool.objective.tiled.log_sum_exp import RunningSum, shared_sums
 from evatool.objective.tiled.tiles import exact, tile_side, tiles
 
 
@@ -39,7 +39,7 @@ def softmax_divergence(
             the gradient's size hardly depends on it.
     Returns: scalar, this rank's mean.
     """
-    loss = _SoftmaxDivergence.apply(*student, scale / temperature, *teacher, teacher_scale / temperature)
+    loss: Tensor = _SoftmaxDivergence.apply(*student, scale / temperature, *teacher, teacher_scale / temperature)
     return loss * temperature**2
 
 
@@ -52,35 +52,46 @@ def sigmoid_divergence(
     teacher_bias: float,
     temperature: float = 1.0,
 ) -> Tensor:
-    """KL divergence from the teacher's to the student's answer to "is this the picture's caption?", for every pair.
+    """KL divergence from the teacher's to the student's yes or no to "is this the image's caption?", for every pair.
 
-    Summed over the captions of the global batch and averaged over this rank's pictures, as `sigmoid_loss`; otherwise
-    as `softmax_divergence`.
+    Summed over the captions of the global batch and averaged over this rank's images, like `sigmoid_loss`; otherwise
+    like `softmax_divergence`.
 
     Args:
         bias, teacher_bias: added to scaled similarities. A teacher that was trained with a softmax has none of its
             own: then it says how many captions of a batch the teacher finds right.
     """
     known = *teacher, teacher_scale / temperature, teacher_bias / temperature
-    loss = _SigmoidDivergence.apply(*student, scale / temperature, bias / temperature, *known)
+    loss: Tensor = _SigmoidDivergence.apply(*student, scale / temperature, bias / temperature, *known)
     return loss * temperature**2
 
 
 class _SoftmaxDivergence(torch.autograd.Function):
-    """Gradient with respect to the student's image features, text features and scale."""
+    """The divergence, and its gradient with respect to the student's image features, text features and scale.
+
+    With S_ij = scale x_i . y_j of the student, T_ij of the teacher, and p = softmax of each row (then column):
+
+        KL_i = sum_j pT_ij (T_ij - S_ij) - lse(T_i) + lse(S_i)        the first sum is the mean of (T - S) under pT
+        dKL_i / dS_ij = pS_ij - pT_ij
+        d loss / dS_ij = (row's pS - pT) w_own + (column's pS - pT) w_of_the_column's_rank,    w = dL / (2 b)
+
+    and from G = d loss / dS:  dx = scale G y,   dy = scale G^T x,   d scale = sum_ij G_ij x_i . y_j
+    """
 
     @staticmethod
     def forward(
         ctx: Any, image: Tensor, text: Tensor, scale: Tensor, t_image: Tensor, t_text: Tensor, t_scale: float
     ) -> Tensor:
         size, side = len(image), tile_side(image.device)
-        own = RunningSum.none_yet(image), RunningSum.none_yet(image)  # of each picture: student's, teacher's
-        ours = RunningSum.none_yet(text), RunningSum.none_yet(text)  # of each caption, which travel
+        # Of each image, and of each caption (these travel): the student's sum, the teacher's with its mean of
+        # (teacher - student) similarity.
+        own = RunningSum.none_yet(image), RunningSum.none_yet(image, has_values=True)
+        ours = RunningSum.none_yet(text), RunningSum.none_yet(text, has_values=True)
         with exact(image.device):
             scaled, t_scaled = image * scale, t_image * t_scale
             carried_state = [*ours[0].tensors, *ours[1].tensors]
             for _, (block, t_block), carried in around_ring([text, t_text], carried_state):
-                theirs = shared_of(carried[:3]), shared_of(carried[3:])
+                theirs = shared_sums(carried[:2]), shared_sums(carried[2:])
                 for rows, columns in tiles(size, side):
                     tile = scaled[rows] @ block[columns].T
                     t_tile = t_scaled[rows] @ t_block[columns].T
@@ -122,7 +133,15 @@ class _SoftmaxDivergence(torch.autograd.Function):
 
 
 class _SigmoidDivergence(torch.autograd.Function):
-    """Gradient with respect to the student's image features, text features, scale and bias."""
+    """The divergence, and its gradient with respect to the student's image features, text features, scale and bias.
+
+    With s = scale x . y + bias of the student, t of the teacher, p = sigmoid(t), q = sigmoid(s), for each pair:
+
+        KL = p log(p / q) + (1 - p) log((1 - p) / (1 - q)) = softplus(s) - softplus(t) - p (s - t)
+        dKL / ds = q - p
+
+    summed over pairs and divided by b; x, y, scale and bias get theirs by the chain rule as in `_SoftmaxDivergence`.
+    """
 
     @staticmethod
     def forward(

@@ -8,6 +8,7 @@ tests/objective/test_tiled_losses.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from evatool.distributed.collectives import around_ring, rank
+from evatool.objective.tiled.log_sum_exp import RunningSum
 from evatool.objective.tiled.tiles import (
     Best,
     Positives,
@@ -51,40 +53,50 @@ def infonce_loss(
 
 @dataclass
 class _Sums:
-    """Log-sum-exp and target of each of b samples, across tiles and ranks."""
+    """Log-sum-exp, best partner and target of each of b samples, across tiles and ranks."""
 
     best: Best
-    exp_sum: Tensor  # (b,) sum of exp(similarity - best.value)
+    sums: RunningSum  # its largest exponent is the best partner's similarity: one tensor for both
     target: Tensor  # (b,) mean similarity of the right partners
 
     @classmethod
     def none_yet(cls, features: Tensor) -> _Sums:
         zeros = features.new_zeros(features.shape[:1])
-        return cls(Best.none_yet(features), zeros, zeros.clone())
+        return cls.of([*Best.none_yet(features).tensors, zeros, zeros.clone()])
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [self.best.value, self.best.index, self.exp_sum, self.target]
+        return [*self.best.tensors, self.sums.exp_sum, self.target]
 
     @classmethod
-    def of(cls, tensors: Any) -> _Sums:
+    def of(cls, tensors: Sequence[Tensor]) -> _Sums:
+        """The sums whose memory these tensors are, in the order of `tensors`."""
         value, index, exp_sum, target = tensors
-        return cls(Best(value, index), exp_sum, target)
+        return cls(Best(value, index), RunningSum(value, exp_sum), target)
 
     def see(self, tile: Tensor, dim: int, span: slice, first: int) -> None:
-        """Take in a tile of similarities, as `Best.see`."""
+        """Take in a tile of similarities; arguments as in `Best.see`."""
         before = self.best.value[span].clone()
         self.best.see(tile, dim, span, first)
-        now = self.best.value[span]
-        new = (tile - now.unsqueeze(dim)).exp_().sum(dim)
-        self.exp_sum[span] = self.exp_sum[span] * (before - now).exp_() + new
-
-    def log_sum_exp(self) -> Tensor:
-        return self.best.value + self.exp_sum.log()
+        self.sums.add(tile, dim, span, before)
 
 
 class _InfoNce(torch.autograd.Function):
-    """The loss of this rank and its gradient with respect to image features, text features and scale."""
+    """The loss of this rank and its gradient with respect to image features, text features and scale.
+
+    With S_ij = scale x_i . y_j between this rank's b images and the N captions of all ranks, and q_ij the share of
+    caption j in the target of image i (1 for the own partner, or 1 / count for each equal caption):
+
+        L_rank = (mean_i (lse_j S_ij - sum_j q_ij S_ij) + mean_j (lse_i S_ij - sum_i q_ij S_ij)) / 2
+
+    where the second mean is over this rank's b captions. Image i meets caption j in two losses: in row i of its own
+    rank's, and in column j of the rank of j. With w = (dL / dL_rank) / (2 b) of either rank:
+
+        G_ij = w_i (exp(S_ij - lse_row i) - q_ij) + w_j (exp(S_ij - lse_column j) - q_ij)
+        dx = scale G y        dy = scale G^T x        d scale = sum_ij G_ij x_i . y_j = sum_i x_i . (G y)_i
+
+    G is computed tile by tile, from S anew and the two log-sum-exps that the forward pass keeps: N numbers, not N^2.
+    """
 
     @staticmethod
     def forward(
@@ -106,7 +118,7 @@ class _InfoNce(torch.autograd.Function):
                         theirs.target[columns] += tile.sum(0)
                     elif own_diagonal(owner, rows, columns):
                         per_image.target[rows] = theirs.target[columns] = tile.diagonal()
-            row_lse, column_lse = per_image.log_sum_exp(), per_text.log_sum_exp()
+            row_lse, column_lse = per_image.sums.log(), per_text.sums.log()
             loss = ((row_lse - per_image.target).mean() + (column_lse - per_text.target).mean()) / 2
         ctx.save_for_backward(image, text, scale, row_lse, column_lse)
         ctx.positives = positives

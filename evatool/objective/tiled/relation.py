@@ -1,4 +1,4 @@
-"""What a student can learn from a teacher's embeddings beside their similarities across towers, by tiles.
+"""Losses against a teacher's embeddings other than its similarities across towers, by tiles.
 
 Source: relations within a tower: similarity-preserving distillation (arXiv 1907.09682), on cosines as DINOv3's Gram
 loss (arXiv 2508.10104) has them; interactive contrastive: CLIP-KD's ICL (arXiv 2307.12732), with the student's
@@ -23,7 +23,7 @@ from evatool.objective.tiled.tiles import Positives, exact, find_positives, own_
 
 
 def relation_loss(student: FeaturePair, teacher: FeaturePair) -> Tensor:
-    """Squared difference between the student's and the teacher's cosine of two pictures, and of two captions.
+    """Squared difference between the student's and the teacher's cosine of two images, and of two captions.
 
     The mean over all pairs of the global batch, averaged over both towers; in [0, 4]. Neither width nor rotation of
     the embeddings matters. All ranks must call it together; gradients as `infonce_loss`.
@@ -31,7 +31,7 @@ def relation_loss(student: FeaturePair, teacher: FeaturePair) -> Tensor:
     Args:
         student, teacher: (b, E) and (b, T) image and text features, unit length; as many on every rank.
     """
-    parts = [_Relation.apply(ours, theirs) for ours, theirs in zip(student, teacher, strict=True)]
+    parts: list[Tensor] = [_Relation.apply(ours, theirs) for ours, theirs in zip(student, teacher, strict=True)]
     return (parts[0] + parts[1]) / 2
 
 
@@ -44,16 +44,17 @@ def interactive_loss(
 ) -> Tensor:
     """The contrastive loss between the student's embeddings and the teacher's of the other tower.
 
-    Student pictures choose among the teacher's captions and student captions among the teacher's pictures; both
-    averaged. All ranks must call it together; gradients as `infonce_loss`, none to the teacher.
+    Student images choose among the teacher's captions and student captions among the teacher's images; both averaged.
+    All ranks must call it together; gradients as `infonce_loss`, none to the teacher.
 
     Args:
         student, teacher: (b, T) image and text features at the teacher's width, unit length.
         scale: scalar, the student's exponentiated temperature.
         caption_id: as in `infonce_loss`.
-        bias: of a sigmoid loss in the place of the softmax; the captions' part then sums over pictures.
+        bias: makes it a sigmoid loss in the place of the softmax; the captions' part then sums over images.
     """
     image, text = student
+    parts: list[Tensor]
     if bias is not None:
         parts = [
             sigmoid_loss(image, teacher[1], scale, bias, caption_id)[0],
@@ -69,7 +70,15 @@ def interactive_loss(
 
 
 class _Relation(torch.autograd.Function):
-    """Of one tower, with its gradient with respect to the student's features."""
+    """The relation loss of one tower, and its gradient with respect to the student's features.
+
+    With D_ij = x_i . x_j - t_i . t_j over the N^2 pairs of the global batch, of which this rank has b N as rows:
+
+        L_rank = sum over its rows i, all j of D_ij^2 / (b N)        the mean over ranks is the mean over N^2 pairs
+        dL / dx_i = sum_j 2 (w_rank(i) + w_rank(j)) D_ij x_j,        w = (dL / dL_rank) / (b N)
+
+    since x_i stands in row i of its own rank's loss and in column i of every other's, and D is symmetric.
+    """
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, teacher: Tensor) -> Tensor:
@@ -100,7 +109,15 @@ class _Relation(torch.autograd.Function):
 
 
 class _OneSided(torch.autograd.Function):
-    """Softmax loss of this rank's anchors among the keys of all ranks; gradient to anchors and scale alone."""
+    """Softmax loss of this rank's anchors among the keys of all ranks; gradient to anchors and scale alone.
+
+    With S_ij = scale a_i . k_j, p = softmax of each row and q_ij the share of key j in the target of anchor i:
+
+        L = mean_i (lse(S_i) - sum_j q_ij S_ij)        G = dL / dS = (p - q) dL / b
+        da = scale G k,                                d scale = sum_i a_i . (G k)_i
+
+    Keys are a teacher's and get no gradient, so nothing has to travel back round the ring.
+    """
 
     @staticmethod
     def forward(ctx: Any, anchors: Tensor, keys: Tensor, scale: Tensor, positives: Positives) -> Tensor:

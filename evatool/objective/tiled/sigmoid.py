@@ -30,10 +30,10 @@ from evatool.objective.tiled.tiles import (
 def sigmoid_loss(
     image_features: Tensor, text_features: Tensor, scale: Tensor, bias: Tensor, caption_id: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sigmoid loss of this rank's pictures against all captions; all ranks must call it together.
+    """Sigmoid loss of this rank's images against all captions; all ranks must call it together.
 
     -log sigmoid(scale x cosine + bias) of each right pair and -log sigmoid(-(scale x cosine + bias)) of each wrong one,
-    summed over the captions and averaged over the pictures. Gradients as `infonce_loss`.
+    summed over the captions and averaged over the images. Gradients as `infonce_loss`.
 
     Args:
         image_features, text_features: (b, E) unit length, float32 or wider; the same b on every rank.
@@ -48,7 +48,17 @@ def sigmoid_loss(
 
 
 class _Sigmoid(torch.autograd.Function):
-    """The loss of this rank and its gradient with respect to image features, text features, scale and bias."""
+    """The loss of this rank and its gradient with respect to image features, text features, scale and bias.
+
+    With s_ij = scale x_i . y_j + bias and z_ij = 1 for a right pair, -1 for a wrong one:
+
+        L_rank = -1 / b sum over its images i, all captions j of log sigmoid(z_ij s_ij)
+        G_ij = dL / ds_ij = w (-z_ij) sigmoid(-z_ij s_ij),        w = (dL / dL_rank) / b
+        dx = scale G y      dy = scale G^T x      d scale = sum_i x_i . (G y)_i      d bias = sum_ij G_ij
+
+    A pair is in its image's rank's loss alone, so unlike in `_InfoNce` no weight travels with the captions. The code
+    flips the sign of the right pairs, takes sigmoid(-z s) of all, and flips the same ones back.
+    """
 
     @staticmethod
     def forward(

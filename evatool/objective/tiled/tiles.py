@@ -1,9 +1,21 @@
-"""What the softmax and the sigmoid loss share: similarities of the global batch, one tile at a time.
+"""Similarities of the global batch, one tile at a time: the common part of all losses between samples.
 
-Neither the N x N similarities nor a gathered copy of the features is ever held. This rank's pictures meet the captions
+Neither the N x N similarities nor a gathered copy of the features is ever held. This rank's images meet the captions
 of one rank after another (`around_ring`), and of those one tile at a time; what is known about a caption so far travels
 with it. The backward pass computes each tile anew, so a tile costs four matrix products in all, against six where
 every rank scores its own rows in both directions.
+
+    captions of     rank 0    rank 1    rank 2          turn 0: rank r meets its own captions (the diagonal)
+    images 0      [ turn 0 ][ turn 2 ][ turn 1 ]        after each turn the captions, and with them their running
+    images 1      [ turn 1 ][ turn 0 ][ turn 2 ]        sums or gradients, move on to the next rank; after W turns
+    images 2      [ turn 2 ][ turn 1 ][ turn 0 ]        they are home again, with what all images had to say
+
+    one block (b x b) in tiles (t x t):   +---+---+-+     row sums stay with this rank's images, column sums travel
+                                          |   |   | |     with the captions; the last row and column of tiles may be
+                                          +---+---+-+     smaller
+                                          |   |   | |
+                                          +---+---+-+
+
 Source: Inf-CL (arXiv 2410.17243), tiled softmax; SigLIP (arXiv 2303.15343, section 3.3), captions round a ring.
 """
 
@@ -19,9 +31,7 @@ import torch
 from torch import Tensor
 
 from evatool.distributed.collectives import all_gather_rows, rank
-
-TILE_SIDE = {"cpu": 1024, "cuda": 4096}
-"""Rows and columns of a tile: large enough for full speed of the matrix products, small beside the features."""
+from evatool.recipe.schema.objective import TILE_SIDE
 
 
 def tile_side(device: torch.device) -> int:
@@ -65,7 +75,7 @@ class Positives:
 
     @property
     def ids(self) -> list[Tensor]:
-        """What travels with a block of captions to tell whose they are; nothing where only partners are right."""
+        """The tensors that travel with a block of captions to tell whose they are; none if only partners are right."""
         return [] if self.caption_id is None else [self.caption_id]
 
     def equal(self, ids: Tensor, rows: slice, columns: slice) -> Tensor:
@@ -79,7 +89,7 @@ class Positives:
         return self.equal(ids, rows, columns).to(dtype).div_(self.counts[rows, None])
 
     def are_hit(self, best: Tensor) -> Tensor:
-        """Whether the best of the global batch for each of this rank's samples is right: (b,) int64 -> (b,) bool."""
+        """True where the best of the global batch for a sample of this rank is right: (b,) int64 -> (b,) bool."""
         if self.caption_id is None or self.everyone is None:
             return best == torch.arange(len(best), device=best.device) + rank() * len(best)
         return self.everyone[best.clamp(max=len(self.everyone) - 1)] == self.caption_id
@@ -108,7 +118,7 @@ class Best:
 
     Attributes:
         value: (b,) its similarity.
-        index: (b,) its place in the global batch.
+        index: (b,) its position in the global batch.
     """
 
     value: Tensor
@@ -116,9 +126,14 @@ class Best:
 
     @classmethod
     def none_yet(cls, features: Tensor) -> Best:
-        """Before any tile, for (b, E) features."""
+        """The state before any tile, for (b, E) features."""
         value = features.new_full(features.shape[:1], -torch.inf)
         return cls(value, torch.full_like(value, torch.iinfo(torch.int64).max, dtype=torch.int64))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Value and index; they travel from rank to rank."""
+        return [self.value, self.index]
 
     def see(self, tile: Tensor, dim: int, span: slice, first: int) -> None:
         """Take in a tile.
@@ -126,7 +141,7 @@ class Best:
         Args:
             dim: the tile's axis along which the partners lie.
             span: which of the b samples lie along the other.
-            first: place of the first partner in the global batch.
+            first: position of the first partner in the global batch.
         """
         value, index = tile.max(dim=dim)
         index += first
@@ -142,5 +157,5 @@ def accuracy(best: Best, positives: Positives) -> Tensor:
 
 
 def own_diagonal(owner: int, rows: slice, columns: slice) -> bool:
-    """Whether a tile holds, on its diagonal, this rank's samples with their own partners."""
+    """True for a tile that holds, on its diagonal, this rank's samples with their own partners."""
     return owner == rank() and rows == columns

@@ -9,6 +9,11 @@ from pydantic import Field, Tag, model_validator
 from evatool.recipe.schema.base import Section, by_kind
 from evatool.recipe.schema.joint import JointMim
 
+TILE_SIDE = {"cpu": 1024, "cuda": 4096}
+"""Rows and columns of the tiles in which losses between samples go through the similarities of a batch, by device.
+
+Large enough for full speed of the matrix products, small beside the features. Objectives and the planner read it."""
+
 
 class LearnedTemperature(Section):
     """A temperature that is learned from the model's first value on, and kept within [1/100, 1]."""

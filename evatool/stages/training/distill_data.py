@@ -14,8 +14,9 @@ from evatool.plan.costs import flops_per_sample
 from evatool.recipe.schema import DistillRecipe, DistillTeacherSection
 from evatool.recipe.schema.distill import EMBEDDINGS
 from evatool.stages.training import build as wiring
-from evatool.stages.training.teachers import LazyTeacher, open_clip_teacher, required_store_path, views_of
+from evatool.stages.training.teachers import open_clip_teacher, required_store_path, views_of
 from evatool.teachers.base import Teacher
+from evatool.teachers.clip import LazyTeacher
 
 
 @dataclass

@@ -18,12 +18,11 @@ from evatool.recipe.schema import PretrainMimRecipe, TrainClipRecipe
 from evatool.recipe.schema.teacher import TIMM_PREFIX
 from evatool.stages.training import build as wiring
 from evatool.stages.training.teachers import (
-    LazyTeacher,
-    PatchTeacher,
     open_patch_teacher,
     required_store_path,
     views_of,
 )
+from evatool.teachers.clip import GridTeacher, LazyTeacher
 from evatool.teachers.trace import trace_timm_teacher
 
 log = logging.getLogger(__name__)
@@ -40,7 +39,7 @@ class MimData:
     """Of the student."""
     mask: MaskSpec
     teacher: LazyTeacher
-    patches: PatchTeacher
+    patches: GridTeacher
     """The teacher on the student's grid."""
     views: Views | None
     loader: TrainLoader
@@ -119,7 +118,7 @@ def open_masked_data(
     loader = wiring.build_job_loader(
         job, shape, context_length=context_length, mask=mask, teacher_size=teacher.image_size, views=views
     )
-    return MimData(shape, mask, teacher, PatchTeacher(teacher, shape.grid), views, loader)
+    return MimData(shape, mask, teacher, GridTeacher(teacher, shape.grid), views, loader)
 
 
 def check_decoder(student: ModelConfig, recipe: PretrainMimRecipe) -> None:

@@ -98,7 +98,7 @@ class Validation(Hook):
         finally:
             self._objective.train(was_training)
         total, count = all_reduce_sum(sums).tolist()
-        return -total / count
+        return -float(total) / float(count)
 
     def _batches(self) -> Iterator[Batch]:
         self._loader.position = 0
