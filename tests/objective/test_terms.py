@@ -84,7 +84,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     assert states[0].keys() == states[1].keys() >= {"length_scale", "length_head.weight", "exp_avg.length_scale"}
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
     assert float(states[0]["length_scale"]) != 1.0, "it has learned"
-    assert whole.record["train/length_loss"] > 0
+    assert whole.metrics["train/length_loss"] > 0
 
 
 def test_a_checkpoint_keeps_its_parts_beside_the_model(tmp_path: Path) -> None:
