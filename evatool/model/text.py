@@ -50,7 +50,7 @@ def encode_text(
         counts = split_up(counts, min(max_groups, len(lengths)))
     on_device = by_length.to(tokens.device, non_blocking=True)
     longest = [rising[last - 1] for last in np.cumsum(counts).tolist()]
-    runs: Sequence[Tensor] = tokens[on_device].split(counts)  # type: ignore[no-untyped-call]
+    runs: Sequence[Tensor] = tokens[on_device].split(counts)
     groups = [run[:, :length] for run, length in zip(runs, longest, strict=True)]
     # Embedded in one go: each look-up has a gradient as large as the whole table.
     flat = tower.token_embedding(torch.cat([group.flatten() for group in groups]))  # type: ignore[operator]

@@ -21,7 +21,7 @@ from evatool.core.errors import EvatoolError, RecipeError
 from evatool.teachers.timm import load_timm_teacher
 
 
-class LiveNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class LiveNumbers(TorchDispatchMode):
     """Counts the numbers in tensors that were made within it and are still referred to, now and at most."""
 
     def __init__(self) -> None:

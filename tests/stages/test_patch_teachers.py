@@ -16,6 +16,7 @@ from evatool.recipe.load import resolve_table
 from evatool.runs.run_dir import RunDir, RunOptions
 from evatool.stages.training import teachers
 from evatool.stages.training.build import Job
+from evatool.teachers import stored
 from evatool.teachers.clip import GridTeacher
 from evatool.train.hooks.log import read_metrics
 
@@ -103,7 +104,7 @@ def test_the_teacher_is_frozen_and_in_eval_mode(tmp_path, clip_run, image) -> No
 def test_what_auto_means(monkeypatch, tmp_path, clip_run) -> None:
     """On a GPU bf16 weights and compiled blocks; asked of a machine that has none."""
     read, compiled = [], []
-    monkeypatch.setattr(teachers, "compile_blocks", lambda *args, **kw: compiled.append(args))
+    monkeypatch.setattr(stored, "compile_blocks", lambda *args, **kw: compiled.append(args))
     monkeypatch.setattr(teachers, "_facts_of_patches", lambda *args, **kw: None)
     monkeypatch.setattr(teachers, "load_clip", lambda *a, device, precision, **kw: read.append(precision) or Loaded())
     for device, section in (("cpu", {}), ("cuda", {}), ("cuda", {"precision": "fp32", "compile": False})):
