@@ -196,15 +196,6 @@ def _little_endian_bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries (new names, renames) to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 _CHUNK_BYTES = 1 << 20
 
 

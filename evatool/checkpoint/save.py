@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evatool.checkpoint import layout
+from evatool.core.atomic_io import sync_folder
 from evatool.core.errors import CheckpointError
 from evatool.distributed.collectives import gather_objects, rank, world_size
 from evatool.distributed.engines.sharded_state import ShardedState
@@ -113,9 +114,9 @@ def _commit(
     recipe = resolved_toml.encode()
     files[layout.RESOLVED] = layout.entry_of(layout.write_file(part / layout.RESOLVED, lambda file: file.write(recipe)))
     layout.write_json(part / layout.MANIFEST, {"format": layout.FORMAT_VERSION, "step": step, "files": files})
-    layout.sync_folder(part)
+    sync_folder(part)
     _put_in_place(part, final)
-    layout.sync_folder(final.parent)
+    sync_folder(final.parent)
 
 
 @contextmanager

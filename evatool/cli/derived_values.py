@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from evatool.core.errors import RecipeError
+from evatool.core.batch_shares import samples_per_rank
 from evatool.recipe.schema import PretrainMimRecipe, Recipe, TrainingRecipe
 
 
@@ -40,18 +40,6 @@ def _training_values(recipe: Any) -> dict[str, Any]:
     if isinstance(recipe, PretrainMimRecipe):
         values["masked_patches_at_most"] = round(recipe.objective.mask_ratio * rows * columns)
     return values | store_sizes(recipe)
-
-
-def samples_per_rank(global_batch_size: int, world_size: int) -> int:
-    """Samples of one step on each rank. Raises: RecipeError with the nearest batch sizes that divide."""
-    each, rest = divmod(global_batch_size, world_size)
-    if rest:
-        near = [n for n in (each * world_size, (each + 1) * world_size) if n]
-        raise RecipeError(
-            f"train.global_batch_size = {global_batch_size} does not divide over {world_size} ranks",
-            expected="nearest that do: " + ", ".join(map(str, near)),
-        )
-    return each
 
 
 def _world_size(recipe: TrainingRecipe) -> int:

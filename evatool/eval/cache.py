@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evatool.eval.results import write_atomically
+from evatool.core.atomic_io import write_bytes_atomically
 
 _FINGERPRINTS = "fingerprints.json"
 
@@ -57,7 +57,9 @@ class TensorCache:
         buffer = io.BytesIO()
         np.save(buffer, value.detach().cpu().contiguous().numpy(), allow_pickle=False)
         body = buffer.getvalue()
-        write_atomically(self._path(key), hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+        write_bytes_atomically(
+            self._path(key), hashlib.sha256(body).hexdigest().encode() + b"\n" + body, make_parents=True
+        )
 
     def _path(self, key: str) -> Path:
         digest = hashlib.sha256(json.dumps([*self._origin, key]).encode()).hexdigest()
@@ -78,7 +80,7 @@ class FingerprintCache:
     def put(self, fingerprint: str, files: list[Path], *about: str) -> None:
         """Remember it."""
         known = self._read() | {self._key(files, about): fingerprint}
-        write_atomically(self._path, json.dumps(known, indent=1).encode())
+        write_bytes_atomically(self._path, json.dumps(known, indent=1).encode(), make_parents=True)
 
     def _read(self) -> dict[str, object]:
         try:

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evatool.core.atomic_io import write_bytes_atomically
 from evatool.core.errors import DataError
 from evatool.eval.predictions import Predictions
-from evatool.eval.results import ModelRecord, SetRecord, file_name, write_atomically
+from evatool.eval.results import ModelRecord, SetRecord, file_name
 from evatool.eval.tasks.base import EvalTask
 from evatool.eval.tasks.build import result_of
 
@@ -59,7 +60,7 @@ def write_predictions(path: Path, kept: KeptPredictions) -> None:
     arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    write_atomically(path, buffer.getvalue())
+    write_bytes_atomically(path, buffer.getvalue(), make_parents=True)
 
 
 def read_predictions(path: Path, own: Sequence[EvalTask[Any]] = ()) -> KeptPredictions:

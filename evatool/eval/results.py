@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from evatool.core.atomic_io import write_bytes_atomically
 from evatool.core.errors import DataError
 from evatool.eval.intervals import LEVEL, Interval
 from evatool.eval.task_wording import TaskWording
@@ -195,7 +195,7 @@ def write_results(path: Path, results: EvalResults) -> None:
     """`results.json` (docs/eval.md describes each key); complete or not there."""
     table = asdict(results)
     del table["own_wording"]
-    write_atomically(path, (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode())
+    write_bytes_atomically(path, (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode(), make_parents=True)
 
 
 def read_results(path: Path) -> EvalResults:
@@ -235,18 +235,3 @@ def read_results(path: Path) -> EvalResults:
 def _record(kind: type, row: dict[str, Any]) -> Any:
     known = {f.name for f in fields(kind)}
     return kind(**{key: value for key, value in row.items() if key in known})
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside the target, flush to disk, rename: a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evatool.core.atomic_io import sync_folder
 from evatool.core.errors import EvatoolError, UsageError
 
 _PARTIAL = ".export-"
@@ -72,7 +73,7 @@ def staged_folder(target: Target, files: Sequence[str], *, optional: Sequence[st
         for name in [*(n for n in optional if (work / n).exists()), *files]:
             os.replace(work / name, out / name)
             moved.append(out / name)
-        _sync(out)
+        sync_folder(out)
     except BaseException as error:
         for path in moved:
             path.unlink(missing_ok=True)
@@ -111,11 +112,3 @@ def sync_file(path: Path) -> None:
 def _remove_leftovers(out: Path) -> None:
     for path in out.glob(f"{_PARTIAL}*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

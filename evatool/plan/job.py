@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+from evatool.core.batch_shares import samples_per_rank
 from evatool.core.errors import EvatoolError, RecipeError, UsageError
 from evatool.model.config import ModelConfig, mim_config
 from evatool.model.presets import resolve_preset
@@ -177,13 +178,7 @@ def job_of_recipe(recipe: Recipe, name: str, num_gpus: int) -> PlannedJob:
 
 def _check_ranks(recipe: TrainingRecipe, num_gpus: int) -> None:
     """Raises: RecipeError where so many ranks cannot carry out the recipe."""
-    batch = recipe.train.global_batch_size
-    if batch % num_gpus:
-        near = [n for n in (batch // num_gpus * num_gpus,) if n] + [-(-batch // num_gpus) * num_gpus]
-        raise RecipeError(
-            f"train.global_batch_size = {batch} does not divide over {num_gpus} ranks",
-            expected="nearest that do: " + ", ".join(map(str, near)),
-        )
+    samples_per_rank(recipe.train.global_batch_size, num_gpus)
     if recipe.engine.kind == "single" and num_gpus > 1:
         raise RecipeError(
             f'engine.kind = "single" is one process, but --gpus is {num_gpus}', fix='--set engine.kind="fsdp2"'

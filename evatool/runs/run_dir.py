@@ -12,9 +12,8 @@ import logging
 import os
 import platform
 import subprocess
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 import evatool
 from evatool.core import logging as logs
+from evatool.core.atomic_io import write_json_atomically, write_text_atomically
 from evatool.core.errors import CheckpointError, ExitCode, RecipeError, UsageError
 from evatool.recipe.load import load_recipe
 from evatool.recipe.schema import Recipe
@@ -101,7 +101,9 @@ class RunDir:
     def finish(self, result: Result) -> None:
         """Write result.json and the final status; the run counts as done from here on."""
         if self.rank == 0:
-            write_json(self.path / "result.json", result_to_json(result) | {"table": result.table})
+            write_json_atomically(
+                self.path / "result.json", result_to_json(result) | {"table": result.table}, permissions=0o644
+            )
             self._write_status(ExitCode.DONE, None)
         self.close()
 
@@ -113,7 +115,11 @@ class RunDir:
         """
         try:
             if self.rank > 0:
-                write_json(self._note(), {"exit_code": int(exit_code), "message": message, "rank": self.rank})
+                write_json_atomically(
+                    self._note(),
+                    {"exit_code": int(exit_code), "message": message, "rank": self.rank},
+                    permissions=0o644,
+                )
             else:
                 first = first_failure(self.path) or {"exit_code": int(exit_code), "message": message}
                 self._write_status(first["exit_code"], first["message"])
@@ -157,9 +163,9 @@ def open_run_dir(recipe: Recipe, options: RunOptions, rank: int = 0) -> RunDir:
     if rank == 0:
         for note in path.glob("logs/rank_*.failed.json"):
             note.unlink()
-        write_text(path / "resolved.toml", to_toml(recipe))
+        write_text_atomically(path / "resolved.toml", to_toml(recipe), permissions=0o644)
         _warn_of_other_versions(path / "environment.json")
-        write_json(path / "environment.json", environment(options.command))
+        write_json_atomically(path / "environment.json", environment(options.command), permissions=0o644)
         write_status(path, "running", None, None)
     run_dir.handlers.append(logs.add_file(run_dir.logs, rank))
     options.opened = run_dir
@@ -269,7 +275,7 @@ def write_status(path: Path, state: str, exit_code: int | None, message: str | N
         "step": _last_step(path),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    write_json(path / "status.json", status)
+    write_json_atomically(path / "status.json", status, permissions=0o644)
 
 
 def first_failure(path: Path) -> dict[str, Any] | None:
@@ -292,26 +298,6 @@ def read_status(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError("status.json is damaged", where=str(file), fix="choose another --run-dir") from error
     return status if isinstance(status, dict) else {}
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file at once or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file at once or not at all: temporary name in the same folder, fsync, rename."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        os.fchmod(descriptor, 0o644)  # mkstemp makes files that only their owner can read
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def environment(command: Sequence[str]) -> dict[str, Any]:

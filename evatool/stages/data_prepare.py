@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from evatool.core.atomic_io import sync_folder, write_bytes_atomically
 from evatool.core.errors import EvatoolError
 from evatool.core.progress import progress
 from evatool.data.prepare.contact_sheet import draw_contact_sheet
 from evatool.data.prepare.pack import Packed, pack_drawings, pack_folder
 from evatool.data.tar.manifest import MANIFEST
-from evatool.data.tar.writer import sync_folder, write_file
 from evatool.recipe.schema import DataPrepareRecipe
 from evatool.runs.chain import use_data
 from evatool.runs.result import Result
@@ -44,7 +44,7 @@ def run(recipe: DataPrepareRecipe, run: RunOptions) -> Result:
                 packed = pack_folder(recipe.data, recipe.shards, work, progress)
         draw_contact_sheet(packed.contact, work / "contact_sheet.png")
         manifest = packed.manifest | {"recipe": recipe.model_dump(mode="json", exclude_none=True)}
-        write_file(work / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+        write_bytes_atomically(work / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
         _publish(work, run_dir.path)
     return _result(packed, run.name, run_dir.path)
 

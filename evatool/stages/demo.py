@@ -12,10 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from evatool.core.atomic_io import write_bytes_atomically
 from evatool.core.errors import EvatoolError
 from evatool.eval.report.demo import ChainLosses, ChainStep, DemoReport, ShownSample, write_demo_report
 from evatool.eval.report.gallery import read_gallery
-from evatool.eval.results import EvalResults, read_results, write_atomically
+from evatool.eval.results import EvalResults, read_results
 from evatool.recipe.load import load_recipe
 from evatool.runs.result import Result
 from evatool.runs.run_dir import RunOptions
@@ -179,7 +180,7 @@ class Clock:
         if spent > 0.5 or self._name not in self.seconds:
             self.seconds[self._name] = self.seconds.get(self._name, 0.0) + spent
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, json.dumps(self.seconds, indent=1).encode())
+        write_bytes_atomically(self.path, json.dumps(self.seconds, indent=1).encode(), make_parents=True)
 
 
 # ------------------------------------------------------------------------------------------------------ the report

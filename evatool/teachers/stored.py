@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from evatool.core.atomic_io import write_json_atomically
 from evatool.distributed.collectives import gather_objects
 from evatool.distributed.engines.blocks import compile_blocks
 from evatool.teachers.clip import LazyTeacher, TeacherFacts
@@ -19,7 +20,6 @@ from evatool.teachers.clip import LazyTeacher, TeacherFacts
 log = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16", "fp16"]
-WriteJson = Callable[[Path, Mapping[str, Any]], None]
 
 _SEEN = "teacher_seen.json"
 _RANDOM_SEED = 8_191
@@ -36,7 +36,6 @@ def open_teacher(
     compiles: bool,
     store: Path | None,
     is_main: bool,
-    write_json: WriteJson,
 ) -> LazyTeacher:
     """A teacher, read at once; where its features are stored, read only to know which one it is, and not even for that
     if the store was last used with the same files. Every rank calls it.
@@ -48,7 +47,6 @@ def open_teacher(
         compiles: compile its blocks on a GPU.
         store: folder of the store of its features.
         is_main: this is rank 0, which looks into the folder and tells the others.
-        write_json: writes the store's note, at once or not at all.
     """
 
     def load() -> Any:
@@ -68,7 +66,7 @@ def open_teacher(
         # A teacher is the same one whatever it computes in, so its fingerprint is of its weights as they were read.
         loaded = _reproducibly(read, torch.device("cpu"), "fp32")
         facts = facts_of(loaded, with_fingerprint=True)
-        _remember(store, stamp, facts, write_json)
+        _remember(store, stamp, facts)
     gather_objects(facts)
     return LazyTeacher(facts, load, loaded if (device.type, precision) == ("cpu", "fp32") else None)
 
@@ -92,10 +90,10 @@ def _remembered(folder: Path, stamp: list[Any]) -> TeacherFacts | None:
         return None
 
 
-def _remember(folder: Path, stamp: list[Any], facts: TeacherFacts, write_json: WriteJson) -> None:
+def _remember(folder: Path, stamp: list[Any], facts: TeacherFacts) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / _SEEN, {"stamp": stamp, "facts": asdict(facts)})
+        write_json_atomically(folder / _SEEN, {"stamp": stamp, "facts": asdict(facts)}, permissions=0o644)
     except OSError as error:  # a complete store may be read where nothing can be written
         log.warning("%s could not be written: %s; the teacher is read again next time", folder / _SEEN, error)
 

@@ -83,14 +83,14 @@ def test_where_the_folder_cannot_be_written_the_index_goes_to_the_cache(
     from evatool.data.sources import shard_list as sources
 
     tar = write_tar(tmp_path / "set" / "0.tar", plain_samples(range(5)))
-    write = sources.write_file
+    write = sources.write_bytes_atomically
 
     def refuse(path: Path, data: bytes) -> None:
         if path.parent == tar.parent:
             raise PermissionError("read-only")
         write(path, data)
 
-    monkeypatch.setattr(sources, "write_file", refuse)
+    monkeypatch.setattr(sources, "write_bytes_atomically", refuse)
     assert Path(open_(str(tar), cache).indexes[0]).parent == cache.folder / "indexes"
     assert open_(str(tar), cache).counts.tolist() == [5]
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tests.eval.toys import made_up_results
 
+from evatool.core.atomic_io import write_bytes_atomically
 from evatool.core.errors import DataError
 from evatool.eval.metrics import Metric
 from evatool.eval.prediction_store import KeptPredictions, read_predictions, write_predictions
@@ -20,7 +21,6 @@ from evatool.eval.results import (
     compared_pairs,
     file_name,
     read_results,
-    write_atomically,
     write_results,
 )
 
@@ -118,14 +118,14 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "results.json"
-    write_atomically(path, b"old")
+    write_bytes_atomically(path, b"old", make_parents=True)
 
     def full_disk(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
-        write_atomically(path, b"new")
+        write_bytes_atomically(path, b"new", make_parents=True)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 

@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 import evatool.stages
+from evatool.core.atomic_io import write_text_atomically
 from evatool.core.errors import (
     CheckpointError,
     DataError,
@@ -27,7 +28,7 @@ from evatool.recipe.load import Resolved, load_recipe
 from evatool.recipe.write import to_toml
 from evatool.runs import run_dir as run_dir_module
 from evatool.runs.result import Result
-from evatool.runs.run_dir import RunDir, RunOptions, open_run_dir, read_status, stored_result, write_text
+from evatool.runs.run_dir import RunDir, RunOptions, open_run_dir, read_status, stored_result
 from evatool.stages import run_stage
 
 
@@ -200,14 +201,14 @@ def test_a_preemption_of_all_ranks_stays_one(resolved: Resolved, options: RunOpt
 
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "status.json"
-    write_text(path, "old")
+    write_text_atomically(path, "old", permissions=0o644)
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        write_text(path, "new")
+        write_text_atomically(path, "new", permissions=0o644)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -217,10 +218,10 @@ def test_a_full_disk_does_not_hide_the_failure(
 ) -> None:
     run_dir = open_run_dir(resolved.recipe, options)
 
-    def full(path: Path, text: str) -> None:
+    def full(path: Path, value: object, **_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_dir_module, "write_text", full)
+    monkeypatch.setattr(run_dir_module, "write_json_atomically", full)
     run_dir.fail(ExitCode.FAILED, "the real reason")  # raises nothing
     assert run_dir.handlers == []
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from evatool.core.atomic_io import write_bytes_atomically
 from evatool.core.errors import DataError
 from evatool.data.feature_store.spec import StoreSpec, saying_where
-from evatool.data.tar.writer import write_file
 
 HEADER = "store.json"
 FORMAT = "evatool-features-1"
@@ -55,7 +55,7 @@ def read_store_header(path: Path) -> dict[str, Any] | None:
 def _create_header(path: Path, facts: Mapping[str, Any]) -> None:
     """Write `store.json` unless somebody else just has: the first one counts."""
     temporary = path / f".{HEADER}.{os.getpid()}"
-    write_file(temporary, (json.dumps(facts, indent=2) + "\n").encode())
+    write_bytes_atomically(temporary, (json.dumps(facts, indent=2) + "\n").encode())
     try:
         os.link(temporary, path / HEADER)
     except FileExistsError:

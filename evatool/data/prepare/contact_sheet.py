@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from evatool.data.tar.writer import write_file
+from evatool.core.atomic_io import write_bytes_atomically
 
 COLUMNS = 10
 CELL_WIDTH, PICTURE_SIDE = 128, 96  # pixels
@@ -57,7 +57,7 @@ def draw_contact_sheet(entries: Sequence[Entry], path: Path) -> None:
         draw.text(place, note[0] if note else "", fill=FAINT, font=_font(NOTE_SIZE), anchor="ms")
     out = io.BytesIO()
     sheet.save(out, "PNG")
-    write_file(path, out.getvalue())
+    write_bytes_atomically(path, out.getvalue())
 
 
 def thumbnail(pixels: np.ndarray) -> np.ndarray:

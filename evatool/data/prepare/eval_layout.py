@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evatool.data.tar.writer import Sample, ShardWriter, write_file
+from evatool.core.atomic_io import write_bytes_atomically
+from evatool.data.tar.writer import Sample, ShardWriter
 
 
 def write_eval_set(
@@ -37,9 +38,9 @@ def write_eval_set(
         for sample in samples:
             writer.write(sample)
         manifest = writer.finish(kind=kind, num_classes=len(classnames), **extra)
-    write_file(folder / "test" / "nshards.txt", str(len(manifest["shards"])).encode())
-    write_file(folder / "dataset_type.txt", kind.encode())
+    write_bytes_atomically(folder / "test" / "nshards.txt", str(len(manifest["shards"])).encode())
+    write_bytes_atomically(folder / "dataset_type.txt", kind.encode())
     if kind == "classification":
-        write_file(folder / "classnames.txt", "\n".join(classnames).encode())
-        write_file(folder / "zeroshot_classification_templates.txt", "\n".join(templates).encode())
+        write_bytes_atomically(folder / "classnames.txt", "\n".join(classnames).encode())
+        write_bytes_atomically(folder / "zeroshot_classification_templates.txt", "\n".join(templates).encode())
     return manifest

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
+from evatool.core.atomic_io import write_bytes_atomically
 from evatool.core.errors import BadDataLimitError, DataError
 from evatool.data.image.header import MAX_PIXELS
 from evatool.data.sources.cache import ShardCache
 from evatool.data.sources.fetch import FetchError, Patience, display_url, fetch_bytes, is_remote, local_path
 from evatool.data.tar.index import ShardMembers, index_json, read_index, scan_file
 from evatool.data.tar.manifest import FORMAT, MANIFEST, read_shard_manifest
-from evatool.data.tar.writer import write_file
 
 log = logging.getLogger(__name__)
 
@@ -360,7 +360,7 @@ def _keep_index(members: ShardMembers, tar: Path, candidates: Sequence[Path]) ->
     for path in candidates:
         try:
             path.parent.mkdir(exist_ok=True)
-            write_file(path, data)
+            write_bytes_atomically(path, data)
             return path
         except OSError as err:
             log.debug("no index at %s: %s", path, err)

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+from evatool.core.atomic_io import sync_folder, write_bytes_atomically
 from evatool.data.tar.index import index_json, scan_file
 from evatool.data.tar.manifest import FORMAT, MANIFEST
 
@@ -88,7 +89,7 @@ class ShardWriter:
             **extra,
             "shards": self.shards,
         }
-        write_file(self.folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+        write_bytes_atomically(self.folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
         return manifest
 
     def __enter__(self) -> Self:
@@ -142,7 +143,7 @@ class _OpenTar:
             self.abandon()
             raise
         index_path = self.path.with_suffix(".index.json")
-        write_file(index_path, index_json(members))
+        write_bytes_atomically(index_path, index_json(members))
         os.replace(self.partial, self.path)
         sync_folder(self.path.parent)
         return {
@@ -178,26 +179,3 @@ class _HashingFile:
         self.raw.flush()
         os.fsync(self.raw.fileno())
         self.raw.close()
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a whole file: temporary name beside it, flush to disk, rename."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, i.e. renames inside it, to disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from torch.utils.data import Sampler
 
 from evatool.core.batch import Batch
+from evatool.core.batch_shares import samples_per_rank
 from evatool.core.errors import CheckpointError, RecipeError
 from evatool.core.loader import Loader
 from evatool.data.feature_store.spec import Views
@@ -162,7 +163,7 @@ def build_train_loader(
     Raises: DataError where a source is not what it should be, or a store is another's; RecipeError where the batch
         does not divide.
     """
-    _check_divides(global_batch_size, world_size)
+    samples_per_rank(global_batch_size, world_size)
     if section.decode != "exact":
         fast_jpeg_decoder()  # here, so that a missing one is said once and not by every worker
     sizes = [image_size, *teacher_image_sizes]
@@ -194,16 +195,6 @@ def build_train_loader(
         stores=[] if views is None else _open_stores(views, opened, section, sizes[-1], transform, mask, with_text),
     )
     return TrainLoader(dataset, position=position, section=section, order_name=_order_name(section, ordered))
-
-
-def _check_divides(global_batch_size: int, world_size: int) -> None:
-    """Raises: RecipeError where ranks would get different numbers of samples."""
-    if global_batch_size % world_size:
-        near = global_batch_size // world_size * world_size
-        raise RecipeError(
-            f"train.global_batch_size = {global_batch_size} does not divide over {world_size} ranks",
-            expected=f"a multiple of {world_size}: {', '.join(str(n) for n in (near, near + world_size) if n)}",
-        )
 
 
 def _fit_in_memory(sources: Sequence[Source], num_workers: int) -> bool:

@@ -37,6 +37,12 @@ from evatool.distributed.engines.optimizer_state import (
 from evatool.distributed.engines.sharded_state import ShardedState, check_names, read_piece
 from evatool.distributed.world import World
 
+SUPPORTED_VERSION = "0.19"
+"""The DeepSpeed release, without its last number, whose internals this file was written and tested against.
+
+No other file of the package touches them: names with `_hp_mapping`, `ds_` and `zero.` below are not documented there.
+"""
+
 
 class _Autocasting(nn.Module):
     """The objective under autocast; inside the module because DeepSpeed switches off what is entered outside it."""

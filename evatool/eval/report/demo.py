@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from evatool.core.atomic_io import write_bytes_atomically
 from evatool.eval.report import wording
 from evatool.eval.report.charts import CurvePanel, Names, bar_panels, curve_panel, difference_panels
 from evatool.eval.report.gallery import Gallery, ImageSource, data_uri
 from evatool.eval.report.page import Fact, model_notes, render, table_rows
-from evatool.eval.results import EvalResults, compared_pairs, write_atomically
+from evatool.eval.results import EvalResults, compared_pairs
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def write_demo_report(out: Path, data: DemoReport) -> None:
         environment=_environment(data),
         footer="Written by evatool demo.",
     )
-    write_atomically(out, page.encode())
+    write_bytes_atomically(out, page.encode(), make_parents=True)
 
 
 def _facts(data: DemoReport, names: Names) -> list[Fact]:

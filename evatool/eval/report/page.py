@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evatool.core.atomic_io import write_bytes_atomically
 from evatool.eval.report import wording
 from evatool.eval.report.charts import Names, bar_panels, difference_panels
 from evatool.eval.report.gallery import Gallery
-from evatool.eval.results import EvalResults, ModelRecord, write_atomically
+from evatool.eval.results import EvalResults, ModelRecord
 from evatool.eval.tasks.base import Examples
 
 
@@ -79,7 +80,7 @@ def write_eval_report(
         environment=measured_with(results),
         footer=f"Written by evatool in {wording.duration(results.seconds)}.",
     )
-    write_atomically(path, page.encode())
+    write_bytes_atomically(path, page.encode(), make_parents=True)
 
 
 def pairs_of(results: EvalResults) -> list[tuple[str, str]]:

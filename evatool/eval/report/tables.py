@@ -7,8 +7,9 @@ import io
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from evatool.core.atomic_io import write_bytes_atomically
 from evatool.eval.report import wording
-from evatool.eval.results import EvalResults, ResultRow, write_atomically
+from evatool.eval.results import EvalResults, ResultRow
 
 
 def write_csv(path: Path, results: EvalResults) -> None:
@@ -18,12 +19,12 @@ def write_csv(path: Path, results: EvalResults) -> None:
     writer.writeheader()
     for row in results.results:
         writer.writerow(asdict(row))
-    write_atomically(path, out.getvalue().encode())
+    write_bytes_atomically(path, out.getvalue().encode(), make_parents=True)
 
 
 def write_markdown(path: Path, results: EvalResults) -> None:
     """Tables for a page or a pull request: numbers, published ones beside them, differences; complete or not there."""
-    write_atomically(path, markdown(results).encode())
+    write_bytes_atomically(path, markdown(results).encode(), make_parents=True)
 
 
 def markdown(results: EvalResults) -> str:

@@ -16,6 +16,8 @@ from torch import nn
 
 from evatool.checkpoint.layout import MODEL_PREFIX
 from evatool.checkpoint.load import Checkpoint, latest_checkpoint, load_checkpoint
+from evatool.core.atomic_io import write_text_atomically
+from evatool.core.batch_shares import undivided_batch
 from evatool.core.errors import RecipeError
 from evatool.core.param_group import ParamGroup
 from evatool.data.feature_store.spec import Views
@@ -40,7 +42,7 @@ from evatool.recipe.schema import (
     TrainClipRecipe,
     TrainingRecipe,
 )
-from evatool.runs.run_dir import RunDir, RunOptions, open_run_dir, write_text
+from evatool.runs.run_dir import RunDir, RunOptions, open_run_dir
 from evatool.stages.training.initial_weights import init_clip
 from evatool.train.state import TrainState, resume_from
 from evatool.train.tower_norms import TowerNorms
@@ -115,12 +117,9 @@ def check_world_size(recipe: TrainingRecipe, world_size: int) -> None:
     """Raises: RecipeError, with all problems, where this many ranks cannot carry out the recipe."""
     problems = []
     batch = recipe.train.global_batch_size
-    if batch % world_size:
-        near = [n for n in (batch // world_size * world_size, -(-batch // world_size) * world_size) if n]
-        problems.append(
-            f"train.global_batch_size = {batch} does not divide over {world_size} ranks; nearest that do: "
-            + ", ".join(str(n) for n in near)
-        )
+    undivided = undivided_batch(batch, world_size)
+    if undivided is not None:
+        problems.append("; ".join(undivided))
     micro = recipe.train.micro_batch_size
     if micro is not None and batch % world_size == 0 and (batch // world_size) % micro:
         local = batch // world_size
@@ -270,7 +269,7 @@ def build_job_engine(job: Job, objective: Objective, groups: Sequence[ParamGroup
     optim = job.recipe.optim
     if job.world.is_main:
         rows = ["\t".join(row) for row in group_table(groups)]
-        write_text(job.run_dir.path / "parameter_groups.tsv", "\n".join([*rows, ""]))
+        write_text_atomically(job.run_dir.path / "parameter_groups.tsv", "\n".join([*rows, ""]), permissions=0o644)
     optimizer = build_optimizer(optim, groups)
     job.tower_norms = TowerNorms(optimizer, groups)
     first = None

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from evatool.core.atomic_io import write_bytes_atomically
 from evatool.core.batch import Batch
-from evatool.data.tar.writer import write_file
 from evatool.objective.mim import MimObjective, patch_cosine
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -94,7 +94,7 @@ def save_mim_images(path: Path, look: Look) -> None:
     png = io.BytesIO()
     draw_sheet(look).save(png, format="PNG")
     path.parent.mkdir(exist_ok=True)
-    write_file(path, png.getvalue())
+    write_bytes_atomically(path, png.getvalue())
 
 
 def save_image_page(folder: Path, title: str) -> None:
@@ -109,7 +109,7 @@ def save_image_page(folder: Path, title: str) -> None:
         "features.</p>"
     )
     page = f"{head}{style}<h1>{html.escape(title)}</h1>{told}{''.join(parts)}</html>"
-    write_file(folder / "index.html", page.encode())
+    write_bytes_atomically(folder / "index.html", page.encode())
 
 
 def draw_sheet(look: Look) -> Image.Image:

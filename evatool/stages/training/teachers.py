@@ -20,7 +20,6 @@ from evatool.recipe.schema.teacher import (
     TeacherSection,
     store_path,
 )
-from evatool.runs.run_dir import write_json
 from evatool.stages.training.build import Job
 from evatool.teachers.clip import LazyTeacher, TeacherFacts
 from evatool.teachers.stored import open_teacher
@@ -114,7 +113,6 @@ def _opened(
         compiles=section.compile,
         store=None if section.store is None else required_store_path(section.store, job.recipe.data),
         is_main=job.world.is_main,
-        write_json=write_json,
     )
 
 
