@@ -144,3 +144,13 @@ def test_the_schema_and_this_test_know_the_same_types() -> None:
     for recipe in schema.RECIPES.values():
         for field in recipe.model_fields.values():
             values(field.annotation)
+
+
+def test_a_training_checkpoint_s_export_is_read_again(tmp_path: Path) -> None:
+    """Its written recipe has the defaults, of which none may count as asked for."""
+    recipe = schema.ExportRecipe(export=schema.ExportSection(checkpoint="runs/x", format="deepspeed"))
+    path = tmp_path / "resolved.toml"
+    path.write_text(to_toml(recipe), encoding="utf-8")
+    assert load_recipe(path).recipe == recipe
+    with pytest.raises(ValidationError, match="tolerance"):
+        schema.ExportSection(checkpoint="runs/x", format="deepspeed", tolerance=0.1)

@@ -64,7 +64,10 @@ class ExportSection(Section):
         if self.format == "timm" and self.tower == "text":
             raise ValueError("tower = 'text': timm has image towers only")
         if self.format == "deepspeed":
-            given = sorted(self.model_fields_set - {"checkpoint", "format"})
+            # A written recipe holds the defaults too: only what differs from them was asked for.
+            fields = type(self).model_fields
+            others = (name for name in fields if name not in ("checkpoint", "format"))
+            given = sorted(name for name in others if getattr(self, name) != fields[name].default)
             if given:
                 raise ValueError(f"{', '.join(given)}: format = 'deepspeed' writes a training checkpoint as it is")
         return self
