@@ -1,4 +1,4 @@
-"""What the house asks of itself, held by the figures of `tests/house_report.py`."""
+"""What the house asks of itself, held by the figures of `tests/helpers/house_report.py`."""
 
 from __future__ import annotations
 

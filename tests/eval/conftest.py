@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.eval.toys import made_up_results
+from toys import made_up_results
 
 from evatool.eval.report.gallery import Found, Gallery, Item, ShownRetrieval, data_uri, encode_image_file
 from evatool.eval.results import EvalFailure, EvalResults

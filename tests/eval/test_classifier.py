@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.eval.toys import ToyClip
 from torch import Tensor
+from toys import ToyClip
 
 from evatool.eval.cache import FingerprintCache, TensorCache
 from evatool.eval.encode import Encoding, encode_texts

@@ -7,9 +7,9 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from toys import made_up_results
 
 from evatool.eval.report.charts import Names, bar_panels, curve_panel, difference_panels, share_axis
-from tests.eval.toys import made_up_results
 
 
 @given(st.floats(0, 1))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.eval.toys import made_up_results
+from toys import made_up_results
 
 from evatool.core.errors import DataError
 from evatool.eval.predictions import ClassificationResult

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.eval.toys import made_up_results
+from toys import made_up_results
 
 from evatool.eval.intervals import Interval
 from evatool.eval.report import wording

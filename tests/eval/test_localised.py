@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from toys import ToyClip, ToySet, encoder_of
 
 from evatool.core.errors import DataError
 from evatool.data.eval.scenes import SceneSamples
@@ -16,7 +17,6 @@ from evatool.data.image.eval_transforms import EvalTransform
 from evatool.data.image.header import encode_png
 from evatool.eval.tasks.localization import Localization
 from evatool.eval.tasks.patch_scores import patch_labels
-from tests.eval.toys import ToyClip, ToySet, encoder_of
 
 # 2 x 2 quadrants of a 8 x 8 mask; classes are ids less one
 MASK = torch.zeros(8, 8, dtype=torch.int32)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.eval.toys import ToyClip, ToySet
 from torch import Tensor
+from toys import ToyClip, ToySet
 
 from evatool.eval.compare import compare_runs
 from evatool.eval.encode import Encoding, ImageGroups, image_batches

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from toys import ToyClip, ToySet, as_pictures, encoder_of
 
 from evatool.core.errors import DataError
 from evatool.eval.cache import TensorCache
 from evatool.eval.tasks.logistic_regression import few_shot, fit, linear_probe, predict
 from evatool.eval.tasks.probes import image_features
-from tests.eval.toys import ToyClip, ToySet, as_pictures, encoder_of
 
 PROBE = {"weight_decays": [1e-4, 1e-2], "holdout": 0.25, "max_iterations": 100, "seed": 0}
 SHOTS = {"draws": 3, "weight_decay": 1e-3, "max_iterations": 50, "seed": 0}

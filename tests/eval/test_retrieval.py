@@ -10,13 +10,13 @@ import torch
 from clip_benchmark.metrics.zeroshot_retrieval import recall_at_k
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toys import ToyClip, ToySet, as_pictures, encoder_of
 
 from evatool.core.errors import DataError, NumericalError
 from evatool.eval.predictions import DIRECTIONS, RECALL_AT, Direction
 from evatool.eval.tasks import retrieval_ranks as ranks
 from evatool.eval.tasks.retrieval_examples import best_and_worst_retrievals
 from evatool.eval.tasks.retrieval_features import PairFeatures, encode_pairs, retrieve
-from tests.eval.toys import ToyClip, ToySet, as_pictures, encoder_of
 
 
 def brute_force_hits(scores: np.ndarray, right: np.ndarray, k: int) -> list[bool]:

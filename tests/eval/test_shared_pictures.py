@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.eval.toys import ToyClip, classify, encoder_of
 from torch import Tensor
+from toys import ToyClip, classify, encoder_of
 
 from evatool.data.eval.sets import EvalSet, open_eval_set
 from evatool.eval.encode import Encoding, ImageMemory, image_batches

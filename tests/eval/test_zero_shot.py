@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from clip_benchmark.metrics import zeroshot_classification as benchmark
-from tests.eval.toys import ToyClip, ToySet, as_pictures, classify
+from toys import ToyClip, ToySet, as_pictures, classify
 
 from evatool.core.errors import DataError, EvatoolError, NumericalError
 from evatool.eval.text_classifier import ClassifierMemory

@@ -1,4 +1,4 @@
-"""The state of the house in figures, before and after: `python tests/house_report.py [--before COMMIT] [--list]`.
+"""The state of the house in figures, before and after: `python tests/helpers/house_report.py [--before COMMIT] [--list]`.
 
 Counts what style and habit ask of the package: citations that lead nowhere, names of the old vocabulary, public names
 that are defined twice, long functions, and comments where the maths is dense. `tests/test_house.py` holds the goals.
@@ -19,7 +19,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BEFORE = "b034c17"
 """The last commit of the old house."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from toys import classify, encoder_of
 
 from evatool.core.image_norm import normalize_images
 from evatool.data.eval.sets import open_eval_set
@@ -19,7 +20,6 @@ from evatool.model.text import encode_text
 from evatool.recipe.schema import DataPrepareRecipe, DrawingsSource
 from evatool.runs.run_dir import RunOptions
 from evatool.stages import data_prepare
-from tests.eval.toys import classify, encoder_of
 
 pytestmark = pytest.mark.parity
 
