@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; `_HOMES` below is the s
     from evatool.core.batch import Batch
     from evatool.core.errors import EvatoolError
     from evatool.core.step import StepContext
-    from evatool.data.eval.sets import open_eval_set
+    from evatool.data.eval.eval_set import open_eval_set
     from evatool.data.image.eval_transforms import EvalTransform
     from evatool.data.sources.base import SequentialSource, Source
     from evatool.data.tokenizer import build_tokenizer
@@ -101,7 +101,7 @@ _HOMES = {
     "core.batch": "Batch",
     "core.errors": "EvatoolError",
     "core.step": "StepContext",
-    "data.eval.sets": "open_eval_set",
+    "data.eval.eval_set": "open_eval_set",
     "data.image.eval_transforms": "EvalTransform",
     "data.sources.base": "SequentialSource Source",
     "data.tokenizer": "build_tokenizer",

@@ -140,17 +140,17 @@ class TensorLayout:
     Source: the format as described at https://github.com/huggingface/safetensors#format.
     """
 
-    def __init__(self, held: ShardedState) -> None:
-        self._item_size = {name: dtype.itemsize for name, dtype in held.dtypes.items()}
+    def __init__(self, state: ShardedState) -> None:
+        self._item_size = {name: dtype.itemsize for name, dtype in state.dtypes.items()}
         # Largest alignment first, as the library does, so that every tensor starts at a multiple of its item size.
-        names = sorted(held.shapes, key=lambda name: (-self._item_size[name], name))
+        names = sorted(state.shapes, key=lambda name: (-self._item_size[name], name))
         header: dict[str, Any] = {}
         end = 0
         for name in names:
-            start, end = end, end + math.prod(held.shapes[name]) * self._item_size[name]
+            start, end = end, end + math.prod(state.shapes[name]) * self._item_size[name]
             header[name] = {
-                "dtype": SAFETENSORS_DTYPES[held.dtypes[name]],
-                "shape": list(held.shapes[name]),
+                "dtype": SAFETENSORS_DTYPES[state.dtypes[name]],
+                "shape": list(state.shapes[name]),
                 "data_offsets": [start, end],
             }
         head = json.dumps(header, separators=(",", ":")).encode()
@@ -164,25 +164,25 @@ class TensorLayout:
         return self._start[piece.name] + piece.start * self._item_size[piece.name]
 
 
-def create_tensor_file(path: Path, held: ShardedState) -> None:
+def create_tensor_file(path: Path, state: ShardedState) -> None:
     """A new file of its final size, for the ranks to write their ranges into."""
     with path.open("xb") as raw:
-        raw.truncate(TensorLayout(held).num_bytes)
+        raw.truncate(TensorLayout(state).num_bytes)
 
 
-def write_ranges(path: Path, held: ShardedState, *, is_first: bool) -> dict[str, Any]:
+def write_ranges(path: Path, state: ShardedState, *, is_first: bool) -> dict[str, Any]:
     """Write this rank's pieces into a file that was created, one in memory at a time, and flush them.
 
     Args:
         is_first: this rank writes the header too.
     Returns: the ranges in bytes and their SHA-256, for the manifest.
     """
-    plan = TensorLayout(held)
+    plan = TensorLayout(state)
 
     def write(file: HashingFile) -> None:
         if is_first:
             file.write(plan.head)
-        for piece in sorted(held.pieces, key=plan.offset):
+        for piece in sorted(state.pieces, key=plan.offset):
             file.seek(plan.offset(piece))
             file.write(_little_endian_bytes(piece.values))
 

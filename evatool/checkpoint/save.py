@@ -59,11 +59,11 @@ def save_run(
             if rank() == 0:
                 _create(folder, part, tensors)
         with _same_on_all_ranks(final, group):
-            written = {n: layout.write_ranges(part / n, held, is_first=rank() == 0) for n, held in tensors.items()}
+            written = {n: layout.write_ranges(part / n, state, is_first=rank() == 0) for n, state in tensors.items()}
         writers = gather_objects(written, group)
         with _same_on_all_ranks(final, group):
             if rank() == 0:
-                files = {n: _entry(held, [each[n] for each in writers]) for n, held in tensors.items()}
+                files = {n: _entry(state, [each[n] for each in writers]) for n, state in tensors.items()}
                 documents = {layout.GROUPS: groups, layout.TRAIN_STATE: train_state, layout.MODEL_CONFIG: model_config}
                 _commit(part, final, step, files, documents, resolved_toml)
     except BaseException:
@@ -82,7 +82,7 @@ def _tensor_files(objective: ShardedState, optimizer: ShardedState) -> dict[str,
     extra = objective.renamed({name: name for name in rest if not name.startswith(average)})
     averaged = objective.renamed({name: name.removeprefix(average) for name in rest if name.startswith(average)})
     files = {layout.MODEL: model, layout.EXTRA: extra, layout.AVERAGE: averaged, layout.OPTIMIZER: optimizer}
-    return {name: held for name, held in files.items() if held.shapes or name in layout.ALWAYS_THERE}
+    return {name: state for name, state in files.items() if state.shapes or name in layout.ALWAYS_THERE}
 
 
 def _create(folder: Path, part: Path, tensors: Mapping[str, ShardedState]) -> None:
@@ -91,13 +91,13 @@ def _create(folder: Path, part: Path, tensors: Mapping[str, ShardedState]) -> No
     for left_over in layout.unfinished_in(folder):
         shutil.rmtree(left_over, ignore_errors=True)
     part.mkdir()
-    for name, held in tensors.items():
-        layout.create_tensor_file(part / name, held)
+    for name, state in tensors.items():
+        layout.create_tensor_file(part / name, state)
 
 
-def _entry(held: ShardedState, writers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _entry(state: ShardedState, writers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The manifest's line of a tensor file: its size, and who wrote what where."""
-    return {"bytes": layout.TensorLayout(held).num_bytes, "writers": [w for w in writers if w["ranges"]]}
+    return {"bytes": layout.TensorLayout(state).num_bytes, "writers": [w for w in writers if w["ranges"]]}
 
 
 def _commit(

@@ -132,15 +132,15 @@ def around_ring(
     Yields: the rank whose block it is, the block, and its luggage. No gradient flows.
     """
     size, me = world_size(), rank()
-    held, carried = list(block), list(carried_state)
+    blocks, carried = list(block), list(carried_state)
     for hop in range(size):
         is_last = hop + 1 == size
-        arriving = None if is_last else _pass_on(held, first_tag=0)
-        yield (me - hop) % size, held, carried
+        arriving = None if is_last else _pass_on(blocks, first_tag=0)
+        yield (me - hop) % size, blocks, carried
         if size > 1:
-            carried = _pass_on(carried, first_tag=len(held))()
+            carried = _pass_on(carried, first_tag=len(blocks))()
         if arriving is not None:
-            held = arriving()
+            blocks = arriving()
     for own, home in zip(carried_state, carried, strict=True):
         if own is not home:
             own.copy_(home)

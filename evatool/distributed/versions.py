@@ -31,14 +31,14 @@ def check_versions() -> None:
     """Every rank must call it. Raises: UsageError, on every rank, naming the ranks whose versions are not rank 0's."""
     found = gather_objects((platform.node(), own_versions()))
     first = found[0][1]
-    odd = [
+    deviating = [
         f"rank {rank} on {node}: {', '.join(f'{n} {v} (rank 0: {first[n]})' for n, v in own.items() if v != first[n])}"
         for rank, (node, own) in enumerate(found)
         if own != first
     ]
-    if odd:
+    if deviating:
         raise UsageError(
-            f"{len(odd)} of {len(found)} ranks run other versions: {'; '.join(odd[:4])}",
+            f"{len(deviating)} of {len(found)} ranks run other versions: {'; '.join(deviating[:4])}",
             where="environment",
             expected="the same Python, torch, evatool and DeepSpeed on every machine",
             fix="install the same environment everywhere, then start again",

@@ -43,10 +43,10 @@ def traffic(job: PlannedJob, gpu: Hardware, compute_sec: float) -> Traffic:
     reduced = 2 * learned if setup.shards_nothing else learned  # given to everyone, or scattered only
     if setup.kind == "deepspeed" and setup.zero_stage > 1:
         reduced *= passes  # after each backward pass, not once a step
-    gathered = 0 if setup.shards_nothing else params if setup.shards_weights else learned
+    weight_bytes = 0 if setup.shards_nothing else params if setup.shards_weights else learned
     if setup.shards_weights:
         # forward and backward; micro-batches of a contrastive loss go forward once more, for their features
-        gathered *= passes * (3 if passes > 1 and job.stage != "pretrain-mim" else 2)
+        weight_bytes *= passes * (3 if passes > 1 and job.stage != "pretrain-mim" else 2)
     features = 0
     if job.stage != "pretrain-mim":
         everyone = job.global_batch_size * (job.model.embed_dim or 0)
@@ -54,12 +54,12 @@ def traffic(job: PlannedJob, gpu: Hardware, compute_sec: float) -> Traffic:
         features = 4 * everyone * 2 if job.numerics == "bf16" else 3 * everyone * mem.FP32
     rate = 1e9 * (gpu.node_gb_per_sec if job.num_gpus <= gpu.gpus_per_node else gpu.fabric_gb_per_sec)
     # Stage 1 reduces after the backward pass; stages 1 and 2 gather the new weights after the step.
-    behind_compute = reduced + gathered if setup.shards_weights else reduced
+    behind_compute = reduced + weight_bytes if setup.shards_weights else reduced
     if setup.kind == "deepspeed" and setup.zero_stage < 2:
         behind_compute = reduced if setup.zero_stage == 0 else 0
     room = compute_sec * (1.0 if setup.shards_weights else 2 / 3)
-    total = (reduced + gathered + features) / rate
-    return Traffic(reduced + gathered, features, total, total - min(behind_compute / rate, room))
+    total = (reduced + weight_bytes + features) / rate
+    return Traffic(reduced + weight_bytes, features, total, total - min(behind_compute / rate, room))
 
 
 @dataclass(frozen=True)

@@ -105,11 +105,11 @@ def list_recipes() -> list[tuple[str, str, str]]:
         if "stage" in table:  # the pieces that recipes extend have none
             rows.append((recipe_name(path), str(table["stage"]), str(table.get("source", ""))))
     order = {name: i for i, name in enumerate(schema.RECIPES)}
-    places = {"demo": 0, "debug": 2}
+    folder_order = {"demo": 0, "debug": 2}
 
     def place(row: tuple[str, str, str]) -> tuple[int, str, int, str]:
         folder = row[0].rpartition("/")[0]
-        return places.get(row[0].partition("/")[0], 1), folder, order.get(row[1], len(order)), row[0]
+        return folder_order.get(row[0].partition("/")[0], 1), folder, order.get(row[1], len(order)), row[0]
 
     return sorted(rows, key=place)
 

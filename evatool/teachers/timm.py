@@ -143,7 +143,7 @@ def _do_not_fit(
     theirs: list[str],
     ours: list[str],
 ) -> CheckpointError:
-    odd = next(
+    mismatch = next(
         (
             f"{a} {shape_of(found, a)} stands where {b} {tuple(own[b].shape)} is needed"
             for a, b in zip(theirs, ours, strict=False)
@@ -152,7 +152,7 @@ def _do_not_fit(
         "one has more than the other",
     )
     return CheckpointError(
-        f"the weights are not those of this {type(model).__name__}: {len(theirs)} tensors for {len(ours)}; {odd}",
+        f"the weights are not those of this {type(model).__name__}: {len(theirs)} tensors for {len(ours)}; {mismatch}",
         where=str(path),
         expected="a state dict of the timm model that teacher.model names",
         fix="correct teacher.model or teacher.weights",

@@ -51,8 +51,8 @@ class SpikeGate:
 
     def state(self) -> list[float]:
         """The losses in the window, the oldest first, for a checkpoint."""
-        held = self._first if self._recent is None else self._recent.tolist()
-        return [value for value in held if not math.isnan(value)]
+        recent = self._first if self._recent is None else self._recent.tolist()
+        return [value for value in recent if not math.isnan(value)]
 
     def reset(self, recent: Sequence[float]) -> None:
         """Go back to a window."""

@@ -38,15 +38,15 @@ class Throughput:
         now = time.perf_counter()
         elapsed = max(now - self._start, 1e-9)
         speed = self._samples / elapsed
-        figures = {
+        rates = {
             "throughput/samples_per_sec": speed,
             "throughput/data_wait_fraction": self._data_wait_sec / elapsed,
             "throughput/eta_sec": samples_left / speed if speed else 0.0,
         }
         if self._work is not None:
-            figures["throughput/mfu"] = speed * self._work.flops_per_sample / self._work.peak_flops
+            rates["throughput/mfu"] = speed * self._work.flops_per_sample / self._work.peak_flops
         self._start, self._samples, self._data_wait_sec = now, 0, 0.0
-        return figures
+        return rates
 
 
 def peak_memory_bytes(device: torch.device) -> int:

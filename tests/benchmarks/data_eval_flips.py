@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from side_by_side import finish, machine, versions
 
-from evatool.data.eval.sets import EvalSet, open_eval_set
+from evatool.data.eval.eval_set import EvalSet, open_eval_set
 from evatool.data.image.eval_transforms import EvalTransform
 from evatool.eval.encoder import SetEncoder
 from evatool.eval.tasks.zero_shot import ZeroShotClassification

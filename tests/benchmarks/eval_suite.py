@@ -37,7 +37,7 @@ from scipy.stats import binomtest
 from side_by_side import machine
 from torch.utils.data import DataLoader
 
-from evatool.data.eval.sets import open_eval_set
+from evatool.data.eval.eval_set import open_eval_set
 from evatool.data.image.eval_transforms import EvalTransform
 from evatool.eval.prediction_store import prediction_path, read_predictions
 from evatool.eval.predictions import ClassificationResult

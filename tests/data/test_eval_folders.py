@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from evatool.core.errors import DataError
-from evatool.data.eval.sets import EvalSet, open_eval_set
+from evatool.data.eval.eval_set import EvalSet, open_eval_set
 from evatool.data.image.eval_transforms import EvalTransform
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from evatool.core.errors import DataError
-from evatool.data.eval.sets import open_eval_set
+from evatool.data.eval.eval_set import open_eval_set
 from evatool.data.image.eval_transforms import EvalTransform
 from evatool.data.prepare.eval_layout import write_eval_set
 from evatool.data.tar.writer import Sample

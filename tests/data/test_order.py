@@ -26,10 +26,10 @@ def test_a_permutation_visits_every_place_once(size: int, key: list[int]) -> Non
     assert sorted(permute(np.arange(size), size, *key).tolist()) == list(range(size))
 
 
-@given(size=st.integers(1, 2**40), places=st.lists(st.integers(0, 2**40), min_size=1, max_size=20), seed=st.integers())
+@given(size=st.integers(1, 2**40), extents=st.lists(st.integers(0, 2**40), min_size=1, max_size=20), seed=st.integers())
 @settings(max_examples=100, deadline=None)
-def test_each_place_is_permuted_alone(size: int, places: list[int], seed: int) -> None:
-    inside = np.array([place % size for place in places])
+def test_each_place_is_permuted_alone(size: int, extents: list[int], seed: int) -> None:
+    inside = np.array([place % size for place in extents])
     together = permute(inside, size, seed)
     assert [int(permute(inside[i : i + 1], size, seed)[0]) for i in range(len(inside))] == together.tolist()
     assert (together >= 0).all()

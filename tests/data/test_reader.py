@@ -104,7 +104,7 @@ def test_samples_are_grouped_as_webdataset_does(
     found = scan_file(path)
     ours = [(found.key(n), sorted((e, place.size) for e, place in found.members(n))) for n in range(len(found))]
     path.with_suffix(".json").write_bytes(index_json(found))
-    assert np.array_equal(read_index(path.with_suffix(".json")).places, found.places)
+    assert np.array_equal(read_index(path.with_suffix(".json")).extents, found.extents)
     has_duplicate = any(len({e for e, _ in sample}) < len(sample) for _, sample in ours)
     try:
         theirs = list(webdataset.WebDataset([str(path)], shardshuffle=False, empty_check=False))

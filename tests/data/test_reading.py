@@ -200,17 +200,17 @@ def drawn_words(section: dict[str, Any], steps: int) -> Counter[str]:
 
 
 def test_captions_come_from_several_places_by_probability(tmp_path: Path) -> None:
-    places = [
+    extents = [
         {"member": "txt", "probability": 0.5},
         {"member": "json", "field": "caption", "probability": 0.25},
         {"member": "blip.txt", "probability": 0.25},
     ]
-    found = drawn_words({"train": captioned(tmp_path), "caption": places}, 50)
+    found = drawn_words({"train": captioned(tmp_path), "caption": extents}, 50)
     expected = {"words": 0.5, "json": 0.25, "blip": 0.25}
     assert all(abs(found[word] / 3200 - share) < 0.04 for word, share in expected.items())  # standard error 0.009
     # A sample without one place draws from the others, in their ratio.
-    places = [{"member": "json", "field": "synthetic", "probability": 3.0}, {"member": "txt"}]
-    found = drawn_words({"train": captioned(tmp_path), "caption": places}, 50)
+    extents = [{"member": "json", "field": "synthetic", "probability": 3.0}, {"member": "txt"}]
+    found = drawn_words({"train": captioned(tmp_path), "caption": extents}, 50)
     assert abs(found["words"] / 3200 - (0.5 + 0.125)) < 0.04
     assert abs(found["first"] / found["second"] - 1) < 0.2
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from toys import ToyClip, classify, encoder_of
 
-from evatool.data.eval.sets import EvalSet, open_eval_set
+from evatool.data.eval.eval_set import EvalSet, open_eval_set
 from evatool.eval.encode import Encoding, ImageMemory, image_batches
 from evatool.eval.tasks.retrieval_features import encode_pairs
 

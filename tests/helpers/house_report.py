@@ -1,4 +1,4 @@
-"""The state of the house in figures, before and after: `python tests/helpers/house_report.py [--before COMMIT] [--list]`.
+"""The state of the house in figures: `python tests/helpers/house_report.py [--before COMMIT] [--list]`.
 
 Counts what style and habit ask of the package: citations that lead nowhere, names of the old vocabulary, public names
 that are defined twice, long functions, and comments where the maths is dense. `tests/test_house.py` holds the goals.

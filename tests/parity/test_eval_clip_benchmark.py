@@ -11,7 +11,7 @@ import torch
 from toys import classify, encoder_of
 
 from evatool.core.image_norm import normalize_images
-from evatool.data.eval.sets import open_eval_set
+from evatool.data.eval.eval_set import open_eval_set
 from evatool.data.image.eval_transforms import EvalTransform
 from evatool.eval.tasks.retrieval_features import encode_pairs, retrieve
 from evatool.formats.safetensors import write_safetensors

@@ -122,7 +122,7 @@ class TarSource(Source):
         if number >= len(members):
             found = members.problems[-1] if members.problems else f"only {len(members)} samples"
             raise UnreadableSample("truncated-shard", f"{found}; sample {number} is not there")
-        places: dict[str, list[int]] = {}
+        extents: dict[str, list[int]] = {}
         last, are_neighbours = -1, True
         for row, (i, place) in enumerate(zip(*members.rows(number), strict=True)):
             name = names[i]
@@ -130,13 +130,13 @@ class TarSource(Source):
                 continue
             are_neighbours = are_neighbours and last in (-1, row - 1)
             last = row
-            if name in places:
+            if name in extents:
                 raise UnreadableSample("duplicate-member", f"two members with extension {name}")
             if place[1] > MAX_MEMBER_BYTES:
                 raise UnreadableSample("too-large-member", f"{name} of {place[1]} bytes, limit {MAX_MEMBER_BYTES}")
-            places[name] = place
-        read = self._patiently(shard, lambda: _read_places(self._open[shard].handle, places, are_neighbours))
-        for name, (_, size, crc32) in places.items():
+            extents[name] = place
+        read = self._patiently(shard, lambda: _read_extents(self._open[shard].handle, extents, are_neighbours))
+        for name, (_, size, crc32) in extents.items():
             data = read[name]
             if len(data) != size:
                 raise UnreadableSample("truncated-shard", f"the tar ends inside member {name}")
@@ -231,22 +231,22 @@ class TarSource(Source):
                 time.sleep(pause)
 
 
-def _read_places(handle: int, places: Mapping[str, Sequence[int]], are_neighbours: bool) -> dict[str, bytes]:
+def _read_extents(handle: int, extents: Mapping[str, Sequence[int]], are_neighbours: bool) -> dict[str, bytes]:
     """The bytes at each (offset, size, ...), which rise; fewer only where the file ends.
 
     Args:
         are_neighbours: nothing but headers lies between them: they are read at once.
     Raises: OSError.
     """
-    if not places:
+    if not extents:
         return {}
-    ordered = list(places.values())
+    ordered = list(extents.values())
     start = ordered[0][0]
     span = ordered[-1][0] + ordered[-1][1] - start
     if not are_neighbours or span > MAX_SPAN_BYTES:
-        return {name: _read_at(handle, offset, size) for name, (offset, size, _) in places.items()}
+        return {name: _read_at(handle, offset, size) for name, (offset, size, _) in extents.items()}
     data = _read_at(handle, start, span)
-    return {name: data[offset - start : offset - start + size] for name, (offset, size, _) in places.items()}
+    return {name: data[offset - start : offset - start + size] for name, (offset, size, _) in extents.items()}
 
 
 def _read_at(handle: int, offset: int, size: int) -> bytes:

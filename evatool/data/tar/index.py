@@ -43,7 +43,7 @@ class ShardMembers:
     starts: np.ndarray  # (samples + 1,) int32: first member of each sample
     extension_ids: np.ndarray  # (members,) uint16
     extensions: list[str]
-    places: np.ndarray  # (members, 3) int64: offset, size, crc32
+    extents: np.ndarray  # (members, 3) int64: offset, size, crc32
     problems: list[TarProblem]
 
     def __len__(self) -> int:
@@ -52,7 +52,7 @@ class ShardMembers:
     @property
     def num_bytes(self) -> int:
         """Memory held."""
-        arrays = (self.key_ends, self.starts, self.extension_ids, self.places)
+        arrays = (self.key_ends, self.starts, self.extension_ids, self.extents)
         return len(self.key_bytes) + sum(array.nbytes for array in arrays)
 
     def key(self, number: int) -> str:
@@ -62,13 +62,13 @@ class ShardMembers:
 
     def members(self, number: int) -> list[tuple[str, Place]]:
         """Extensions and places of a sample's members, in the order of the tar; an extension may come twice."""
-        ids, places = self.rows(number)
-        return [(self.extensions[i], Place(*place)) for i, place in zip(ids, places, strict=True)]
+        ids, extents = self.rows(number)
+        return [(self.extensions[i], Place(*place)) for i, place in zip(ids, extents, strict=True)]
 
     def rows(self, number: int) -> tuple[list[int], list[list[int]]]:
         """A sample's members as plain numbers: indices into `extensions`, and offset, size and crc32 of each."""
         first, last = self.starts[number : number + 2].tolist()
-        return self.extension_ids[first:last].tolist(), self.places[first:last].tolist()
+        return self.extension_ids[first:last].tolist(), self.extents[first:last].tolist()
 
 
 def scan_file(path: Path) -> ShardMembers:
@@ -100,19 +100,19 @@ def group_members(scan: TarScan) -> ShardMembers:
         if number is None:
             number = known[extension] = len(known)
         ids.append(number)
-    places = np.full((len(ids), 3), -1, dtype=np.int64)
-    places[:, 0], places[:, 1] = scan.offsets, scan.sizes
-    return _table(keys, [*starts, len(ids)], ids, list(known), places, scan.problems)
+    extents = np.full((len(ids), 3), -1, dtype=np.int64)
+    extents[:, 0], extents[:, 1] = scan.offsets, scan.sizes
+    return _table(keys, [*starts, len(ids)], ids, list(known), extents, scan.problems)
 
 
 def read_index(path: Path) -> ShardMembers:
     """The index that stands beside a tar. Raises: OSError, ValueError where it is none."""
     index = json.loads(path.read_text(encoding="utf-8"))
     try:
-        places = np.stack([np.array(index[name], dtype=np.int64) for name in _COLUMNS], axis=1)
+        extents = np.stack([np.array(index[name], dtype=np.int64) for name in _COLUMNS], axis=1)
         keys = [key.encode("utf-8", "surrogatepass") for key in index["keys"]]
         problems = [TarProblem(*problem) for problem in index["problems"]]
-        return _table(keys, index["starts"], index["extension_ids"], index["extensions"], places, problems)
+        return _table(keys, index["starts"], index["extension_ids"], index["extensions"], extents, problems)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as err:
         raise ValueError(f"{path} is not an index of a tar ({err!r})") from err
 
@@ -127,7 +127,7 @@ def index_json(members: ShardMembers, **extra: Any) -> bytes:
         "starts": members.starts.tolist(),
         "extensions": members.extensions,
         "extension_ids": members.extension_ids.tolist(),
-        **dict(zip(_COLUMNS, members.places.T.tolist(), strict=True)),
+        **dict(zip(_COLUMNS, members.extents.T.tolist(), strict=True)),
         "problems": [list(vars(problem).values()) for problem in members.problems],
     }
     return json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
@@ -142,7 +142,7 @@ def _table(
     starts: list[int],
     ids: list[int],
     extensions: list[str],
-    places: np.ndarray,
+    extents: np.ndarray,
     problems: list[TarProblem],
 ) -> ShardMembers:
     """Raises: ValueError where the columns do not belong together."""
@@ -153,7 +153,7 @@ def _table(
         starts=np.array(starts, dtype=np.int32),
         extension_ids=np.array(ids, dtype=np.uint32 if wide else np.uint16),
         extensions=extensions,
-        places=places,
+        extents=extents,
         problems=problems,
     )
     rising = np.diff(table.starts)
@@ -161,11 +161,11 @@ def _table(
         len(table.starts) != len(keys) + 1
         or table.starts[0] != 0
         or table.starts[-1] != len(ids)
-        or len(table.places) != len(ids)
+        or len(table.extents) != len(ids)
         or (rising < 0).any()
         or (len(ids) and int(table.extension_ids.max()) >= len(extensions))
         or not all(isinstance(extension, str) for extension in extensions)
-        or (np.diff(table.places[:, 0]) <= 0).any()
+        or (np.diff(table.extents[:, 0]) <= 0).any()
     ):
         raise ValueError(f"{len(keys)} keys, {len(starts)} starts and {len(ids)} members do not fit together")
     return table

@@ -137,8 +137,8 @@ class _OpenTar:
             self.tar.close()
             self.file.sync_and_close()
             members = scan_file(self.partial)
-            assert len(members.places) == len(self.checksums), "webdataset wrote other members than it was given"
-            members.places[:, 2] = self.checksums
+            assert len(members.extents) == len(self.checksums), "webdataset wrote other members than it was given"
+            members.extents[:, 2] = self.checksums
         except BaseException:
             self.abandon()
             raise

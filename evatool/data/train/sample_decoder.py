@@ -75,15 +75,15 @@ class SampleDecoder:
     ) -> None:
         match caption:
             case None:
-                places: list[CaptionChoice] = []
+                choices: list[CaptionChoice] = []
             case "txt":
-                places = [CaptionChoice()]
+                choices = [CaptionChoice()]
             case "json-captions":
-                places = [CaptionChoice(member="json", field="captions")]
+                choices = [CaptionChoice(member="json", field="captions")]
             case _:
-                places = [place for place in caption if isinstance(place, CaptionChoice)]
-        self.places, self.extras, self.decode = places, list(extras), decode
-        texts = {place.member for place in places} | ({"json"} if places else set())
+                choices = [place for place in caption if isinstance(place, CaptionChoice)]
+        self.choices, self.extras, self.decode = choices, list(extras), decode
+        texts = {place.member for place in choices} | ({"json"} if choices else set())
         self.fields = frozenset({*IMAGE_MEMBERS, *texts, *(extra.member for extra in self.extras)})
 
     def __call__(self, members: Mapping[str, bytes], max_pixels: int) -> DecodedSample:
@@ -91,7 +91,7 @@ class SampleDecoder:
         encoded = next((members[e] for e in IMAGE_MEMBERS if e in members), None)
         if encoded is None:
             raise UnreadableSample("no-picture", f"members: {', '.join(sorted(members))}")
-        captions, concept = self._captions(members) if self.places else ((), None)
+        captions, concept = self._captions(members) if self.choices else ((), None)
         extras = {extra.name: _read_extra(members, extra) for extra in self.extras}
         decoded, conversion = self.decode(encoded, max_pixels)
         # Channels last in memory, as decoded: the resize is fastest on that.
@@ -100,21 +100,21 @@ class SampleDecoder:
 
     def _captions(self, members: Mapping[str, bytes]) -> tuple[tuple[tuple[float, tuple[str, ...]], ...], str | None]:
         texts: dict[str, Any] = {}
-        for name in {place.member for place in self.places} | {"json"}:
+        for name in {place.member for place in self.choices} | {"json"}:
             if name in members:
                 texts[name] = _text(members[name], name)
         for name in texts:
             if name.rpartition(".")[2] == "json":
                 texts[name] = _object(texts[name], name)
         found = []
-        for place in self.places:
+        for place in self.choices:
             if place.member in texts:
                 value = texts[place.member]
                 captions = _usable([value] if place.field is None else value.get(place.field))
                 if captions:
                     found.append((place.probability, captions))
         if not found:
-            wanted = [p.member if p.field is None else f"{p.field!r} in the {p.member} member" for p in self.places]
+            wanted = [p.member if p.field is None else f"{p.field!r} in the {p.member} member" for p in self.choices]
             raise UnreadableSample("no-caption", f"data.caption needs {' or '.join(wanted)}")
         concept = texts.get("json", {}).get("concept")
         return tuple(found), None if concept is None else str(concept)

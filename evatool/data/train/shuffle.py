@@ -39,7 +39,7 @@ _EPOCHS_KEPT = 4
 _SHARDS, _WINDOWS, _BLOCKS = 1, 2, 3  # what a permutation is of, in its key
 
 
-def permute(places: np.ndarray, size: int, *key: int) -> np.ndarray:
+def permute(positions: np.ndarray, size: int, *key: int) -> np.ndarray:
     """The permutation of range(size) that `key` names, applied to each of `places`; int64, in the shape of `places`.
 
     A Feistel network with eight rounds over the next power of two:
@@ -56,7 +56,7 @@ def permute(places: np.ndarray, size: int, *key: int) -> np.ndarray:
     low = bits // 2
     high_mask, low_mask, shift = np.uint64((1 << (bits - low)) - 1), np.uint64((1 << low) - 1), np.uint64(low)
     round_keys = [_key_of(*key, number) for number in range(_ROUNDS)]
-    out = np.array(places, dtype=np.uint64)
+    out = np.array(positions, dtype=np.uint64)
     if size == 1:
         return np.zeros(out.shape, dtype=np.int64)
     outside = np.arange(out.size)
@@ -164,11 +164,11 @@ class ShuffledOrder(SampleOrder):
         if self.with_replacement:
             return self._drawn(positions, 0)
         epochs, slots = np.divmod(positions, self.num_samples)
-        places = self._places(slots)
-        out = np.empty(len(positions), dtype=np.int64)
+        in_epoch = self._stream_positions(slots)
+        out = np.empty(len(in_epoch), dtype=np.int64)
         for epoch in np.unique(epochs).tolist():
             chosen = epochs == epoch
-            out[chosen] = self._epoch(epoch).samples(places[chosen])
+            out[chosen] = self._epoch(epoch).samples(in_epoch[chosen])
         return out
 
     def draws(self, positions: np.ndarray) -> np.ndarray:
@@ -185,7 +185,7 @@ class ShuffledOrder(SampleOrder):
             return position, int(self._drawn(np.array([position]), attempt)[0])
         epoch, slot = divmod(position, self.num_samples)
         later = self._epoch(epoch + attempt)
-        place = int(self._places(np.array([slot]))[0]) % later.first_window_size
+        place = int(self._stream_positions(np.array([slot]))[0]) % later.first_window_size
         return epoch + attempt, int(later.samples(np.array([place]))[0])
 
     def shards_of_window(self, position: int, ahead: int = 0) -> list[int]:
@@ -194,7 +194,7 @@ class ShuffledOrder(SampleOrder):
             return sorted(set(self._drawn_shards(window).tolist()))
         epoch, slot = divmod(position, self.num_samples)
         epoch_order = self._epoch(epoch)
-        window = epoch_order.window_of(int(self._places(np.array([slot]))[0])) + ahead
+        window = epoch_order.window_of(int(self._stream_positions(np.array([slot]))[0])) + ahead
         while window >= epoch_order.num_windows:
             window, epoch = window - epoch_order.num_windows, epoch + 1
             epoch_order = self._epoch(epoch)
@@ -203,15 +203,15 @@ class ShuffledOrder(SampleOrder):
     def once_per_epoch(self) -> ShuffledOrder:
         return ShuffledOrder(self.seed, self.counts, window=self.window)
 
-    def _places(self, slots: np.ndarray) -> np.ndarray:
+    def _stream_positions(self, slots: np.ndarray) -> np.ndarray:
         if self.streams == 1:
             return slots
         # n = whole S + rest: the first `rest` streams hold whole + 1 places each, the others whole.
         #   S = 3, n = 8:   slots 0 3 6 | 1 4 7 | 2 5   are places   0 1 2 | 3 4 5 | 6 7
         stream, step = slots % self.streams, slots // self.streams
         whole, rest = divmod(self.num_samples, self.streams)
-        places: np.ndarray = stream * whole + np.minimum(stream, rest) + step
-        return places
+        positions: np.ndarray = stream * whole + np.minimum(stream, rest) + step
+        return positions
 
     def _epoch(self, epoch: int) -> _Epoch:
         if epoch in self._epochs:
@@ -262,13 +262,15 @@ class _Epoch:
         self.num_windows = len(self.window_starts) - 1
         self.first_window_size = max(1, int(self.window_starts[1]))
 
-    def samples(self, places: np.ndarray) -> np.ndarray:
-        windows = np.searchsorted(self.window_starts, places, side="right") - 1
-        at = np.empty(len(places), dtype=np.int64)
+    def samples(self, positions: np.ndarray) -> np.ndarray:
+        windows = np.searchsorted(self.window_starts, positions, side="right") - 1
+        at = np.empty(len(positions), dtype=np.int64)
         for window in np.unique(windows).tolist():
             chosen = windows == window
             start, end = int(self.window_starts[window]), int(self.window_starts[window + 1])
-            at[chosen] = start + permute(places[chosen] - start, end - start, self.seed, self.epoch, window, _WINDOWS)
+            at[chosen] = start + permute(
+                positions[chosen] - start, end - start, self.seed, self.epoch, window, _WINDOWS
+            )
         ranks = np.searchsorted(self.starts, at, side="right") - 1
         found: np.ndarray = self.first[self.shards[ranks]] + at - self.starts[ranks]
         return found

@@ -150,10 +150,10 @@ class DdpEngine(Engine):
         if self._scale is not None:
             self._scale.load(state)
 
-    def _with_scale(self, held: ShardedState) -> ShardedState:
+    def _with_scale(self, state: ShardedState) -> ShardedState:
         if self._scale is None:
-            return held
-        return held.merged(ShardedState.whole(self._scale.state(), is_writer=self._is_writer))
+            return state
+        return state.merged(ShardedState.whole(self._scale.state(), is_writer=self._is_writer))
 
 
 def _replicated(objective: nn.Module) -> nn.Module:

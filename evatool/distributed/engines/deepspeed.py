@@ -149,7 +149,7 @@ class DeepSpeedEngine(Engine):
         # Whole layers fetch their weights themselves; what stands beside them (class token, positions, temperature)
         # is gathered here.
         beside = {id(p): p for m in self.module.modules() if any(m.children()) for p in m.parameters(recurse=False)}
-        with self._gathered(list(beside.values())):
+        with self._full_state(list(beside.values())):
             yield
 
     def replicated_tensors(self) -> list[Tensor]:
@@ -164,21 +164,21 @@ class DeepSpeedEngine(Engine):
         return [*weights, *(flat.detach() for flat in self._pieces), *moments_of(self._optimizer, self._pieces)]
 
     def sharded_model_state(self) -> ShardedState:
-        held = ShardedState()
+        state = ShardedState()
         for name, tensor in self.module.state_dict(keep_vars=True).items():
-            held.declare(name, self._shapes[name], torch.float32 if name in self._trained else tensor.dtype)
+            state.declare(name, self._shapes[name], torch.float32 if name in self._trained else tensor.dtype)
             if self._zero is not None and name in self._trained:
                 continue  # from the masters below
             if self._is_sharded(tensor):
                 start, numel = self._own_range(tensor)
-                held.add(name, start, tensor.ds_tensor.view(-1)[:numel])
+                state.add(name, start, tensor.ds_tensor.view(-1)[:numel])
             elif self._is_writer:
-                held.add(name, 0, tensor)
+                state.add(name, 0, tensor)
         if self._zero is not None:
             for flat, listed in self._pieces.items():
                 for piece in listed:
-                    held.add(piece.name, piece.start, flat.view(-1).narrow(0, piece.offset, piece.numel))
-        return held
+                    state.add(piece.name, piece.start, flat.view(-1).narrow(0, piece.offset, piece.numel))
+        return state
 
     def load_model_state(self, state: Mapping[str, Tensor]) -> None:
         check_names(self._shapes, state)
@@ -201,12 +201,12 @@ class DeepSpeedEngine(Engine):
         stepped = {flat: listed for flat, listed in self._pieces.items() if self._optimizer.state.get(flat)}
         if self._zero is None:
             shapes = {piece.name: self._trained[piece.name] for listed in stepped.values() for piece in listed}
-            held = sharded_moments(self._optimizer, stepped, shapes, is_writer=self._is_writer)
+            state = sharded_moments(self._optimizer, stepped, shapes, is_writer=self._is_writer)
         else:
-            held = sharded_moments(self._optimizer, stepped, self._trained, is_writer=True)
+            state = sharded_moments(self._optimizer, stepped, self._trained, is_writer=True)
         if self._scale is None:
-            return held
-        return held.merged(ShardedState.whole(self._scale.state(), is_writer=self._is_writer))
+            return state
+        return state.merged(ShardedState.whole(self._scale.state(), is_writer=self._is_writer))
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         load_moments(self._optimizer, self._pieces, self._trained, state)
@@ -268,7 +268,7 @@ class DeepSpeedEngine(Engine):
         return [param.data, *([] if mapping is None else [mapping.get_hp_fragment()])]
 
     @contextmanager
-    def _gathered(self, tensors: list[Tensor]) -> Iterator[None]:
+    def _full_state(self, tensors: list[Tensor]) -> Iterator[None]:
         """Whole weights within the block, to read."""
         if self._stage < 3:
             yield

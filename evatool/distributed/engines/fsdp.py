@@ -123,14 +123,14 @@ class FsdpEngine(DdpEngine):
                 yield name, buffers[name], None
 
     def sharded_model_state(self) -> ShardedState:
-        held = ShardedState()
+        state = ShardedState()
         for name, tensor, piece in self._own_tensors():
-            held.declare(name, self._shapes[name], tensor.dtype)
+            state.declare(name, self._shapes[name], tensor.dtype)
             if piece is not None:
-                held.add(name, piece.start, tensor)
+                state.add(name, piece.start, tensor)
             elif self._is_writer:
-                held.add(name, 0, tensor)
-        return held
+                state.add(name, 0, tensor)
+        return state
 
     def load_model_state(self, state: Mapping[str, Tensor]) -> None:
         check_names(self._shapes, state)
@@ -140,8 +140,8 @@ class FsdpEngine(DdpEngine):
                 tensor.view(-1).copy_(read_piece(state, name, start, numel, self._shapes[name]))
 
     def sharded_optimizer_state(self) -> ShardedState:
-        held = sharded_moments(self._optimizer, self._pieces, self._trained, is_writer=True)
-        return self._with_scale(held)
+        state = sharded_moments(self._optimizer, self._pieces, self._trained, is_writer=True)
+        return self._with_scale(state)
 
 
 def _placement(param: nn.Parameter, num_ranks: int) -> Shard | None:

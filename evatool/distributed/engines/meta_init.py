@@ -71,7 +71,7 @@ class _Operation:
     def is_random(self) -> bool:
         return torch.Tag.nondeterministic_seeded in self.func.tags
 
-    def read_places(self) -> list[_Place]:
+    def read_tensors(self) -> list[_Place]:
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, _Place)]
 
 
@@ -126,7 +126,7 @@ class MetaBuild(TorchDispatchMode):
         memories = {place.key: torch.UntypedStorage(place.num_bytes)}
         for number in history[clean[-1] if clean else 0 :]:
             operation = self._operations[number]
-            for other in operation.read_places():
+            for other in operation.read_tensors():
                 if other.key != place.key:
                     memories[other.key] = self._memory(other, number)
             if operation.is_random:
@@ -142,7 +142,7 @@ class MetaBuild(TorchDispatchMode):
                 operation = self._operations[drawn]
                 if operation.is_random:
                     self._random_states[drawn] = torch.get_rng_state()
-                    _run(operation, {p.key: torch.UntypedStorage(p.num_bytes) for p in operation.read_places()})
+                    _run(operation, {p.key: torch.UntypedStorage(p.num_bytes) for p in operation.read_tensors()})
             self._next_state, self._num_drawn = torch.get_rng_state(), number + 1
         return self._random_states[number]
 
@@ -178,21 +178,21 @@ class InitialWeights(Mapping[str, Tensor]):
         unknown = sorted(set(sources) - set(state))
         assert not unknown, f"sources of parameters that do not exist: {unknown[:5]}"
         self._build, self._sources = build, sources
-        self._held: dict[str, Tensor | _Place] = {
+        self._entries: dict[str, Tensor | _Place] = {
             name: _Place.of(tensor) if tensor.is_meta else tensor.detach() for name, tensor in state.items()
         }
 
     def __getitem__(self, name: str) -> Tensor:
-        held = self._held[name]
+        state = self._entries[name]
         if name in self._sources:
             return self._sources[name]()
-        return self._build.tensor(held) if isinstance(held, _Place) else held
+        return self._build.tensor(state) if isinstance(state, _Place) else state
 
     def __contains__(self, name: object) -> bool:
-        return name in self._held
+        return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._held)
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._entries)

@@ -84,11 +84,11 @@ def sharded_moments(
         shapes: of the parameters that have moments on some rank, the same on every rank.
         is_writer: this rank writes its moments; `num_updates` is written by rank 0 alone.
     """
-    held = ShardedState()
+    moments = ShardedState()
     num_updates = 0
     for name, shape in shapes.items():
         for moment in MOMENTS:
-            held.declare(f"{moment}.{name}", shape, torch.float32)
+            moments.declare(f"{moment}.{name}", shape, torch.float32)
     for tensor, listed in pieces.items():
         state = optimizer.state.get(tensor)
         if not state:
@@ -97,10 +97,10 @@ def sharded_moments(
         for piece in listed:
             for moment in MOMENTS:
                 key = f"{moment}.{piece.name}"
-                held.dtypes[key] = state[moment].dtype
+                moments.dtypes[key] = state[moment].dtype
                 if is_writer:
-                    held.add(key, piece.start, state[moment].view(-1).narrow(0, piece.offset, piece.numel))
-    return held.merged(ShardedState.whole({NUM_UPDATES: torch.tensor([num_updates])}, is_writer=rank() == 0))
+                    moments.add(key, piece.start, state[moment].view(-1).narrow(0, piece.offset, piece.numel))
+    return moments.merged(ShardedState.whole({NUM_UPDATES: torch.tensor([num_updates])}, is_writer=rank() == 0))
 
 
 def load_moments(

@@ -36,12 +36,12 @@ class ShardedState:
     @classmethod
     def whole(cls, tensors: Mapping[str, Tensor], *, is_writer: bool = True) -> ShardedState:
         """Tensors that every rank holds in full, written by the one rank with `is_writer`."""
-        held = cls()
+        state = cls()
         for name, tensor in tensors.items():
-            held.declare(name, tensor.shape, tensor.dtype)
+            state.declare(name, tensor.shape, tensor.dtype)
             if is_writer:
-                held.pieces.append(StateShard(name, 0, tensor.detach().reshape(-1)))
-        return held
+                state.pieces.append(StateShard(name, 0, tensor.detach().reshape(-1)))
+        return state
 
     def declare(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
         """Name a tensor of the state; on every rank alike."""
@@ -65,14 +65,14 @@ class ShardedState:
         )
 
 
-def gather_full_state(held: ShardedState) -> dict[str, Tensor]:
+def gather_full_state(state: ShardedState) -> dict[str, Tensor]:
     """Whole tensors on the CPU of every rank, one exchange a tensor; every rank must call it. May alias live ones."""
-    by_name: dict[str, list[StateShard]] = {name: [] for name in held.shapes}
-    for piece in held.pieces:
+    by_name: dict[str, list[StateShard]] = {name: [] for name in state.shapes}
+    for piece in state.pieces:
         by_name[piece.name].append(piece)
     found: dict[str, Tensor] = {}
     for name, pieces in by_name.items():
-        shape, dtype = held.shapes[name], held.dtypes[name]
+        shape, dtype = state.shapes[name], state.dtypes[name]
         if world_size() == 1 and len(pieces) == 1 and pieces[0].values.numel() == math.prod(shape):
             found[name] = pieces[0].values.reshape(shape).cpu()
             continue

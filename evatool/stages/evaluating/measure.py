@@ -11,7 +11,7 @@ from pathlib import Path
 
 from evatool.core.errors import DataError, EvatoolError
 from evatool.core.progress import progress
-from evatool.data.eval.sets import EvalSet
+from evatool.data.eval.eval_set import EvalSet
 from evatool.distributed.collectives import gather_objects
 from evatool.eval.cache import TensorCache
 from evatool.eval.encode import Encoding, ImageMemory

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evatool.core.errors import DataError, EvatoolError
-from evatool.data.eval.sets import EvalSet, open_eval_set, scenes_of, usable_cores
+from evatool.data.eval.eval_set import EvalSet, open_eval_set, scenes_of, usable_cores
 from evatool.data.image.eval_transforms import EvalTransform
 from evatool.distributed.world import World
 from evatool.eval.encode import ImageMemory

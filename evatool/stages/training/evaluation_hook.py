@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from evatool.core.image_norm import normalize_images
-from evatool.data.eval.sets import EvalSet, open_eval_set
+from evatool.data.eval.eval_set import EvalSet, open_eval_set
 from evatool.data.image.eval_transforms import EvalTransform
 from evatool.data.tokenizer import build_tokenizer
 from evatool.distributed.engines.amp import autocast
@@ -68,23 +68,23 @@ class Evaluation(Hook):
 
     def after_step(self, result: StepResult, trainer: TrainerControl) -> None:
         if result.step % self._every_steps == 0 or result.step == trainer.config.num_steps:
-            figures = self._evaluate(trainer)
-            result.add_metrics(figures)
-            log.info("step %d  %s", result.step, "  ".join(f"{key} {value:.4f}" for key, value in figures.items()))
+            metrics = self._evaluate(trainer)
+            result.add_metrics(metrics)
+            log.info("step %d  %s", result.step, "  ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
 
     def _evaluate(self, trainer: TrainerControl) -> dict[str, float]:
-        figures: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         was_training = trainer.objective.training
         trainer.objective.eval()
         try:
             with torch.no_grad(), trainer.engine.summon_full_weights(), autocast(self._precision, self._device):
                 for opened in self._sets:
-                    figures |= self._figures(opened)
+                    metrics |= self._metrics(opened)
         finally:
             trainer.objective.train(was_training)
-        return figures
+        return metrics
 
-    def _figures(self, opened: EvalSet) -> dict[str, float]:
+    def _metrics(self, opened: EvalSet) -> dict[str, float]:
         how = Encoding(str(self._device), self._trims_text, self._lockstep)
         task = task_of(opened.kind)
         predictions = task.run(SetEncoder(self._model, self._tokenizer, how), opened).predictions

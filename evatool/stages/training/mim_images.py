@@ -79,8 +79,8 @@ def feature_colors(student: Tensor, teacher: Tensor, known: Tensor) -> tuple[Ten
     directions = torch.linalg.svd(sample - mean, full_matrices=False).Vh[:3]
     largest = directions.abs().argmax(dim=1, keepdim=True)
     directions = directions * directions.gather(1, largest).sign()  # a component's sign is arbitrary: make it the same
-    places = (sample - mean) @ directions.T
-    low, high = (torch.quantile(places, share, dim=0) for share in (0.02, 0.98))
+    coordinates = (sample - mean) @ directions.T
+    low, high = (torch.quantile(coordinates, share, dim=0) for share in (0.02, 0.98))
     colors = []
     for features in units:
         scaled = ((features - mean) @ directions.T - low) / (high - low).clamp_min(1e-12)

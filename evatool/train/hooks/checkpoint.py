@@ -29,10 +29,10 @@ class HostCopy:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, int], Tensor] = {}
 
-    def take(self, held: ShardedState) -> ShardedState:
+    def take(self, state: ShardedState) -> ShardedState:
         """The state as it is now, on the CPU."""
-        copied = ShardedState(dict(held.shapes), dict(held.dtypes))
-        for piece in held.pieces:
+        copied = ShardedState(dict(state.shapes), dict(state.dtypes))
+        for piece in state.pieces:
             key, live = (piece.name, piece.start), piece.values
             buffer = self._buffers.get(key)
             if buffer is None or buffer.shape != live.shape:
@@ -40,7 +40,7 @@ class HostCopy:
                 self._buffers[key] = buffer
             buffer.copy_(live, non_blocking=True)
             copied.pieces.append(StateShard(piece.name, piece.start, buffer))
-        if any(piece.values.is_cuda for piece in held.pieces):
+        if any(piece.values.is_cuda for piece in state.pieces):
             torch.cuda.current_stream().synchronize()
         return copied
 

@@ -55,18 +55,18 @@ class WeightAverage(Hook):
         return average.renamed({name: PREFIX + name for name in names})
 
     def load_state(self, saved: SavedRun, trainer: TrainerControl) -> None:
-        held, average = trainer.engine.sharded_model_state(), saved.averaged_state
+        state, average = trainer.engine.sharded_model_state(), saved.averaged_state
         self._average = {
-            (name, start): read_piece(average, PREFIX + name, start, values.numel(), held.shapes[name])
+            (name, start): read_piece(average, PREFIX + name, start, values.numel(), state.shapes[name])
             .to(values.device, values.dtype)
             .clone()
-            for (name, start), values in _floats(held).items()
+            for (name, start), values in _floats(state).items()
         }
 
 
-def _floats(held: ShardedState) -> Mapping[tuple[str, int], Tensor]:
+def _floats(state: ShardedState) -> Mapping[tuple[str, int], Tensor]:
     """The model's floating-point numbers that this rank holds, by name and start."""
-    return {(p.name, p.start): p.values for p in held.pieces if _is_averaged(p.name, p.values.dtype)}
+    return {(p.name, p.start): p.values for p in state.pieces if _is_averaged(p.name, p.values.dtype)}
 
 
 def _is_averaged(name: str, dtype: torch.dtype) -> bool:

@@ -103,11 +103,11 @@ class ReplicaCheck(Hook):
         most = Counter(value for value, _ in found).most_common(1)[0]
         if most[1] == len(found):
             return
-        odd = [f"rank {number} on {node}" for number, (value, node) in enumerate(found) if value != most[0]]
+        deviating = [f"rank {number} on {node}" for number, (value, node) in enumerate(found) if value != most[0]]
         if most[1] <= len(found) // 2:
-            odd = [f"rank {number} on {node}: {value:x}" for number, (value, node) in enumerate(found)]
+            deviating = [f"rank {number} on {node}: {value:x}" for number, (value, node) in enumerate(found)]
         raise UnhealthyNodeError(
-            f"weights differ between ranks that hold the same: {', '.join(odd)}",
+            f"weights differ between ranks that hold the same: {', '.join(deviating)}",
             where=f"step {step}",
             expected="equal weights on every rank; they were when last compared, at most "
             f"{self._every_steps} steps ago",
@@ -150,10 +150,10 @@ class ShardCheck(Hook):
     def _tell(self, step: int) -> None:
         differs, self._differs = self._differs, None
         found = gather_objects((differs is not None and bool(differs), platform.node()))
-        odd = [f"rank {number} on {node}" for number, (is_odd, node) in enumerate(found) if is_odd]
-        if odd:
+        deviating = [f"rank {number} on {node}" for number, (is_uneven, node) in enumerate(found) if is_uneven]
+        if deviating:
             raise UnhealthyNodeError(
-                f"weights or moments have changed between two steps: {', '.join(odd)}",
+                f"weights or moments have changed between two steps: {', '.join(deviating)}",
                 where=f"step {step}",
                 expected="memory that only changes when it is written to; it did until "
                 f"{self._every_steps} steps ago at least",
