@@ -161,7 +161,8 @@ class TensorLayout:
 
     def offset(self, piece: StateShard) -> int:
         """Of a piece's first byte in the file."""
-        return self._start[piece.name] + piece.start * self._item_size[piece.name]
+        offset: int = self._start[piece.name] + piece.start * self._item_size[piece.name]
+        return offset
 
 
 def create_tensor_file(path: Path, state: ShardedState) -> None:

@@ -80,7 +80,8 @@ def all_gather_with_grad(x: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return x
-    return _AllGather.apply(x)
+    gathered_rows: Tensor = _AllGather.apply(x)
+    return gathered_rows
 
 
 def all_gather_rows(x: Tensor) -> Tensor:

@@ -259,7 +259,10 @@ def _differences(before: Recipe, now: Recipe) -> dict[str, str]:
     """One line per differing key that a resume may not change unasked."""
     old, new = flatten(to_table(before)), flatten(to_table(now))
     keys = [k for k in dict.fromkeys((*old, *new)) if k not in RESUMABLE_KEYS and not k.startswith(RESUMABLE_TABLES)]
-    show = lambda table, key: format_value(table[key]) if key in table else "absent"  # noqa: E731
+
+    def show(table: dict[str, Any], key: str) -> str:
+        return format_value(table[key]) if key in table else "absent"
+
     return {key: f"{key}: was {show(old, key)}, now {show(new, key)}" for key in keys if old.get(key) != new.get(key)}
 
 

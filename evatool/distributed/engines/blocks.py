@@ -61,7 +61,7 @@ def checkpoint_blocks(objective: nn.Module, kind: str) -> None:
     contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _keeps_products)}
     options = contexts if kind == "selective" else {}
     for block in blocks_of(objective):
-        block.forward = _checkpointed(block.forward, options)  # type: ignore[method-assign]
+        block.forward = _checkpointed(block.forward, options)
 
 
 def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
@@ -93,7 +93,7 @@ def compile_blocks(objective: nn.Module, device: torch.device, asked: str = "eng
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, limit)
     for block in blocks:
-        block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+        block.forward = torch.compile(block.forward)
     log.info("%d blocks are compiled in their first steps", len(blocks))
     return True
 

@@ -75,7 +75,8 @@ class DdpEngine(Engine):
 
     def forward(self, batch: Batch, **options: Any) -> LossDict:
         with autocast(self._precision, self.device):
-            return self._wrapped(batch.to(self.device), **options)
+            losses: LossDict = self._wrapped(batch.to(self.device), **options)
+            return losses
 
     def backward(self, loss: Tensor) -> None:
         loss = poisoned_if_not_finite(loss)

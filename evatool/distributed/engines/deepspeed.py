@@ -53,7 +53,8 @@ class _Autocasting(nn.Module):
 
     def forward(self, batch: Batch, **options: Any) -> LossDict:
         with autocast(self._precision, self._device):
-            return self.objective(batch, **options)
+            losses: LossDict = self.objective(batch, **options)
+            return losses
 
 
 class DeepSpeedEngine(Engine):
@@ -109,7 +110,8 @@ class DeepSpeedEngine(Engine):
                 optimizer.place(self._pieces, is_shared=True, is_one_by_one=zero_stage == 3)
 
     def forward(self, batch: Batch, **options: Any) -> LossDict:
-        return self._engine(batch.to(self.device), **options)
+        losses: LossDict = self._engine(batch.to(self.device), **options)
+        return losses
 
     def backward(self, loss: Tensor) -> None:
         loss = poisoned_if_not_finite(loss)
@@ -228,7 +230,10 @@ class DeepSpeedEngine(Engine):
     def _flat_params(self) -> list[Tensor]:
         """What the optimiser really steps: this rank's piece of each group, flat."""
         zero = self._zero
-        return zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
+        flat: list[Tensor] = (
+            zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
+        )
+        return flat
 
     def _flat_pieces(self, groups: Sequence[ParamGroup]) -> dict[Tensor, list[Piece]]:
         """Which numbers of which parameters this rank's flat pieces are made of."""
@@ -333,5 +338,6 @@ def _deepspeed(world: World) -> Iterator[Any]:
         deepspeed.ops.__dict__["__compatible_ops__"] = {}
         if not dist.is_initialized():  # one process: DeepSpeed wants a group all the same
             backend = "nccl" if world.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
         yield deepspeed

@@ -47,7 +47,7 @@ class _Place:
 
     @property
     def key(self) -> int:
-        return self.storage._cdata
+        return int(self.storage._cdata)
 
     @property
     def is_all(self) -> bool:
@@ -55,7 +55,7 @@ class _Place:
 
     def within(self, memory: torch.UntypedStorage) -> Tensor:
         """The same tensor in real memory."""
-        return torch.empty(0, dtype=self.dtype).set_(memory, self.offset, self.shape, self.stride)  # type: ignore[call-overload]
+        return torch.empty(0, dtype=self.dtype).set_(memory, self.offset, self.shape, self.stride)
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class MetaBuild(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._operations: list[_Operation] = []
         self._writers: dict[int, list[int]] = {}  # by key, in order
         self._random_states: dict[int, Tensor] = {}  # the generator's, before each random operation

@@ -101,7 +101,8 @@ def read_piece(state: Mapping[str, Tensor], name: str, start: int, numel: int, s
     if read is None:
         return checked_shape(name, state[name], shape).reshape(-1)[start : start + numel]
     check_shape(name, state.shape(name), shape)  # type: ignore[attr-defined]
-    return read(name, start, numel)
+    values: Tensor = read(name, start, numel)
+    return values
 
 
 def checked_shape(key: str, tensor: Tensor, shape: Sequence[int]) -> Tensor:

@@ -101,7 +101,8 @@ class _Towers:
     def encode_image(self, image: Tensor) -> Tensor:
         dtype = next(self._model.parameters()).dtype
         pixels = normalize_images(image, dtype=dtype) if image.dtype == torch.uint8 else image
-        return self._model.encode_image(pixels).float()  # type: ignore[operator]
+        features: Tensor = self._model.encode_image(pixels).float()  # type: ignore[operator]
+        return features
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         # Texts of about one length come together, and a rank may have fewer of them than another: one pass on each.
