@@ -12,7 +12,7 @@ TWICE = {
     "MimObjective": "a recipe section and the class that is built from it share one word",
 }
 # Functions over 60 lines that read better whole.
-LONG: set[str] = set()
+LONG = {"evatool/data/train/loader.py: build_train_loader"}  # 38 lines of it say what it takes
 
 
 @pytest.fixture(scope="module")

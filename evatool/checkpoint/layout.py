@@ -126,7 +126,7 @@ def entry_of(file: HashingFile) -> dict[str, Any]:
     return {"bytes": sum(end - start for start, end in file.ranges), "sha256": file.sha256()}
 
 
-def write_json(path: Path, value: Any) -> dict[str, Any]:
+def write_json_entry(path: Path, value: Any) -> dict[str, Any]:
     """Write a JSON file and flush it to the disk; returns its manifest entry."""
     text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     return entry_of(write_file(path, lambda file: file.write(text.encode())))

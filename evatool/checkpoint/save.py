@@ -110,10 +110,10 @@ def _commit(
 ) -> None:
     """Write the documents and the manifest, flush, and give the folder its name."""
     for name, value in documents.items():
-        files[name] = layout.write_json(part / name, value)
+        files[name] = layout.write_json_entry(part / name, value)
     recipe = resolved_toml.encode()
     files[layout.RESOLVED] = layout.entry_of(layout.write_file(part / layout.RESOLVED, lambda file: file.write(recipe)))
-    layout.write_json(part / layout.MANIFEST, {"format": layout.FORMAT_VERSION, "step": step, "files": files})
+    layout.write_json_entry(part / layout.MANIFEST, {"format": layout.FORMAT_VERSION, "step": step, "files": files})
     sync_folder(part)
     _put_in_place(part, final)
     sync_folder(final.parent)

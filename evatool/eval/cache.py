@@ -21,7 +21,7 @@ from evatool.core.atomic_io import write_bytes_atomically
 _FINGERPRINTS = "fingerprints.json"
 
 
-def default_cache_folder() -> Path:
+def user_cache_folder() -> Path:
     """`evatool` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evatool"
 

@@ -71,7 +71,7 @@ class BaaiExporter(Exporter):
             write=write_torch_archive,
             read=TorchMap,
             configs={CONFIG: baai_config(clip.config)},
-            card=lambda difference, how: card_of(facts, "pytorch", BAAI_NOTE, how, difference, target.tolerance),
+            card=lambda difference, how: weights_card(facts, "pytorch", BAAI_NOTE, how, difference, target.tolerance),
             tower=self.tower,
             rename=lambda tensors: baai_state(tensors, clip.config),
             block=partial(_block_through_timm, clip.config),
@@ -110,7 +110,7 @@ class SafetensorsExporter(Exporter):
             write=partial(write_safetensors, metadata={"format": "pt"}),
             read=LibraryMap,
             configs={CONFIG: clip.config.to_json()},
-            card=lambda difference, how: card_of(facts, "safetensors", note, how, difference, target.tolerance),
+            card=lambda difference, how: weights_card(facts, "safetensors", note, how, difference, target.tolerance),
             tower=self.tower,
         )
 
@@ -162,7 +162,7 @@ def export_baai(
         difference = _compare(clip, config, target, lambda inputs: _through_timm(clip, read, inputs))
         write_json(work / CONFIG, config)
         how = "loaded with torch's restricted loader, its image tower translated by timm's filter, and run"
-        write_text(work / CARD, card_of(facts, "pytorch", BAAI_NOTE, how, difference, target.tolerance))
+        write_text(work / CARD, weights_card(facts, "pytorch", BAAI_NOTE, how, difference, target.tolerance))
     return Exported(target.folder, files, difference)
 
 
@@ -197,7 +197,7 @@ def export_safetensors(
             again = reopen(work)
             difference = _compare(clip, config, target, lambda inputs: our_outputs(again, inputs))
         how = "read back by the safetensors library with the same bits in every tensor, and run"
-        write_text(work / CARD, card_of(facts, "safetensors", SAFETENSORS_NOTE, how, difference, target.tolerance))
+        write_text(work / CARD, weights_card(facts, "safetensors", SAFETENSORS_NOTE, how, difference, target.tolerance))
     return Exported(target.folder, files, difference)
 
 
@@ -234,7 +234,7 @@ def _through_timm(clip: LoadedClip, read: Mapping[str, Tensor], inputs: Mapping[
     return outputs
 
 
-def card_of(facts: CardFacts, library: str, note: str, how: str, difference: float, allowed: float) -> str:
+def weights_card(facts: CardFacts, library: str, note: str, how: str, difference: float, allowed: float) -> str:
     """README.md of a folder with one weight file, which was verified as `how` says."""
     loading = (
         "import evatool\n"

@@ -110,7 +110,7 @@ def test_latest_of_run_folder_or_checkpoints_folder(save, tmp_path):
 def test_not_a_number_in_the_state_is_refused_before_anything_is_replaced(save, tmp_path):
     save(1)
     with pytest.raises(ValueError, match="not JSON compliant"):
-        layout.write_json(tmp_path / "state.json", {"loss": float("nan")})
+        layout.write_json_entry(tmp_path / "state.json", {"loss": float("nan")})
 
 
 def test_a_file_where_the_folder_should_be(save, tmp_path):

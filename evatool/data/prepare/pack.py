@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from evatool.core.errors import DataError
+from evatool.core.progress import ProgressBar
 from evatool.data.prepare.contact_sheet import Entry, thumbnail
 from evatool.data.prepare.drawings import SETS, TEMPLATES, TRAIN_SETS, Drawings, Tile
 from evatool.data.prepare.eval_layout import write_eval_set
@@ -21,12 +22,6 @@ from evatool.data.train.shuffle import shuffled
 from evatool.recipe.schema import DrawingsSource, FolderSource, ShardSection
 
 MANIFEST_FORMAT = "evatool-data-1"
-
-
-class ProgressBar(Protocol):
-    """The part of a progress bar that packing uses."""
-
-    def advance(self, n: float = 1, **fields: Any) -> None: ...
 
 
 Progress = Callable[[str, float | None], AbstractContextManager[ProgressBar]]

@@ -15,7 +15,7 @@ import evatool
 from evatool.core.errors import DependencyError, RecipeError
 from evatool.distributed.collectives import gather_objects
 from evatool.distributed.world import World
-from evatool.eval.cache import default_cache_folder
+from evatool.eval.cache import user_cache_folder
 from evatool.eval.results import EvalResults, file_name
 from evatool.eval.suite import Suite, SuiteSet, fetch_command, find_sets, load_suite
 from evatool.recipe.schema import EvalRecipe, EvalSection
@@ -70,7 +70,7 @@ def start_evaluation(recipe: EvalRecipe, options: RunOptions, request: EvalReque
         versions=_versions(),
         machine=_machine(world.world_size),
     )
-    cache = (section.cache_dir or default_cache_folder()) if section.use_cache else None
+    cache = (section.cache_dir or user_cache_folder()) if section.use_cache else None
     return SuiteEvaluation(section, suite, request.chosen, folders, run_dir.path, results, world, cache)
 
 
