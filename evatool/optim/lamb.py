@@ -153,6 +153,7 @@ class Lamb(LayerwiseOptimizer):
         grad_scale = getattr(self, "grad_scale", None)
         if grad_scale is not None:
             torch._foreach_div_(grads, grad_scale)
+        # m <- m + (1 - beta1) (g - m), and v <- beta2 v + (1 - beta2) g^2.
         torch._foreach_lerp_(first, grads, 1 - beta1)
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
@@ -160,6 +161,8 @@ class Lamb(LayerwiseOptimizer):
         updates = grads
         torch._foreach_copy_(updates, second)
         torch._foreach_sqrt_(updates)
+        # "timm" corrects both moments here; "deepspeed" has the same factors in its learning rate, and so eps weighs
+        # less against sqrt(v) in early steps.
         if self.variant == "timm":
             torch._foreach_div_(updates, (1 - beta2**step) ** 0.5)
         torch._foreach_add_(updates, group["eps"])
@@ -184,6 +187,7 @@ class Lamb(LayerwiseOptimizer):
             return torch.ones(group["num_units"], dtype=torch.float64, device=device)
         squares = torch.zeros(2, group["num_units"], dtype=torch.float64, device=device)
         if units:
+            # Several shards of one tensor add up their squares in its unit, here and over ranks.
             index = torch.tensor(units, device=device)
             for row, tensors in zip(squares, (weights, updates), strict=True):
                 norms = torch._foreach_norm(tensors, 2, dtype=torch.float64)

@@ -81,6 +81,14 @@ class MetaBuild(TorchDispatchMode):
     Use it with `torch.device("meta")` around the building of a module. The numbers are those that the same code would
     have drawn on the CPU from the generator's state at the start of the block, bit for bit. To know where in the
     stream of random numbers a tensor begins, all before it are drawn and dropped, once, at about 1e8 a second.
+
+        written down:      1 uniform_(A)   2 normal_(B)   3 mul_(B, s)   4 zero_(C)   5 normal_(D)
+        random stream:     |---- A ------|---- B -------|                           |---- D ------|
+        generator states:  g1            g2                                         g5
+
+    D asked for alone: draw and drop 1 and 2 to learn g5 (kept for the next time), set the generator to g5, run 5. B
+    asked for after it: g2 is known already; run 2 and 3, the operations that wrote B since it was last overwritten
+    whole. An operation that reads another tensor first has that one made as it was before the operation.
     """
 
     def __init__(self) -> None:
@@ -95,12 +103,14 @@ class MetaBuild(TorchDispatchMode):
         kwargs = kwargs or {}
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_meta]
         read = {tensor.untyped_storage()._cdata for tensor in inputs}
+        # Tensors are kept as descriptions of their memory: engines put other tensors in their places later on.
         kept_args, kept_kwargs = tree_map(_without_meta, (args, kwargs)) if inputs else (args, kwargs)
         out = func(*args, **kwargs)
         made = [_Place.of(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.is_meta]
         new = {place.key for place in made} - read
         changed = _Place.of(args[0]) if inputs and func._schema.is_mutable else None
         if func not in _ALLOCATING and (new or changed is not None):
+            # What is overwritten whole needs no earlier operation to be run again.
             overwritten = set(new)
             if changed is not None and func in _OVERWRITING and changed.is_all:
                 overwritten.add(changed.key)
@@ -124,6 +134,7 @@ class MetaBuild(TorchDispatchMode):
         history = [number for number in self._writers.get(place.key, ()) if number < before]
         clean = [at for at, number in enumerate(history) if place.key in self._operations[number].overwritten]
         memories = {place.key: torch.UntypedStorage(place.num_bytes)}
+        # From the last operation that left nothing of what was there before.
         for number in history[clean[-1] if clean else 0 :]:
             operation = self._operations[number]
             for other in operation.read_tensors():
