@@ -128,9 +128,17 @@ def around_ring(
     Args:
         block: what the other ranks only read, of the same shapes on every rank. It is under way to the next rank while
             this one works with it.
-        luggage: what travels with the block and is written to on the way, in place. Once round, each rank's comes home:
-            these very tensors then hold what all ranks have written.
-    Yields: the rank whose block it is, the block, and its luggage. No gradient flows.
+        carried_state: travels with the block and is written to on the way, in place. Once round, each rank's comes
+            home: these very tensors then hold what all ranks have written.
+    Yields: the rank whose block it is, the block, and its carried state. No gradient flows.
+
+    On four ranks, with the owner of the block that each rank works with:
+
+        hop        0  1  2  3
+        rank 0     0  3  2  1        blocks move to the next rank; carried state of rank 0 visits 0, 1, 2, 3
+        rank 1     1  0  3  2        and is handed on once more, home
+        rank 2     2  1  0  3
+        rank 3     3  2  1  0
     """
     size, me = world_size(), rank()
     blocks, carried = list(block), list(carried_state)

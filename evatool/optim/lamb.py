@@ -162,7 +162,7 @@ class Lamb(LayerwiseOptimizer):
         torch._foreach_copy_(updates, second)
         torch._foreach_sqrt_(updates)
         # "timm" corrects both moments here; "deepspeed" has the same factors in its learning rate, and so eps weighs
-        # less against sqrt(v) in early steps.
+        # more in early steps: it is added to sqrt(v) before v is corrected.
         if self.variant == "timm":
             torch._foreach_div_(updates, (1 - beta2**step) ** 0.5)
         torch._foreach_add_(updates, group["eps"])
