@@ -80,8 +80,8 @@ def all_gather_with_grad(x: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return x
-    gathered_rows: Tensor = _AllGather.apply(x)
-    return gathered_rows
+    every_row: Tensor = _AllGather.apply(x)
+    return every_row
 
 
 def all_gather_rows(x: Tensor) -> Tensor:

@@ -220,7 +220,7 @@ def huge_manifest(folder: Path) -> Path:
     return folder
 
 
-def test_opening_a_manifest_of_two_billion_samples_and_seeking_takes_less_than_a_second(
+def test_opening_a_manifest_of_two_billion_samples_and_seeking_takes_a_moment(
     tmp_path: Path, cache: ShardCache
 ) -> None:
     folder = huge_manifest(tmp_path / "set")
@@ -234,7 +234,8 @@ def test_opening_a_manifest_of_two_billion_samples_and_seeking_takes_less_than_a
         seconds.append(time.process_time() - start)
     assert found.num_samples > 1.99e9
     assert len(set(samples.tolist())) == 512
-    assert min(seconds) < 1.0
+    # About 0.5 s on a fast core and 1.4 s on a slow one; what grew with the samples would take hours.
+    assert min(seconds) < 10.0
 
 
 def test_a_long_list_of_tars_is_looked_at_here_and_there(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 import pytest
@@ -16,23 +15,28 @@ from evatool.stages import run_stage
 pytestmark = pytest.mark.e2e
 
 NAMES = [name for name, *_ in list_recipes() if name.startswith("debug/") and name.count("/") == 2]
+# One of each stage stands for the others in `make test`: all of them take minutes of a core.
+ALWAYS = (
+    "debug/eva-02-l/pretrain-mim",
+    "debug/eva02-clip-l-14/train-clip",
+    "debug/eva02-clip-l-14/train-clip-single-stage",
+    "debug/eva02-clip-l-14/distill",
+)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    """Results by recipe; a recipe that starts from another's run is run after it."""
-    before = Path.cwd()
-    os.chdir(tmp_path_factory.mktemp("published"))
-    try:
-        done: dict[str, Result] = {}
-        for name in ["debug/data-prepare", *NAMES]:
-            _run(name, done)
-        return done
-    finally:
-        os.chdir(before)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("published")
+
+
+@pytest.fixture(scope="module")
+def done() -> dict[str, Result]:
+    """Results so far, by recipe."""
+    return {}
 
 
 def _run(name: str, done: dict[str, Result]) -> None:
+    """Run a recipe, after the one whose run it starts from."""
     if name in done:
         return
     resolved = load_recipe(name)
@@ -43,8 +47,13 @@ def _run(name: str, done: dict[str, Result]) -> None:
     done[name] = run_stage(resolved, RunOptions(name=resolved.name))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_it_runs_to_its_end(name: str, runs: dict[str, Result]) -> None:
-    result, recipe = runs[name], load_recipe(name).recipe
+@pytest.mark.parametrize(
+    "name", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
+def test_it_runs_to_its_end(name: str, folder: Path, done: dict[str, Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    _run("debug/data-prepare", done)
+    _run(name, done)
+    result, recipe = done[name], load_recipe(name).recipe
     assert result.metrics["steps"] == recipe.train.num_steps
     assert math.isfinite(result.metrics["train/loss"])

@@ -7,7 +7,8 @@ Both readers of headers use this one description: `scan` looks at one header clo
 
 Numbers are octal digits in ASCII, ended by a space or a zero byte. The checksum is the sum of all bytes of the block,
 with the eight bytes of its own field taken as spaces. The data follow in whole blocks; the next header stands behind.
-Source: POSIX.1-2001, pax, "ustar Interchange Format"; GNU tar manual, "Basic Tar Format".
+Source: POSIX pax, "ustar Interchange Format", https://pubs.opengroup.org/onlinepubs/9699919799/utilities/pax.html; GNU
+tar, "Basic Tar Format", https://www.gnu.org/software/tar/manual/html_node/Standard.html.
 """
 
 from __future__ import annotations
