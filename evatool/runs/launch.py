@@ -18,14 +18,8 @@ from evatool.core import errors
 from evatool.core.errors import EvatoolError, ExitCode, RecipeError
 from evatool.recipe.schema import EvalRecipe, Recipe, TrainingRecipe
 from evatool.runs.result import Result, read_result
-from evatool.runs.run_dir import (
-    RunOptions,
-    check_run_dir,
-    first_failure,
-    read_status,
-    run_path,
-    write_status,
-)
+from evatool.runs.run_dir import RunOptions, check_run_dir, run_path
+from evatool.runs.status import first_failure, read_status, write_status
 
 log = logging.getLogger(__name__)
 

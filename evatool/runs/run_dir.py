@@ -1,4 +1,4 @@
-"""Make or reopen a run folder, and keep its `status.json` true to what happened.
+"""Make or reopen a run folder, and close it with what happened.
 
     resolved.toml  environment.json  status.json  result.json  metrics.jsonl  logs/  checkpoints/
 
@@ -7,44 +7,24 @@ No torch here: the command line reads finished runs without it.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import platform
-import subprocess
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-import evatool
 from evatool.core import logging as logs
 from evatool.core.atomic_io import write_json_atomically, write_text_atomically
-from evatool.core.errors import CheckpointError, ExitCode, RecipeError, UsageError
-from evatool.recipe.load import load_recipe
+from evatool.core.errors import ExitCode, UsageError
 from evatool.recipe.schema import Recipe
-from evatool.recipe.write import flatten, format_value, to_table, to_toml
+from evatool.recipe.write import to_toml
+from evatool.runs.environment import environment, warn_of_other_versions
 from evatool.runs.result import Result, read_result, result_to_json
+from evatool.runs.reuse import check_reuse, is_used
+from evatool.runs.status import first_failure, read_status, write_status
 
 log = logging.getLogger(__name__)
 
-# Keys that do not change what is computed: a resumed run may differ in them.
-RESUMABLE_KEYS = (
-    *("run_dir", "source", "train.log_every", "train.micro_batch_size", "data.num_workers"),
-    "teacher.store.path",
-    *(f"eval.{key}" for key in ("num_threads", "processes", "shard_model", "use_cache", "cache_dir", "fetch")),
-)
-RESUMABLE_TABLES = ("engine.", "checkpoint.", "evaluate.", "images.", "validation.", "train.guard.", "train.trackers")
-
-# What a run leaves behind before it has made anything.
-_BOOKKEEPING = {"resolved.toml", "environment.json", "status.json", "logs", "parameter_groups.tsv"}
 _STATES = {ExitCode.DONE: "done", ExitCode.PREEMPTED: "preempted", ExitCode.INTERRUPTED: "interrupted"}
-_PACKAGES = (
-    *("torch", "torchvision", "timm", "open_clip_torch", "webdataset", "deepspeed", "clip-benchmark"),
-    *("numpy", "pillow", "safetensors", "pydantic", "typer", "rich"),
-)
 
 
 @dataclass
@@ -148,7 +128,7 @@ def open_run_dir(recipe: Recipe, options: RunOptions, rank: int = 0) -> RunDir:
     Raises: UsageError if the folder is used, RecipeError if a resumed recipe differs.
     """
     path = run_path(recipe, options)
-    used = _is_used(path)
+    used = is_used(path)
     if rank == 0:
         check_run_dir(recipe, options)
         if options.resume and not used:
@@ -164,26 +144,12 @@ def open_run_dir(recipe: Recipe, options: RunOptions, rank: int = 0) -> RunDir:
         for note in path.glob("logs/rank_*.failed.json"):
             note.unlink()
         write_text_atomically(path / "resolved.toml", to_toml(recipe), permissions=0o644)
-        _warn_of_other_versions(path / "environment.json")
+        warn_of_other_versions(path / "environment.json")
         write_json_atomically(path / "environment.json", environment(options.command), permissions=0o644)
         write_status(path, "running", None, None)
     run_dir.handlers.append(logs.add_file(run_dir.logs, rank))
     options.opened = run_dir
     return run_dir
-
-
-def _warn_of_other_versions(before: Path) -> None:
-    """Say so where a resumed run started with another Python or other packages: its numbers may differ a little."""
-    try:
-        old = json.loads(before.read_text(encoding="utf-8"))
-        packages = old["packages"] | {"python": old["python"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # a new run, or one that was killed before it could write this
-    now = {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()}
-    changed = [name for name in now if packages.get(name, now[name]) != now[name]]
-    differing = [f"{name} {packages[name]}, now {now[name]}" for name in changed]
-    if differing:
-        log.warning("this run was started with other versions: %s", "; ".join(differing))
 
 
 def run_path(recipe: Recipe, options: RunOptions) -> Path:
@@ -194,8 +160,8 @@ def run_path(recipe: Recipe, options: RunOptions) -> Path:
 def check_run_dir(recipe: Recipe, options: RunOptions) -> None:
     """Refuse a used folder without `options.resume`, and a resume whose recipe differs. Changes nothing."""
     path = run_path(recipe, options)
-    if _is_used(path):
-        _check_reuse(recipe, path, options)
+    if is_used(path):
+        check_reuse(recipe, path, resume=options.resume, accept_drift=options.accept_drift)
 
 
 def stored_result(recipe: Recipe, options: RunOptions) -> Result | None:
@@ -208,156 +174,3 @@ def stored_result(recipe: Recipe, options: RunOptions) -> Result | None:
         return None
     check_run_dir(recipe, options)
     return read_result(path)
-
-
-# ---------------------------------------------------------------------------------------------------- used folders
-
-
-def _is_used(path: Path) -> bool:
-    """True if the folder holds anything that a new run must not mix with."""
-    if not path.exists():
-        return False
-    if not path.is_dir():
-        raise UsageError("the run folder is a file", where=str(path), fix="choose another with --run-dir")
-    names = {entry.name for entry in path.iterdir()}
-    made_nothing = names <= _BOOKKEEPING and read_status(path).get("state") in ("failed", "interrupted", "preempted")
-    return bool(names) and not made_nothing
-
-
-def _check_reuse(recipe: Recipe, path: Path, options: RunOptions) -> None:
-    if not options.resume:
-        state = read_status(path).get("state")
-        raise UsageError(
-            "the run folder is already used" + (f" (its run is {state})" if state else ""),
-            where=str(path),
-            fix="go on with --resume, or choose another folder with --run-dir",
-        )
-    if not (path / "resolved.toml").is_file():
-        raise UsageError(
-            "there is no run to resume: the folder holds other things and no resolved.toml",
-            where=str(path),
-            fix="choose another folder with --run-dir",
-        )
-    differences = _differences(load_recipe(path / "resolved.toml").recipe, recipe)
-    problems = []
-    for key, line in differences.items():
-        if any(key == accepted or key.startswith(f"{accepted}.") for accepted in options.accept_drift):
-            log.warning("the recipe differs from the run's, as accepted: %s", line)
-        else:
-            problems.append(line)
-    if problems:
-        raise RecipeError(
-            "the recipe differs from the run's that is to be resumed",
-            problems=problems,
-            where=str(path / "resolved.toml"),
-            fix="resume with the recipe as it was, start a new run with --run-dir, or accept a key's new value with "
-            "--accept-drift KEY",
-        )
-
-
-def _differences(before: Recipe, now: Recipe) -> dict[str, str]:
-    """One line per differing key that a resume may not change unasked."""
-    old, new = flatten(to_table(before)), flatten(to_table(now))
-    keys = [k for k in dict.fromkeys((*old, *new)) if k not in RESUMABLE_KEYS and not k.startswith(RESUMABLE_TABLES)]
-
-    def show(table: dict[str, Any], key: str) -> str:
-        return format_value(table[key]) if key in table else "absent"
-
-    return {key: f"{key}: was {show(old, key)}, now {show(new, key)}" for key in keys if old.get(key) != new.get(key)}
-
-
-# ---------------------------------------------------------------------------------------------------- files
-
-
-def write_status(path: Path, state: str, exit_code: int | None, message: str | None) -> None:
-    """Write `status.json`: state, exit code, reason, the last step that was logged or saved, and the time."""
-    status = {
-        "state": state,
-        "exit_code": None if exit_code is None else int(exit_code),
-        "message": message,
-        "step": _last_step(path),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-    write_json_atomically(path / "status.json", status, permissions=0o644)
-
-
-def first_failure(path: Path) -> dict[str, Any] | None:
-    """The note (exit_code, message, rank) of the rank above 0 that failed first in this start; None if none did."""
-    notes = sorted(path.glob("logs/rank_*.failed.json"), key=lambda note: note.stat().st_mtime_ns)
-    found = [json.loads(note.read_text(encoding="utf-8")) for note in notes]
-    stopped = (ExitCode.PREEMPTED, ExitCode.INTERRUPTED)  # ranks that were told to stop are not the cause
-    return next((note for note in found if note["exit_code"] not in stopped), None)
-
-
-def read_status(path: Path) -> dict[str, Any]:
-    """What `status.json` says; empty if there is none. Raises: CheckpointError if it is damaged."""
-    file = path / "status.json"
-    try:
-        status = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except NotADirectoryError:
-        return {}
-    except ValueError as error:
-        raise CheckpointError("status.json is damaged", where=str(file), fix="choose another --run-dir") from error
-    return status if isinstance(status, dict) else {}
-
-
-def environment(command: Sequence[str]) -> dict[str, Any]:
-    """Versions, git commit, world size and command line of this process."""
-    return {
-        "command": list(command),
-        "evatool": evatool.__version__,
-        "git_commit": _git_commit(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """Commit of the source tree evatool runs from, `+dirty` with uncommitted changes; None for an installed wheel."""
-    root = Path(evatool.__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    try:
-        git = ["git", "-C", str(root)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-        changes = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit.stdout.strip() + ("+dirty" if changes.stdout.strip() else "")
-
-
-def _last_step(path: Path) -> int | None:
-    """The newest step that metrics.jsonl or a checkpoint tells of: a run told to stop saves between two log lines."""
-    saved = [int(name) for p in path.glob("checkpoints/step_*") if (name := p.name.removeprefix("step_")).isdigit()]
-    logged = _last_logged_step(path / "metrics.jsonl")
-    return max([*saved, *([] if logged is None else [logged])], default=None)
-
-
-def _last_logged_step(metrics: Path) -> int | None:
-    """Step of the last complete line of metrics.jsonl."""
-    try:
-        with metrics.open("rb") as file:
-            file.seek(max(0, metrics.stat().st_size - 65536))
-            lines = file.read().splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
-            continue  # a line cut off by a crash
-    return None

@@ -16,7 +16,8 @@ from evatool.core.errors import DataError, EvatoolError, UsageError
 from evatool.recipe.load import load_recipe
 from evatool.runs import launch
 from evatool.runs.launch import launch_if_needed, num_processes
-from evatool.runs.run_dir import RunDir, RunOptions, open_run_dir, write_status
+from evatool.runs.run_dir import RunDir, RunOptions, open_run_dir
+from evatool.runs.status import write_status
 
 TRAIN = "demo/train-clip"
 

@@ -26,9 +26,10 @@ from evatool.core.errors import (
 )
 from evatool.recipe.load import Resolved, load_recipe
 from evatool.recipe.write import to_toml
-from evatool.runs import run_dir as run_dir_module
+from evatool.runs import status as status_module
 from evatool.runs.result import Result
-from evatool.runs.run_dir import RunDir, RunOptions, open_run_dir, read_status, stored_result
+from evatool.runs.run_dir import RunDir, RunOptions, open_run_dir, stored_result
+from evatool.runs.status import read_status
 from evatool.stages import run_stage
 
 
@@ -221,7 +222,7 @@ def test_a_full_disk_does_not_hide_the_failure(
     def full(path: Path, value: object, **_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_dir_module, "write_json_atomically", full)
+    monkeypatch.setattr(status_module, "write_json_atomically", full)
     run_dir.fail(ExitCode.FAILED, "the real reason")  # raises nothing
     assert run_dir.handlers == []
 

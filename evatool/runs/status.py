@@ -1,0 +1,68 @@
+"""`status.json` of a run folder: what became of the run, in words and as an exit code. No torch."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from evatool.core.atomic_io import write_json_atomically
+from evatool.core.errors import CheckpointError, ExitCode
+
+
+def write_status(path: Path, state: str, exit_code: int | None, message: str | None) -> None:
+    """Write `status.json`: state, exit code, reason, the last step that was logged or saved, and the time."""
+    status = {
+        "state": state,
+        "exit_code": None if exit_code is None else int(exit_code),
+        "message": message,
+        "step": _last_step(path),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    write_json_atomically(path / "status.json", status, permissions=0o644)
+
+
+def first_failure(path: Path) -> dict[str, Any] | None:
+    """The note (exit_code, message, rank) of the rank above 0 that failed first in this start; None if none did."""
+    notes = sorted(path.glob("logs/rank_*.failed.json"), key=lambda note: note.stat().st_mtime_ns)
+    found = [json.loads(note.read_text(encoding="utf-8")) for note in notes]
+    stopped = (ExitCode.PREEMPTED, ExitCode.INTERRUPTED)  # ranks that were told to stop are not the cause
+    return next((note for note in found if note["exit_code"] not in stopped), None)
+
+
+def read_status(path: Path) -> dict[str, Any]:
+    """What `status.json` says; empty if there is none. Raises: CheckpointError if it is damaged."""
+    file = path / "status.json"
+    try:
+        status = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except NotADirectoryError:
+        return {}
+    except ValueError as error:
+        raise CheckpointError("status.json is damaged", where=str(file), fix="choose another --run-dir") from error
+    return status if isinstance(status, dict) else {}
+
+
+def _last_step(path: Path) -> int | None:
+    """The newest step that metrics.jsonl or a checkpoint tells of: a run told to stop saves between two log lines."""
+    saved = [int(name) for p in path.glob("checkpoints/step_*") if (name := p.name.removeprefix("step_")).isdigit()]
+    logged = _last_logged_step(path / "metrics.jsonl")
+    return max([*saved, *([] if logged is None else [logged])], default=None)
+
+
+def _last_logged_step(metrics: Path) -> int | None:
+    """Step of the last complete line of metrics.jsonl."""
+    try:
+        with metrics.open("rb") as file:
+            file.seek(max(0, metrics.stat().st_size - 65536))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            continue  # a line cut off by a crash
+    return None
