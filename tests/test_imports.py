@@ -39,7 +39,10 @@ ARROWS: dict[str, str] = {
     "__main__": "cli",
 }
 TORCH_FREE = ("cli", "recipe", "plan")
-TORCH_FREE_FILES = ("core/errors", "core/logging", "core/batch", "core/progress")
+TORCH_FREE_FILES = (
+    *("core/errors", "core/logging", "core/progress", "core/atomic_io", "core/renamed_keys"),
+    *("core/batch", "core/batch_shares", "core/step", "core/loader", "core/param_group"),
+)
 HEAVY = {"torch", "timm", "open_clip", "torchvision", "deepspeed", "numpy"}
 
 

@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from eval_runs import a_run
 from typer.testing import CliRunner
 
 from evatool.cli.app import app
-from tests.eval.test_compare import a_run
 
 
 def invoke(*arguments: str) -> tuple[int, str, str]:
