@@ -107,14 +107,19 @@ BAD = {
     "bad-utf8": ({"txt": b"caf\xe9"}, "bad-utf8"),
     "utf-16": ({"txt": "words".encode("utf-16")}, "bad-utf8"),
     "huge-caption": ({"txt": b"a" * (2**20 + 1)}, "huge-text"),
+    "pickle-as-picture": ({"png": pickle.dumps({"a": 1})}, "not-a-picture"),
+    "npy-as-picture": ({"png": b"\x93NUMPY\x01\x00"}, "not-a-picture"),
+}
+BAD_JSON: dict[str, tuple[dict[str, bytes | None], str]] = {
     "huge-json": ({"json": b'{"a": "' + b"b" * 2**20 + b'"}'}, "huge-text"),
     "broken-json": ({"json": b'{"a": '}, "bad-json"),
     "json-list": ({"json": b"[1, 2]"}, "bad-json"),
     "json-bomb": ({"json": b"[" * 200_000}, "bad-json"),
     "json-number": ({"json": b'{"a": ' + b"9" * 10_000 + b"}"}, "bad-json"),
     "json-utf8": ({"json": b'{"a": "\xff"}'}, "bad-utf8"),
-    "pickle-as-picture": ({"png": pickle.dumps({"a": 1})}, "not-a-picture"),
-    "npy-as-picture": ({"png": b"\x93NUMPY\x01\x00"}, "not-a-picture"),
+    "empty-json": ({"json": b""}, "bad-json"),
+    "json-string": ({"json": b'"words"'}, "bad-json"),
+    "json-nan": ({"json": b"NaN"}, "bad-json"),
 }
 
 
@@ -128,7 +133,7 @@ def corpus_tar(tmp_path: Path, name: str, change: dict[str, bytes | None]) -> Pa
 
 
 def test_r19_the_corpus_has_60_files() -> None:
-    assert len(GOOD) + len(ODD) + len(BAD) >= 60
+    assert len(GOOD) + len(ODD) + len(BAD) + len(BAD_JSON) >= 60
 
 
 @pytest.mark.parametrize("name", list(GOOD))
@@ -154,6 +159,19 @@ def test_r19_members_that_make_a_bad_sample(tmp_path: Path, name: str) -> None:
     assert bad.key == "odd"
     assert bad.cause in ([causes] if isinstance(causes, str) else causes)
     assert bad.shard.endswith(f"{name}.tar")
+
+
+@pytest.mark.parametrize("name", list(BAD_JSON))
+def test_r19_a_json_member_matters_only_where_captions_come_from_it(tmp_path: Path, name: str) -> None:
+    change, cause = BAD_JSON[name]
+    samples = {key: {**members, "json": b'{"captions": ["c"]}'} for key, members in plain_samples(range(15)).items()}
+    tar = write_tar(tmp_path / "set.tar", {**samples, "odd": {"png": image(), "txt": b"words", **change}})
+    found = loader({"train": tar, "max_bad_fraction": 0.0})
+    assert sorted(keys(take(found, 1))) == sorted([*samples, "odd"])
+    assert not found.bad
+    found = loader({"train": tar, "max_bad_fraction": 0.1, "caption": "json-captions"})
+    assert "odd" not in keys(take(found, 2))
+    assert [(bad.key, bad.cause) for bad in found.bad.first] == [("odd", cause)]
 
 
 @pytest.mark.parametrize("decode", ["fast", "exact", "scaled"])

@@ -196,7 +196,8 @@ def bad_sample(name: str) -> Sample:
 @pytest.mark.parametrize("cause", ["truncated", "too-large", "no-picture", "no-caption", "bad-utf8", "bad-json"])
 def test_a_bad_sample_is_replaced_counted_and_named(tmp_path: Path, cause: str, caplog) -> None:
     train = write_set(tmp_path / "set", 99, {"bad": bad_sample(cause)})
-    options = {"caption": "txt", "max_bad_fraction": 0.01}
+    places = [{"member": "txt"}, {"member": "json", "field": "captions"}]  # so that json is needed as well
+    options = {"caption": places, "max_bad_fraction": 0.01}
     caplog.set_level("WARNING", logger="evatool")
     loader = build(train, options, global_batch_size=20)
     batches = take(loader, 15)

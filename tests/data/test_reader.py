@@ -20,6 +20,7 @@ from evatool.data.sources.cache import ShardCache
 from evatool.data.sources.fetch import Patience
 from evatool.data.sources.shard_list import open_shard_list
 from evatool.data.sources.tar_source import TarSource
+from evatool.data.tar import open_files as open_files_module
 from evatool.data.tar.index import group_members, index_json, read_index, scan_file
 from evatool.data.tar.scan import TarScan
 from evatool.data.train import dataset as steps
@@ -40,7 +41,7 @@ def open_files() -> int:
 
 def test_few_tars_are_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_prepared(tmp_path / "set", 60, 2)
-    monkeypatch.setattr(reading, "MAX_OPEN", 5)
+    monkeypatch.setattr(open_files_module, "MAX_OPEN", 5)
     found, before = open_reader(folder, tmp_path / "cache"), open_files()
     rng = random.Random(0)
     for _ in range(300):
@@ -55,12 +56,12 @@ def test_tables_of_tars_have_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyP
     folder = write_prepared(tmp_path / "set", 200, 10)
     found = open_reader(folder, tmp_path / "cache")
     found.read(0, FIELDS)
-    one = found._open[0].members.num_bytes
+    one = found._known[0].members.num_bytes
     monkeypatch.setattr(reading, "TABLE_BYTES", 4 * one + 10)
     for shard in range(20):
         found.read(10 * shard, FIELDS)
-        assert sum(held.members.num_bytes for held in found._open.values()) <= 4 * one + 10
-    assert len(found._open) == 4
+        assert sum(held.members.num_bytes for held in found._known.values()) <= 4 * one + 10
+    assert len(found._known) == 4
 
 
 def test_a_table_takes_about_a_hundred_bytes_a_sample() -> None:

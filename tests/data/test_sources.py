@@ -12,6 +12,7 @@ from faulty_server import serve
 from tiny_shards import keys, loader, plain_samples, take, write_prepared, write_tar
 
 from evatool.core.errors import BadDataLimitError, DataError
+from evatool.data.sources import plain_tars
 from evatool.data.sources import shard_list as sources
 from evatool.data.sources.cache import ShardCache
 from evatool.data.sources.fetch import Patience, display_url
@@ -67,7 +68,7 @@ def test_plain_tars_are_scanned_once(tmp_path: Path, cache: ShardCache, monkeypa
         write_tar(tmp_path / "set" / f"{shard}.tar", plain_samples(range(shard * 5, shard * 5 + 5)))
     spec = f"{tmp_path}/set/{{0..2}}.tar"
     assert open_(spec, cache).counts.tolist() == [5, 5, 5]
-    monkeypatch.setattr("evatool.data.sources.shard_list.scan_file", lambda path: pytest.fail(f"{path} scanned again"))
+    monkeypatch.setattr("evatool.data.sources.plain_tars.scan_file", lambda path: pytest.fail(f"{path} scanned again"))
     again = open_(spec, cache)
     assert again.counts.tolist() == [5, 5, 5]
     assert again.indexes[0] == str(tmp_path / "set" / "0.tar.index.json")
@@ -80,28 +81,29 @@ def test_plain_tars_are_scanned_once(tmp_path: Path, cache: ShardCache, monkeypa
 def test_where_the_folder_cannot_be_written_the_index_goes_to_the_cache(
     tmp_path: Path, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from evatool.data.sources import shard_list as sources
-
     tar = write_tar(tmp_path / "set" / "0.tar", plain_samples(range(5)))
-    write = sources.write_bytes_atomically
+    write = plain_tars.write_bytes_atomically
 
     def refuse(path: Path, data: bytes) -> None:
         if path.parent == tar.parent:
             raise PermissionError("read-only")
         write(path, data)
 
-    monkeypatch.setattr(sources, "write_bytes_atomically", refuse)
+    monkeypatch.setattr(plain_tars, "write_bytes_atomically", refuse)
     assert Path(open_(str(tar), cache).indexes[0]).parent == cache.folder / "indexes"
     assert open_(str(tar), cache).counts.tolist() == [5]
 
 
-def test_counts_of_sizes_json_spare_the_scan(tmp_path: Path, cache: ShardCache) -> None:
-    for shard in range(2):
+def test_counts_of_sizes_json_spare_most_scans(
+    tmp_path: Path, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for shard in range(7):
         write_tar(tmp_path / "set" / f"{shard}.tar", plain_samples(range(5)))
-    (tmp_path / "set" / "sizes.json").write_text(json.dumps({"0.tar": 5, "1.tar": 5, "2.tar": 7}))
-    found = open_(f"{tmp_path}/set/{{0..1}}.tar", cache)
-    assert found.counts.tolist() == [5, 5]
-    assert found.indexes == [None, None]
+    (tmp_path / "set" / "sizes.json").write_text(json.dumps({f"{i}.tar": 5 for i in range(9)}))
+    monkeypatch.setattr(plain_tars, "NUM_CHECKED", 3)
+    found = open_(f"{tmp_path}/set/{{0..6}}.tar", cache)
+    assert found.counts.tolist() == [5] * 7
+    assert [index is not None for index in found.indexes] == [True, False, False, True, False, False, True]
     section = {"train": f"{tmp_path}/set/{{0..1}}.tar"}
     assert len(set(keys(take(loader(section, global_batch_size=10), 1)))) == 5  # both hold keys k00000 to k00004
 

@@ -18,9 +18,9 @@ from evatool.data.image.header import MAX_PIXELS
 
 Fields = Mapping[str, bytes]
 """A sample as it is stored: its fields by name, as the members of a webdataset sample are named by their extension.
-The encoded image is under one of `evatool.data.image.header.IMAGE_MEMBERS` (its bytes, not the name, say which format
-it has), the caption as UTF-8 under "txt" or inside a JSON object under "json", arrays under names that end in "npy" or
-"safetensors"."""
+The encoded image is under one of `evatool.data.image.header.IMAGE_MEMBERS`, or under the name that the recipe's
+`data.image` gives (its bytes, not the name, say which format it has), the caption as UTF-8 under "txt" or inside a JSON
+object under "json", arrays under names that end in "npy" or "safetensors"."""
 
 
 class UnreadableSample(Exception):
@@ -35,6 +35,10 @@ class UnreadableSample(Exception):
     def __init__(self, cause: str, detail: str, *, is_whole_shard: bool = False) -> None:
         super().__init__(f"{cause}: {detail}")
         self.cause, self.detail, self.is_whole_shard = cause, detail, is_whole_shard
+
+
+class MissingField(UnreadableSample):
+    """A sample that lacks a field which the recipe reads; its source can say more (`Source.explain`)."""
 
 
 class Source(ABC):
@@ -109,6 +113,17 @@ class Source(ABC):
     def shard_name(self, shard: int) -> str:
         """The name of one shard, for messages: for instance a path that a reader of the log can open."""
         return self.name
+
+    def explain(self, index: int, error: MissingField) -> UnreadableSample:
+        """The error to report of a sample that lacks a field; a source may add which fields there are, and why."""
+        return error
+
+    def doubt(self, index: int) -> bool:
+        """Called where a sample proved unreadable: True if the source had read it wrongly and is to be asked again.
+
+        A source that answers True must not do so for ever: it has mended what was wrong with its own notes.
+        """
+        return False
 
     def prefetch(self, shards: Sequence[int]) -> None:  # noqa: B027 - most sources have nothing to do here
         """Begin to make these shards quick to read, and return at once. Called when a window is entered."""

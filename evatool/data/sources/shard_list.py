@@ -14,17 +14,15 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from glob import glob, has_magic
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evatool.core.atomic_io import write_bytes_atomically
 from evatool.core.errors import BadDataLimitError, DataError
 from evatool.data.image.header import MAX_PIXELS
 from evatool.data.sources.cache import ShardCache
 from evatool.data.sources.fetch import FetchError, Patience, display_url, fetch_bytes, is_remote, local_path
-from evatool.data.tar.index import ShardMembers, index_json, read_index, scan_file
+from evatool.data.sources.plain_tars import count_samples
 from evatool.data.tar.manifest import FORMAT, MANIFEST, read_shard_manifest
 
 log = logging.getLogger(__name__)
@@ -37,7 +35,6 @@ MAX_NAMED = 100
 
 _MAX_MANIFEST_BYTES = 2**30
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_INDEX_HEAD = re.compile(rb'\{"tar_bytes":(\d+),"tar_mtime_ns":(\d+),"num_samples":(\d+),')
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
@@ -51,6 +48,7 @@ class ShardList:
         sizes: bytes of each shard, int64; -1 where not known.
         sha256: checksum of each tar; None where not known.
         indexes: local index files beside or for the tars, as paths; None where there is none.
+        keeps_indexes: the indexes were made by scans, so that one which is damaged may be replaced.
         max_pixels: limit on a picture's size.
         decoded_bytes: all pictures as uint8 RGB; None where not known.
         lost: shards that could not be read when their samples were to be counted, with the cause.
@@ -62,6 +60,7 @@ class ShardList:
     sizes: np.ndarray
     sha256: list[str | None]
     indexes: list[str | None]
+    keeps_indexes: bool = False
     max_pixels: int = MAX_PIXELS
     decoded_bytes: int | None = None
     lost: dict[str, str] = field(default_factory=dict)
@@ -117,8 +116,7 @@ def open_shard_list(
             f"source {name!r} names {others[0]!r}, which is no tar",
             expected="one folder or manifest of `evatool data-prepare`, or .tar files only",
         )
-    counted = _counted_by_sizes(name, urls, patience)
-    return counted or _scanned(name, urls, cache, max_bad_fraction)
+    return _from_tars(name, urls, cache, patience, max_bad_fraction)
 
 
 def expand(spec: str) -> list[str]:
@@ -271,100 +269,22 @@ def _remote_json(url: str, patience: Patience) -> Any:
 # ------------------------------------------------------------------------------------------------------ plain tars
 
 
-def _counted_by_sizes(name: str, urls: Sequence[str], patience: Patience) -> ShardList | None:
-    """Counts of img2dataset's and open_clip's `sizes.json` ({tar name: samples}), where all shards stand in one."""
-    sizes: dict[str, dict[str, Any]] = {}
-    counts = []
-    for url in urls:
-        base, _, file = url.rpartition("/")
-        if base not in sizes:
-            sizes[base] = _read_sizes(base, patience)
-        count = sizes[base].get(file)
-        if isinstance(count, bool) or not isinstance(count, int | float) or count < 0:
-            return None
-        counts.append(int(count))
-    if not sum(counts):
-        return None
-    nothing: list[Any] = [None] * len(urls)
-    return ShardList(name, list(urls), np.array(counts, np.int64), np.full(len(urls), -1), nothing, list(nothing))
-
-
-def _read_sizes(base: str, patience: Patience) -> dict[str, Any]:
-    try:
-        if is_remote(base):
-            found = json.loads(fetch_bytes(f"{base}/sizes.json", Patience(2, patience.timeout_sec, 0.1), 2**28))
-        else:
-            found = json.loads(Path(base or ".").joinpath("sizes.json").read_text(encoding="utf-8"))
-    except (FetchError, OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _scanned(name: str, urls: Sequence[str], cache: ShardCache, max_bad_fraction: float) -> ShardList:
-    counts, sizes = [], []
-    indexes: list[str | None] = []
-    lost: dict[str, str] = {}
-    with cache.alone():  # the other ranks wait, and then find the indexes
-        for url in urls:
-            try:
-                index, num_samples, size = _count(url, cache)
-            except (FetchError, OSError) as err:
-                lost[url] = str(err)
-                index, num_samples, size = None, 0, -1
-            counts.append(num_samples)
-            sizes.append(size)
-            indexes.append(None if index is None else str(index))
-    _check_lost(name, urls, lost, max_bad_fraction)
-    if not sum(counts):
+def _from_tars(name: str, urls: Sequence[str], cache: ShardCache, patience: Patience, max_bad: float) -> ShardList:
+    """Raises: DataError, BadDataLimitError."""
+    found = count_samples(name, urls, cache, patience)
+    _check_lost(name, urls, found.lost, max_bad)
+    if not sum(found.counts):
         raise DataError(f"the shards of source {name!r} hold no samples", where=", ".join(map(display_url, urls[:5])))
     return ShardList(
-        name, list(urls), np.array(counts, np.int64), np.array(sizes, np.int64), [None] * len(urls), indexes, lost=lost
+        name,
+        list(urls),
+        np.array(found.counts, np.int64),
+        np.array(found.sizes, np.int64),
+        [None] * len(urls),
+        found.indexes,
+        keeps_indexes=True,
+        lost=found.lost,
     )
-
-
-def _count(url: str, cache: ShardCache) -> tuple[Path | None, int, int]:
-    """Index file, samples and bytes of a plain tar; scanned unless an index of a tar of this size is there."""
-    remote = is_remote(url)
-    kept = cache.folder / "indexes" / f"{cache.path(str(url)).stem}.json"
-    tar = cache.path(url) if remote else local_path(url).resolve()
-    candidates = [kept] if remote else [tar.with_name(f"{tar.name}.index.json"), kept]
-    for path in candidates:
-        found = _read_kept(path, None if remote else tar.stat())
-        if found is not None:
-            return path, *found
-    if remote:
-        tar = cache.get(url)
-    members = scan_file(tar)
-    for problem in members.problems[:10]:
-        log.warning("%s: %s", display_url(url), problem)
-    return _keep_index(members, tar, candidates), len(members), tar.stat().st_size
-
-
-def _read_kept(path: Path, tar: os.stat_result | None) -> tuple[int, int] | None:
-    """Samples and tar bytes of an index, by its first bytes. It must fit the local tar; a remote one is not asked."""
-    try:
-        with path.open("rb") as file:
-            head = _INDEX_HEAD.match(file.read(200))
-    except OSError:
-        return None
-    if head is None or (tar is not None and (int(head[1]), int(head[2])) != (tar.st_size, tar.st_mtime_ns)):
-        return None
-    return int(head[3]), int(head[1])
-
-
-def _keep_index(members: ShardMembers, tar: Path, candidates: Sequence[Path]) -> Path | None:
-    """The first of `candidates` that the index could be written to; None where no folder can be written."""
-    stat = tar.stat()
-    head = {"tar_bytes": stat.st_size, "tar_mtime_ns": stat.st_mtime_ns, "num_samples": len(members)}
-    data = index_json(members, **head)
-    for path in candidates:
-        try:
-            path.parent.mkdir(exist_ok=True)
-            write_bytes_atomically(path, data)
-            return path
-        except OSError as err:
-            log.debug("no index at %s: %s", path, err)
-    return None
 
 
 def _check_lost(name: str, urls: Sequence[str], lost: dict[str, str], max_bad_fraction: float) -> None:
@@ -378,14 +298,3 @@ def _check_lost(name: str, urls: Sequence[str], lost: dict[str, str], max_bad_fr
             expected=f"at most data.max_bad_fraction = {max_bad_fraction} of them",
             fix="correct the list of shards, or raise data.max_bad_fraction",
         )
-
-
-def read_members(shards: ShardList, shard: int, tar: Path, *, use_index: bool) -> ShardMembers:
-    """The samples of a shard whose tar lies at `tar`, from its index or by a scan. Raises: OSError."""
-    path = shards.indexes[shard]
-    if path is not None and use_index:
-        try:
-            return read_index(Path(path))
-        except (OSError, ValueError) as err:
-            log.info("%s: no index (%s): the tar is scanned", tar.name, err)
-    return scan_file(tar)

@@ -10,6 +10,7 @@ from typing import Any
 
 from evatool.core.errors import DataError
 from evatool.data.tar.index import WHOLE_TAR, ShardMembers, scan_file
+from evatool.data.tar.open_files import FILES, new_reader, open_for_reading
 
 
 class TarReader:
@@ -32,7 +33,7 @@ class TarReader:
         for table in self._tables:
             self.keys += map(table.key, range(len(table)))
             self._first.append(len(self.keys))
-        self._files: dict[tuple[int, int], int] = {}  # (process, shard) -> file descriptor
+        self._number = new_reader()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -59,14 +60,17 @@ class TarReader:
         shard, number = self._locate(i)
         members = dict(self._tables[shard].members(number))
         wanted = members if extensions is None else [e for e in extensions if e in members]
-        handle = self._handle(shard)
+        handle = FILES.acquire((self._number, shard), lambda: open_for_reading(self._paths[shard]))
         out = {}
-        for extension in wanted:
-            place = members[extension]
-            data = os.pread(handle, place.size, place.offset)
-            if len(data) != place.size:
-                raise OSError(f"{self.shard_name(i)} ends inside member {self.keys[i]}.{extension}")
-            out[extension] = data
+        try:
+            for extension in wanted:
+                place = members[extension]
+                data = os.pread(handle, place.size, place.offset)
+                if len(data) != place.size:
+                    raise OSError(f"{self.shard_name(i)} ends inside member {self.keys[i]}.{extension}")
+                out[extension] = data
+        finally:
+            FILES.release((self._number, shard))
         return out
 
     def _locate(self, i: int) -> tuple[int, int]:
@@ -74,22 +78,18 @@ class TarReader:
         return shard, i - self._first[shard]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
+        return {name: value for name, value in self.__dict__.items() if name != "_number"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _number=new_reader())
 
     def close(self) -> None:
         """Let go of the tars; a later read opens them again."""
-        own = [key for key in getattr(self, "_files", {}) if key[0] == os.getpid()]
-        for key in own:
-            os.close(self._files.pop(key))
+        FILES.close((self._number, shard) for shard in range(len(self._paths)))
 
     def __del__(self) -> None:
-        self.close()
-
-    def _handle(self, shard: int) -> int:
-        key = (os.getpid(), shard)
-        if key not in self._files:
-            self._files[key] = os.open(self._paths[shard], os.O_RDONLY)
-        return self._files[key]
+        if hasattr(self, "_number"):
+            self.close()
 
 
 def scan_whole(path: Path) -> ShardMembers:

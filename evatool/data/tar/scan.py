@@ -59,6 +59,8 @@ CAUSES = {
     "unsafe-name": "an absolute name, or one with `..` in it",
     "long-name": f"a name longer than {MAX_NAME_BYTES} bytes",
     "no-name": "a member without a name",
+    "no-key": "a name with nothing before a dot, which belongs to no sample: webdataset passes it over, too",
+    "split-sample": "a sample whose members do not stand together: the tar is not sorted",
 }
 """Values of `TarProblem.cause` and their meaning; those up to "data-after-end" concern the tar, the others a member."""
 
@@ -82,14 +84,23 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class TarProblem:
-    """A fault in a tar: a key of `CAUSES`, the member's name where one is known, the offset of its header."""
+    """A fault in a tar.
+
+    Attributes:
+        cause: a key of `CAUSES`.
+        name: the member's name or the sample's key, where one is known.
+        offset: where it is: a header's, or of "no-key" and "split-sample" the data's of the first member.
+        count: how many there are of the cause, where one problem stands for all of them.
+    """
 
     cause: str
     name: str
     offset: int
+    count: int = 1
 
     def __str__(self) -> str:
-        return f"{self.cause} at byte {self.offset}{f' ({self.name[:200]})' if self.name else ''}"
+        others = f", {self.count} of this kind" if self.count > 1 else ""
+        return f"{self.cause} at byte {self.offset}{f' ({self.name[:200]})' if self.name else ''}{others}"
 
 
 @dataclass

@@ -143,7 +143,7 @@ class _OpenTar:
             self.abandon()
             raise
         index_path = self.path.with_suffix(".index.json")
-        write_bytes_atomically(index_path, index_json(members))
+        write_bytes_atomically(index_path, index_json(members, tar_bytes=self.file.num_bytes))
         os.replace(self.partial, self.path)
         sync_folder(self.path.parent)
         return {

@@ -24,6 +24,15 @@ _NAMED = 1000  # bad samples that get a line of their own; then every thousandth
 _KEPT = 100  # kept with all details, for messages
 _NAMED_CONVERTED = 5  # pictures of each cause that get a line in the log
 
+_FIXES = {
+    "split-sample": "sort the tars, so that the members of a sample stand together: unpack each into an empty folder "
+    "and pack it again there with `tar --sort=name -cf ../NEW.tar *`",
+    "no-picture": "name the image's member with data.image, or raise data.max_bad_fraction",
+    "no-caption": "name the caption's member with data.caption, or raise data.max_bad_fraction",
+    "too-many-files": "allow the process more open files (`ulimit -n 4096`) and run the same command with --resume",
+}
+_OTHER_FIX = "prepare the data again with `evatool data-prepare`, or raise data.max_bad_fraction"
+
 
 @dataclass(frozen=True)
 class BadSample:
@@ -156,5 +165,5 @@ class BadSamples:
             expected=f"at most data.max_bad_fraction = {self.max_fraction} of them",
             fix="run the same command with --resume when the store answers again"
             if kind is TransientError
-            else "prepare the data again with `evatool data-prepare`, or raise data.max_bad_fraction",
+            else _FIXES.get(self.causes.most_common(1)[0][0] if self.causes else "", _OTHER_FIX),
         )

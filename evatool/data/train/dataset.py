@@ -16,7 +16,7 @@ from evatool.core.batch import Batch
 from evatool.data.feature_store.store import FeatureStore
 from evatool.data.image.header import BadImage
 from evatool.data.image.train_transforms import TrainTransform
-from evatool.data.sources.base import Source, UnreadableSample
+from evatool.data.sources.base import Fields, MissingField, Source, UnreadableSample
 from evatool.data.tokenizer import CaptionMemory, Tokenizer
 from evatool.data.train import shuffle
 from evatool.data.train.bad_samples import BadSample, Converted
@@ -204,8 +204,9 @@ class StepDataset(Dataset[Made]):
             return self._kept[number, sample]
         source = self.sources[number].source
         try:
-            decoded = self.decoder(source.read(sample, self.decoder.fields), source.max_pixels)
-        except (BadImage, UnreadableSample) as err:
+            decoded = self._read(source, sample)
+        except (BadImage, UnreadableSample) as found:
+            err = source.explain(sample, found) if isinstance(found, MissingField) else found
             is_whole_shard = isinstance(err, UnreadableSample) and err.is_whole_shard
             name = source.shard_name(source.locate(sample)[0])
             made.bad.append(BadSample(number, sample, name, source.key(sample), err.cause, err.detail, is_whole_shard))
@@ -217,6 +218,24 @@ class StepDataset(Dataset[Made]):
         if self._kept is not None:
             self._kept[number, sample] = decoded
         return decoded
+
+    def _read(self, source: Source, sample: int) -> DecodedSample:
+        """One sample, decoded. Raises: BadImage, UnreadableSample."""
+        try:
+            return self.decoder(self._fields(source, sample), source.max_pixels)
+        except UnreadableSample as err:
+            if err.is_whole_shard or not source.doubt(sample):
+                raise
+        return self.decoder(self._fields(source, sample), source.max_pixels)
+
+    def _fields(self, source: Source, sample: int) -> Fields:
+        """A sample's fields; where one cannot be read that only would have told more, those that are needed."""
+        try:
+            return source.read(sample, self.decoder.fields)
+        except UnreadableSample as err:
+            if err.is_whole_shard or self.decoder.fields == self.decoder.needed:
+                raise
+            return source.read(sample, self.decoder.needed)
 
     def _assemble(self, decoded: list[DecodedSample], keys: np.ndarray, *, with_teacher: bool = True) -> Batch:
         views = self.transform([d.image for d in decoded], keys, None if with_teacher else 1)
@@ -243,4 +262,5 @@ def caption_id(concept: str | None, caption: str) -> int:
     Letter case and spacing do not matter, as they do not to the tokenizer. int64, a hash: the same in every process.
     """
     text = f"c:{concept}" if concept is not None else "t:" + " ".join(caption.lower().split())
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    # JSON can spell a lone surrogate, which UTF-8 cannot.
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1

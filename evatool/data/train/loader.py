@@ -172,6 +172,7 @@ def build_train_loader(
         section.caption if with_text else None,
         section.extras or (),
         TrainingImages(section.nonstandard, section.decode, transform.min_side),
+        section.image,
     )
     opened = open_sources(section, global_batch_size, sources)
     ordered = _ordered(opened, section, seed)
@@ -220,6 +221,8 @@ def _open_stores(
         "data": [source.content_fingerprint() for source in sources],
         "data.decode": [section.decode, section.nonstandard, transform.min_side],
     }
+    if section.image is not None:
+        facts["data.image"] = section.image
     facts |= {f"data.augment.{key}": value for key, value in section.augment.model_dump(mode="json").items()}
     if with_text:
         caption = section.caption

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from evatool.data.image.header import IMAGE_MEMBERS
-from evatool.data.sources.base import UnreadableSample
+from evatool.data.sources.base import MissingField, UnreadableSample
 from evatool.recipe.schema import CaptionChoice, ExtraMember
 
 MAX_TEXT_BYTES = 2**20
@@ -29,6 +29,7 @@ MAX_TEXT_BYTES = 2**20
 MAX_CAPTION_CHARS = 4096
 """Characters of a caption that are kept; the rest is cut off before tokenising, and 77 tokens hold a tenth of them."""
 
+_CONCEPT_MEMBER = "json"  # its key `concept` says which captions count as equal
 _SAFETENSORS_TYPES = {"F32": "<f4", "F16": "<f2"}
 _NPY_TYPES = frozenset({"<f4", "<f2"})
 _MAX_HEADER_BYTES = 2**16
@@ -60,11 +61,13 @@ class SampleDecoder:
 
     Args:
         caption: the recipe's `data.caption`; None leaves captions out.
+        image: the recipe's `data.image`; None takes the usual names.
         extras: the recipe's `data.extras`.
         decode: takes an encoded image and the limit on its pixels; returns uint8 (H, W, 3) and, where the image was not
             an ordinary one, why it had to be converted. Raises BadImage.
     Attributes:
         fields: names of the fields that are read; a source need give no others.
+        needed: those of them without which a sample may be bad; the others only tell more where they can be read.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class SampleDecoder:
         caption: str | Sequence[CaptionChoice] | None,
         extras: Sequence[ExtraMember],
         decode: Callable[[bytes, int], tuple[np.ndarray, str | None]],
+        image: str | Sequence[str] | None = None,
     ) -> None:
         match caption:
             case None:
@@ -82,15 +86,20 @@ class SampleDecoder:
                 choices = [CaptionChoice(member="json", field="captions")]
             case _:
                 choices = [place for place in caption if isinstance(place, CaptionChoice)]
-        self.choices, self.extras, self.decode = choices, list(extras), decode
-        texts = {place.member for place in choices} | ({"json"} if choices else set())
-        self.fields = frozenset({*IMAGE_MEMBERS, *texts, *(extra.member for extra in self.extras)})
+        self.choices = [(_field_name(place.member), place) for place in choices]
+        self.extras, self.decode = list(extras), decode
+        given = [image] if isinstance(image, str) else image
+        self.images = IMAGE_MEMBERS if given is None else tuple(map(_field_name, given))
+        self.needed = frozenset(
+            {*self.images, *(name for name, _ in self.choices), *(_field_name(extra.member) for extra in self.extras)}
+        )
+        self.fields = self.needed | ({_CONCEPT_MEMBER} if choices else frozenset())
 
     def __call__(self, members: Mapping[str, bytes], max_pixels: int) -> DecodedSample:
         """The decoded sample. Raises: BadImage, UnreadableSample, both naming the cause."""
-        encoded = next((members[e] for e in IMAGE_MEMBERS if e in members), None)
+        encoded = next((members[name] for name in self.images if name in members), None)
         if encoded is None:
-            raise UnreadableSample("no-picture", f"members: {', '.join(sorted(members))}")
+            raise MissingField("no-picture", f"no member {' or '.join(self.images)}")
         captions, concept = self._captions(members) if self.choices else ((), None)
         extras = {extra.name: _read_extra(members, extra) for extra in self.extras}
         decoded, conversion = self.decode(encoded, max_pixels)
@@ -100,24 +109,37 @@ class SampleDecoder:
 
     def _captions(self, members: Mapping[str, bytes]) -> tuple[tuple[tuple[float, tuple[str, ...]], ...], str | None]:
         texts: dict[str, Any] = {}
-        for name in {place.member for place in self.choices} | {"json"}:
+        for name in dict.fromkeys(name for name, _ in self.choices):
             if name in members:
-                texts[name] = _text(members[name], name)
-        for name in texts:
-            if name.rpartition(".")[2] == "json":
-                texts[name] = _object(texts[name], name)
+                text = _text(members[name], name)
+                texts[name] = _object(text, name) if name.rpartition(".")[2] == "json" else text
         found = []
-        for place in self.choices:
-            if place.member in texts:
-                value = texts[place.member]
+        for name, place in self.choices:
+            if name in texts:
+                value = texts[name]
                 captions = _usable([value] if place.field is None else value.get(place.field))
                 if captions:
                     found.append((place.probability, captions))
         if not found:
-            wanted = [p.member if p.field is None else f"{p.field!r} in the {p.member} member" for p in self.choices]
-            raise UnreadableSample("no-caption", f"data.caption needs {' or '.join(wanted)}")
-        concept = texts.get("json", {}).get("concept")
-        return tuple(found), None if concept is None else str(concept)
+            wanted = [p.member if p.field is None else f"{p.field!r} in the {p.member} member" for _, p in self.choices]
+            raise MissingField("no-caption", f"data.caption needs {' or '.join(wanted)}")
+        return tuple(found), _concept(members)
+
+
+def _field_name(member: str) -> str:
+    """The name of a field as sources give it: webdataset's extensions are in lower case, without the first dot."""
+    return member.removeprefix(".").lower()
+
+
+def _concept(members: Mapping[str, bytes]) -> str | None:
+    """The concept that the json member names. Most sets know none, so a member of any other kind is none, too."""
+    if _CONCEPT_MEMBER not in members:
+        return None
+    try:
+        concept = _object(_text(members[_CONCEPT_MEMBER], _CONCEPT_MEMBER), _CONCEPT_MEMBER).get("concept")
+        return None if concept is None else str(concept)
+    except (UnreadableSample, RecursionError):
+        return None
 
 
 def choose_caption(sample: DecodedSample, draw: float) -> str:
@@ -162,12 +184,12 @@ def _usable(value: Any) -> tuple[str, ...]:
 
 
 def _read_extra(members: Mapping[str, bytes], extra: ExtraMember) -> Tensor:
-    if extra.member not in members:
-        raise UnreadableSample("no-array", f"there is no {extra.member} member")
-    data = members[extra.member]
+    if _field_name(extra.member) not in members:
+        raise MissingField("no-array", f"there is no {extra.member} member")
+    data = members[_field_name(extra.member)]
     try:
         array = parse_npy(data) if extra.tensor is None else parse_safetensors(data, extra.tensor)
-    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError, struct.error) as err:
+    except (ValueError, KeyError, SyntaxError, RecursionError, MemoryError, TypeError, struct.error) as err:
         raise UnreadableSample("bad-array", f"{extra.member}: {err}") from err
     if list(array.shape) != list(extra.shape):
         raise UnreadableSample("array-shape", f"{extra.member} has shape {list(array.shape)}, not {list(extra.shape)}")
@@ -179,7 +201,7 @@ def _read_extra(members: Mapping[str, bytes], extra: ExtraMember) -> Tensor:
 def parse_npy(data: bytes) -> np.ndarray:
     """A float16 or float32 array of a `.npy` file, parsed here: numpy's reader can run what an object array holds.
 
-    Raises: ValueError, SyntaxError, struct.error where it is something else.
+    Raises: ValueError, KeyError, TypeError, SyntaxError, struct.error where it is something else.
     """
     if data[:6] != b"\x93NUMPY" or data[6:7] not in (b"\x01", b"\x02", b"\x03"):
         raise ValueError("not a .npy file")
@@ -196,7 +218,10 @@ def parse_npy(data: bytes) -> np.ndarray:
 
 
 def parse_safetensors(data: bytes, name: str) -> np.ndarray:
-    """One float16 or float32 tensor of a safetensors file. Raises: ValueError, struct.error where it is not there."""
+    """One float16 or float32 tensor of a safetensors file.
+
+    Raises: ValueError, KeyError, TypeError, struct.error where it is not there.
+    """
     (length,) = struct.unpack_from("<Q", data, 0)
     if length > min(len(data) - 8, 2**20):
         raise ValueError(f"a header of {length} bytes")

@@ -243,6 +243,10 @@ class TrainDataSection(Section):
     """Number of places of an epoch that are read at the same time. Set it to the number of ranks, or a multiple, where
     machines fetch remote shards: each machine then fetches only the shards of its own ranks. At 1 every machine fetches
     all shards."""
+    image: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] | None = None
+    """Extension of the sample's file that holds the image, where it is not called `jpg`, `jpeg`, `png` or `webp`: for
+    instance `photo.jpg` for a file `000123.photo.jpg`. Of a list, the first that a sample has is read. The file's
+    content says which format it has."""
     caption: Literal["txt", "json-captions"] | Annotated[list[CaptionChoice], Field(min_length=1)] = "txt"
     """Where the caption of a sample is. `txt` is the text file; `json-captions` draws one of the `captions` in the JSON
     file; or a list of places, each with a probability."""
