@@ -15,6 +15,7 @@ from typing import Any
 from evatool.checkpoint import layout
 from evatool.core.atomic_io import sync_folder
 from evatool.core.errors import CheckpointError
+from evatool.core.secrets import holds_secrets
 from evatool.distributed.collectives import gather_objects, rank, world_size
 from evatool.distributed.engines.sharded_state import ShardedState
 
@@ -112,7 +113,10 @@ def _commit(
     for name, value in documents.items():
         files[name] = layout.write_json_entry(part / name, value)
     recipe = resolved_toml.encode()
-    files[layout.RESOLVED] = layout.entry_of(layout.write_file(part / layout.RESOLVED, lambda file: file.write(recipe)))
+    # Made first, so that one with credentials in it can be read by this user alone at every moment.
+    (part / layout.RESOLVED).touch(mode=0o600 if holds_secrets(resolved_toml) else 0o666, exist_ok=False)
+    written = layout.write_file(part / layout.RESOLVED, lambda file: file.write(recipe), mode="r+b")
+    files[layout.RESOLVED] = layout.entry_of(written)
     layout.write_json_entry(part / layout.MANIFEST, {"format": layout.FORMAT_VERSION, "step": step, "files": files})
     sync_folder(part)
     _put_in_place(part, final)

@@ -47,7 +47,7 @@ def compare(
     for s in results.over_seeds:
         value = f"{wording.percent(s.value)} {wording.bounds(s.interval)}"
         lines.append(f"over {s.num_seeds} seeds, {titles[s.set]}, {wording.label(s.metric, results)}: {value}")
-    lines += [f"not compared: {f.model}: {f.message}" for f in results.failures]
+    lines += [f"not compared: {f.model}: " + f.message.replace("\n", "; ") for f in results.failures]
     if out is not None:
         write_results(out / "results.json", results)
         write_csv(out / "results.csv", results)

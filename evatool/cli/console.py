@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import sys
 import traceback
@@ -17,6 +16,8 @@ import typer
 
 from evatool.core import logging as logs
 from evatool.core.errors import EvatoolError, ExitCode, RecipeError, UsageError
+from evatool.core.secrets import mask_secrets, mask_values
+from evatool.core.shown_text import json_text, shown, shown_lines, shown_page
 from evatool.distributed.launcher_env import read_environment
 
 
@@ -83,7 +84,7 @@ def execute(action: Callable[[], Report], *, json_output: bool, debug: bool, go_
         except (KeyboardInterrupt, Exception) as error:
             failure = explain(error, go_on)
             if debug:
-                traceback.print_exc()
+                sys.stderr.write(mask_secrets(shown_page(traceback.format_exc())))
     if rank == 0:
         if failure is not None and not failure.is_shown:
             _print_failure(failure)
@@ -116,7 +117,7 @@ def open_closed_streams() -> None:
 def _print_result(report: Report | None, failure: CommandFailure | None, json_output: bool) -> None:
     if json_output:
         data = (report.data if report else {}) | (failure.to_json() if failure else {})
-        _write_line(sys.stdout, json.dumps(data, ensure_ascii=False, allow_nan=False))
+        _write_line(sys.stdout, json_text(mask_values(data)))
     elif report is not None:
         _print_report(report)
 
@@ -152,16 +153,21 @@ def explain(error: BaseException, go_on: str = GO_ON) -> CommandFailure:
 
 def _print_failure(failure: CommandFailure) -> None:
     show = partial(typer.echo, err=True)  # without rich, whose text costs a third of what --dry-run does
-    show(typer.style("error: ", fg="red", bold=True) + failure.message)
+    show(typer.style("error: ", fg="red", bold=True) + _safe(failure.message))
     for line in failure.problems:
-        show(f"  {line}")
+        show(f"  {_safe(line)}")
     for label, text in failure.details.items():
-        show(typer.style(f"{label}: ", bold=True) + text)
+        show(typer.style(f"{label}: ", bold=True) + _safe(text))
+
+
+def _safe(message: str) -> str:
+    """A message without credentials, and without what could move the cursor or look like another message."""
+    return mask_secrets(shown_lines(message))
 
 
 def _print_report(report: Report) -> None:
     if report.text:
-        _write_line(sys.stdout, report.text.rstrip("\n"))
+        _write_line(sys.stdout, mask_secrets(shown_page(report.text.rstrip("\n"))))
     if report.table:
         from rich.box import SIMPLE
         from rich.console import Console
@@ -171,13 +177,13 @@ def _print_report(report: Report) -> None:
         header, *rows = report.table
         table = Table(box=SIMPLE, pad_edge=False, show_header=any(header))
         for name in header:
-            table.add_column(Text(name))
+            table.add_column(Text(shown(name)))
         for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*(Text(mask_secrets(shown(cell))) for cell in row))
         # a pipe has no width: do not fold what a script or a log file will read
         Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(table)
     for line in report.lines:
-        _write_line(sys.stdout, line)
+        _write_line(sys.stdout, _safe(line))
 
 
 def _write_line(stream: IO[str], line: str) -> None:

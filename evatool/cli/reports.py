@@ -7,6 +7,8 @@ from typing import Any
 
 from evatool.cli.console import Report
 from evatool.cli.derived_values import derived_values
+from evatool.core.secrets import mask_values
+from evatool.core.shown_text import shown
 from evatool.recipe.load import Resolved
 from evatool.recipe.write import format_value, to_table, to_toml
 from evatool.runs.result import Result
@@ -32,7 +34,10 @@ def recipe_report(resolved: Resolved, docs: bool = False) -> Report:
 def dry_run_report(resolved: Resolved, run_dir: Path) -> Report:
     """The resolved recipe, the origin of each value, the run folder and what follows from it; still valid TOML."""
     values = derived_values(resolved.recipe)
-    comments = [f"# run folder: {run_dir}", *(f"# {name} = {format_value(value)}" for name, value in values.items())]
+    comments = [
+        f"# run folder: {shown(str(run_dir))}",
+        *(f"# {name} = {format_value(value)}" for name, value in values.items()),
+    ]
     text = to_toml(resolved.recipe, resolved.origins) + "\n" + "\n".join(comments)
     return Report(data=_recipe_json(resolved) | {"run_dir": str(run_dir), "derived": values}, text=text)
 
@@ -50,9 +55,9 @@ def recipe_diff_report(first: Resolved, second: Resolved) -> Report:
     differences = recipe_differences(first, second)
     table = [["key", first.name, second.name, "from", "from"]]
     for each in differences:
-        shown = ["" if value is None else format_value(value) for value in each.values]
+        shown = ["" if value is None else format_value(mask_values(value, each.key)) for value in each.values]
         table.append([each.key, *shown, *(origin or "" for origin in each.origins)])
-    data = [{"key": d.key, "values": list(d.values), "origins": list(d.origins)} for d in differences]
+    data = [{"key": d.key, "values": mask_values(d.values, d.key), "origins": list(d.origins)} for d in differences]
     lines = [] if differences else [f"{first.name} and {second.name} set the same"]
     return Report(
         data={"recipes": [first.name, second.name], "differences": data},

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from evatool.core.shown_text import json_text
 
 
 def write_bytes_atomically(
@@ -46,8 +47,7 @@ def write_text_atomically(path: Path, text: str, *, permissions: int | None = No
 
 def write_json_atomically(path: Path, value: Mapping[str, Any], *, permissions: int | None = None) -> None:
     """Write a JSON file, indented by two, at once or not at all. Raises: ValueError for numbers that are not finite."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_text_atomically(path, text, permissions=permissions)
+    write_text_atomically(path, json_text(value, indent=2) + "\n", permissions=permissions)
 
 
 def sync_folder(folder: Path) -> None:

@@ -43,6 +43,10 @@ class EvatoolError(Exception):
         parts += [f"{label}: {text}" for label, text in self.details()]
         return "\n".join(parts)
 
+    def indented(self) -> str:
+        """The message for a log: its lines after the first are indented, as `core.shown_text` asks."""
+        return str(self).replace("\n  ", "\n").replace("\n", "\n  ")
+
     def details(self) -> list[tuple[str, str]]:
         """The labelled parts after the first line, in the order they are shown."""
         named = [("where", self.where), ("expected", self.expected), ("next", self.fix)]

@@ -1,12 +1,21 @@
-"""Logging, configured once by the command line: rank 0 to stderr, every rank to its own file in the run folder."""
+"""Logging, configured once by the command line: rank 0 to stderr, every rank to its own file in the run folder.
+
+Records hold names and messages from outside: `ShownFormatter` makes them safe to show and hides credentials in them.
+"""
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from evatool.core.errors import EvatoolError
+from evatool.core.secrets import mask_secrets
+from evatool.core.shown_text import shown, shown_lines, shown_page
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,6 +32,31 @@ def stderr_console() -> Console:
     from rich.console import Console
 
     return Console(stderr=True)
+
+
+class ShownFormatter(logging.Formatter):
+    """Formats a record so that nothing in it moves a terminal's cursor, forges a further record or tells a credential.
+
+    Values in a message are on one line; lines after a record's first are indented, those of a trace too.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        record = copy.copy(record)  # the other handlers format it for themselves
+        if isinstance(record.args, tuple):
+            record.args = tuple(map(_shown_value, record.args))
+        return mask_secrets(shown_lines(super().format(record)))
+
+    def formatException(
+        self,
+        ei: tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None],
+    ) -> str:
+        return "  " + shown_page(super().formatException(ei)).replace("\n", "\n  ")
+
+
+def _shown_value(value: Any) -> Any:
+    if isinstance(value, EvatoolError):
+        return shown_lines(value.indented())
+    return shown(str(value)) if isinstance(value, str | Path | BaseException) else value
 
 
 class _ConsoleHandler(logging.Handler):
@@ -49,7 +83,7 @@ def configure(rank: int = 0, debug: bool = False) -> None:
     for handler in list(root.handlers):
         root.removeHandler(handler)
     handler = _ConsoleHandler()
-    handler.setFormatter(logging.Formatter("%(name)s: %(message)s" if debug else "%(message)s"))
+    handler.setFormatter(ShownFormatter("%(name)s: %(message)s" if debug else "%(message)s"))
     handler.setLevel(logging.DEBUG if debug else logging.INFO if rank == 0 else logging.ERROR)
     root.addHandler(handler)
 
@@ -58,7 +92,7 @@ def add_file(folder: Path, rank: int = 0) -> logging.Handler:
     """Also write this rank's records to `folder/rank_00000.log`; returns the handler so that a stage can drop it."""
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / f"rank_{rank:05d}.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(ShownFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.setLevel(logging.DEBUG)
     logging.getLogger("evatool").addHandler(handler)
     return handler

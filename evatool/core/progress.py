@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from evatool.core import logging as log
+from evatool.core.shown_text import shown
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -57,7 +58,7 @@ def progress(description: str, total: float | None, unit: str = "samples", initi
     if outer is None:
         _active = display
         display.start()
-    task = display.add_task(description, total=total, completed=int(initial), unit=unit, extra="")
+    task = display.add_task(shown(description), total=total, completed=int(initial), unit=unit, extra="")
     bar = ProgressBar(display, task, initial)
     try:
         yield bar
@@ -80,15 +81,15 @@ def _new_display() -> Progress:
             return Text(f"{_short(speed)} {task.fields['unit']}/s" if speed else "", style="progress.data.speed")
 
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         Rate(),
         TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.fields[extra]}", style="dim"),
+        TextColumn("{task.fields[extra]}", style="dim", markup=False),
         console=log.stderr_console(),
     )
 
 
 def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else shown(str(value))

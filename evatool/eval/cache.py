@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +18,6 @@ from torch import Tensor
 from evatool.core.atomic_io import write_bytes_atomically
 
 _FINGERPRINTS = "fingerprints.json"
-
-
-def user_cache_folder() -> Path:
-    """`evatool` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evatool"
 
 
 class TensorCache:

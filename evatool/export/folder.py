@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,8 +67,8 @@ def staged_folder(target: Target, files: Sequence[str], *, optional: Sequence[st
     try:
         out.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(out)
-        work = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=out))
-        work.chmod(0o755)
+        work = out / f"{_PARTIAL}{uuid.uuid4().hex[:8]}"
+        work.mkdir()
         yield work
         for name in [*(n for n in optional if (work / n).exists()), *files]:
             os.replace(work / name, out / name)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 import evatool
+from evatool.core.secrets import mask_secrets
+from evatool.core.shown_text import markdown_block, markdown_code, markdown_text
 from evatool.weights.load import UnloadedClip
 
 
@@ -22,7 +24,7 @@ class CardFacts:
     source: str  # the run or file it was exported from
     architecture: Sequence[tuple[str, str]]  # rows of the table
     parameters: Mapping[str, int]  # by tower
-    recipe_toml: str | None = None  # the resolved recipe of its training
+    recipe_toml: str | None = None  # the resolved recipe of its training, without credentials
     results: Sequence[tuple[str, str]] = field(default_factory=tuple)  # evaluation set -> figure
     evatool_version: str = ""
 
@@ -52,7 +54,7 @@ def card_facts(clip: UnloadedClip, dtype: torch.dtype, results: Sequence[tuple[s
             ("weights", dtype_name(dtype)),
         ],
         parameters={"image": count("visual."), "text": count("text."), "temperature": 1},
-        recipe_toml=_recipe_beside(Path(clip.source)),
+        recipe_toml=published_recipe(Path(clip.source)),
         results=results,
         evatool_version=evatool.__version__,
     )
@@ -78,9 +80,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _recipe_beside(source: Path) -> str | None:
+def published_recipe(source: Path) -> str | None:
+    """The recipe beside a run's weights as it may be published: credentials hidden. None where there is none."""
     path = source / "resolved.toml"
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    return mask_secrets(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def model_card(facts: CardFacts, *, library: str, loading: str, notes: Sequence[str], verification: str) -> str:
@@ -96,7 +99,7 @@ def model_card(facts: CardFacts, *, library: str, loading: str, notes: Sequence[
     rows = [*facts.architecture, *((f"parameters, {tower}", f"{n:,}") for tower, n in facts.parameters.items())]
     parts = [
         f"---\nlibrary_name: {library}\ntags:\n- clip\n- eva\n- zero-shot-image-classification\n---",
-        f"# {facts.name}",
+        f"# {markdown_text(facts.name)}",
         f"A contrastive image-text model of the EVA-CLIP family with {total:,} parameters, exported by evatool "
         f"{facts.evatool_version}.",
         "## Loading",
@@ -118,12 +121,14 @@ def model_card(facts: CardFacts, *, library: str, loading: str, notes: Sequence[
 
 
 def _training(facts: CardFacts) -> str:
-    origin = f"Exported from `{facts.source}`."
+    origin = f"Exported from {markdown_code(facts.source)}."
     if facts.recipe_toml is None:
         return f"{origin} The recipe is not known."
-    return f"{origin} The resolved recipe, with the data it names:\n\n```toml\n{facts.recipe_toml.strip()}\n```"
+    recipe = markdown_block(facts.recipe_toml.strip(), "toml")
+    return f"{origin} The resolved recipe, with the data it names:\n\n{recipe}"
 
 
 def _table(header: tuple[str, str], rows: Sequence[tuple[str, Any]]) -> str:
     lines = [f"| {header[0]} | {header[1]} |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {key} | {value} |" for key, value in rows)])
+    cells = [[markdown_text(str(cell)) for cell in row] for row in rows]
+    return "\n".join([*lines, *(f"| {key} | {value} |" for key, value in cells)])

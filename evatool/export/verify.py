@@ -106,9 +106,9 @@ def foreign_outputs(
             check=False,
         )
         if done.returncode != 0 or not made_path.is_file():
-            last_words = "\n".join(done.stderr.strip().splitlines()[-4:])
+            last_words = "\n  ".join(done.stderr.strip().splitlines()[-4:])
             raise EvatoolError(
-                f"the other library could not open the export:\n{last_words}",
+                f"the other library could not open the export:\n  {last_words}",
                 where=str(folder),
                 fix="this is a fault of the export; please report it with the model's configuration",
             )

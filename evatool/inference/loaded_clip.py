@@ -22,6 +22,7 @@ from torch import Tensor
 
 from evatool.core.errors import RecipeError, UsageError
 from evatool.core.image_norm import CLIP_MEAN, CLIP_STD, normalize_images
+from evatool.core.own_folder import expand_user
 from evatool.data.tokenizer import Tokenizer, build_tokenizer
 from evatool.formats.fingerprint import weights_fingerprint
 from evatool.model.clip import build_clip, visual_tokens
@@ -139,7 +140,7 @@ def load_clip(
     Raises: CheckpointError if the weights are missing, damaged or of another model; UsageError if `source` is neither
     a path nor a preset.
     """
-    if Path(source).expanduser().exists():
+    if expand_user(source).exists():
         found = find_clip(source, model_config, image_size=image_size, patch_size=patch_size, patch_resize=patch_resize)
         clip, config = found.load(DTYPES[precision]), found.config
         origin, stored_dtype = found.source, found.stored_dtype

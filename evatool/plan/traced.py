@@ -1,8 +1,8 @@
 """Costs of a model for which there is no formula: another process builds it without memory and counts. No torch here.
 
 The process (`evatool.teachers.trace`) takes several seconds, so its figures are kept in the user's cache folder
-(`$XDG_CACHE_HOME/evatool/costs`, else `~/.cache/evatool/costs`), one file for each model, layer, input size and
-version of timm and torch; a second plan starts no process.
+(`core.own_folder`) below `costs`, one file for each model, layer, input size and version of timm and torch; a second
+plan starts no process.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
+from evatool.core.atomic_io import write_bytes_atomically
 from evatool.core.errors import RecipeError
+from evatool.core.own_folder import user_cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -53,25 +54,27 @@ def traced_timm_model(name: str, layer: int | None, image_size: int | None) -> T
     Raises: RecipeError where torch or timm cannot build or run the model without memory.
     """
     path = cache_file(name, layer, image_size)
-    found = _cached(path)
+    found = None if path is None else _cached(path)
     if found is None:
         found = _traced(name, layer, image_size)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
-            partial.replace(path)
-        except OSError as error:
-            log.warning("%s could not be written: %s; the teacher is counted again next time", path, error)
+        if path is not None:
+            _keep(path, found)
     return found
 
 
-def cache_file(name: str, layer: int | None, image_size: int | None) -> Path:
-    """Where the figures of a model are kept."""
+def cache_file(name: str, layer: int | None, image_size: int | None) -> Path | None:
+    """Where the figures of a model are kept; None where nothing can be kept."""
     versions = [metadata.version(package) for package in ("timm", "torch")]
     key = hashlib.sha256(json.dumps([name, layer, image_size, *versions]).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evatool" / "costs"
-    return folder / f"{name.replace('/', '-')}-{key}.json"
+    folder = user_cache_folder()
+    return None if folder is None else folder / "costs" / f"{name.replace('/', '-')}-{key}.json"
+
+
+def _keep(path: Path, found: TracedModel) -> None:
+    try:
+        write_bytes_atomically(path, (json.dumps(asdict(found), indent=1) + "\n").encode(), make_parents=True)
+    except OSError as error:
+        log.warning("%s could not be written: %s; the teacher is counted again next time", path, error)
 
 
 def _cached(path: Path) -> TracedModel | None:

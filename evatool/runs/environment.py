@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import evatool
+from evatool.core.secrets import mask_arguments
 
 log = logging.getLogger(__name__)
 
@@ -24,9 +25,9 @@ _PACKAGES = (
 
 
 def environment(command: Sequence[str]) -> dict[str, Any]:
-    """Versions, git commit, world size and command line of this process."""
+    """Versions, git commit, world size and command line of this process, whose credentials are hidden."""
     return {
-        "command": list(command),
+        "command": mask_arguments(command),
         "evatool": evatool.__version__,
         "git_commit": _git_commit(),
         "python": platform.python_version(),

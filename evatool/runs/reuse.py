@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evatool.core.errors import RecipeError, UsageError
+from evatool.core.secrets import mask_values
 from evatool.recipe.load import load_recipe
 from evatool.recipe.schema import Recipe
 from evatool.recipe.write import flatten, format_value, to_table
@@ -81,6 +82,6 @@ def _differences(before: Recipe, now: Recipe) -> dict[str, str]:
     keys = [k for k in dict.fromkeys((*old, *new)) if k not in RESUMABLE_KEYS and not k.startswith(RESUMABLE_TABLES)]
 
     def show(table: dict[str, Any], key: str) -> str:
-        return format_value(table[key]) if key in table else "absent"
+        return format_value(mask_values(table[key], key)) if key in table else "absent"
 
     return {key: f"{key}: was {show(old, key)}, now {show(new, key)}" for key in keys if old.get(key) != new.get(key)}

@@ -15,6 +15,7 @@ from pathlib import Path
 from evatool.core import logging as logs
 from evatool.core.atomic_io import write_json_atomically, write_text_atomically
 from evatool.core.errors import ExitCode, UsageError
+from evatool.core.secrets import holds_secrets, mask_secrets
 from evatool.recipe.schema import Recipe
 from evatool.recipe.write import to_toml
 from evatool.runs.environment import environment, warn_of_other_versions
@@ -81,9 +82,7 @@ class RunDir:
     def finish(self, result: Result) -> None:
         """Write result.json and the final status; the run counts as done from here on."""
         if self.rank == 0:
-            write_json_atomically(
-                self.path / "result.json", result_to_json(result) | {"table": result.table}, permissions=0o644
-            )
+            write_json_atomically(self.path / "result.json", result_to_json(result) | {"table": result.table})
             self._write_status(ExitCode.DONE, None)
         self.close()
 
@@ -96,9 +95,7 @@ class RunDir:
         try:
             if self.rank > 0:
                 write_json_atomically(
-                    self._note(),
-                    {"exit_code": int(exit_code), "message": message, "rank": self.rank},
-                    permissions=0o644,
+                    self._note(), {"exit_code": int(exit_code), "message": mask_secrets(message), "rank": self.rank}
                 )
             else:
                 first = first_failure(self.path) or {"exit_code": int(exit_code), "message": message}
@@ -143,9 +140,12 @@ def open_run_dir(recipe: Recipe, options: RunOptions, rank: int = 0) -> RunDir:
     if rank == 0:
         for note in path.glob("logs/rank_*.failed.json"):
             note.unlink()
-        write_text_atomically(path / "resolved.toml", to_toml(recipe), permissions=0o644)
+        resolved = to_toml(recipe)
+        # The run needs what is in it, so credentials stay in it, for this user's eyes only.
+        permissions = 0o600 if holds_secrets(resolved) else None
+        write_text_atomically(path / "resolved.toml", resolved, permissions=permissions)
         warn_of_other_versions(path / "environment.json")
-        write_json_atomically(path / "environment.json", environment(options.command), permissions=0o644)
+        write_json_atomically(path / "environment.json", environment(options.command))
         write_status(path, "running", None, None)
     run_dir.handlers.append(logs.add_file(run_dir.logs, rank))
     options.opened = run_dir

@@ -9,6 +9,7 @@ from typing import Any
 
 from evatool.core.atomic_io import write_json_atomically
 from evatool.core.errors import CheckpointError, ExitCode
+from evatool.core.secrets import mask_secrets
 
 
 def write_status(path: Path, state: str, exit_code: int | None, message: str | None) -> None:
@@ -16,11 +17,11 @@ def write_status(path: Path, state: str, exit_code: int | None, message: str | N
     status = {
         "state": state,
         "exit_code": None if exit_code is None else int(exit_code),
-        "message": message,
+        "message": None if message is None else mask_secrets(message),
         "step": _last_step(path),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    write_json_atomically(path / "status.json", status, permissions=0o644)
+    write_json_atomically(path / "status.json", status)
 
 
 def first_failure(path: Path) -> dict[str, Any] | None:

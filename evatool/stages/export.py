@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 from evatool.core.errors import UsageError
+from evatool.core.own_folder import expand_user
 from evatool.eval.report.wording import main_rows
 from evatool.eval.results import read_results
 from evatool.export.folder import Target
@@ -77,7 +78,7 @@ def run(recipe: ExportRecipe, run: RunOptions) -> Result:
 
 def find_model(section: ExportSection) -> UnloadedClip:
     """The model to export, on disk. Raises: UsageError for a preset: it has no weights to export."""
-    if not Path(section.checkpoint).expanduser().exists():
+    if not expand_user(section.checkpoint).exists():
         raise UsageError(
             f"there is no model at {section.checkpoint!r}",
             where="export.checkpoint",

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from evatool.core.atomic_io import write_json_atomically
+from evatool.core.own_folder import expand_user
 from evatool.distributed.collectives import gather_objects
 from evatool.distributed.engines.blocks import compile_blocks
 from evatool.teachers.clip import LazyTeacher, TeacherFacts
@@ -93,14 +94,14 @@ def _remembered(folder: Path, stamp: list[Any]) -> TeacherFacts | None:
 def _remember(folder: Path, stamp: list[Any], facts: TeacherFacts) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json_atomically(folder / _SEEN, {"stamp": stamp, "facts": asdict(facts)}, permissions=0o644)
+        write_json_atomically(folder / _SEEN, {"stamp": stamp, "facts": asdict(facts)})
     except OSError as error:  # a complete store may be read where nothing can be written
         log.warning("%s could not be written: %s; the teacher is read again next time", folder / _SEEN, error)
 
 
 def _stamp(source: str) -> str | None:
     """A digest that changes with any file of a teacher; None where there is none, as for a preset's random weights."""
-    path = Path(source).expanduser()
+    path = expand_user(source)
     if not path.exists():
         return None
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]

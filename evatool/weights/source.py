@@ -22,6 +22,7 @@ from torch import Tensor
 from evatool.checkpoint.layout import AVERAGE, MANIFEST, MODEL, MODEL_CONFIG, TRAIN_STATE
 from evatool.checkpoint.load import latest_checkpoint, verify
 from evatool.core.errors import CheckpointError
+from evatool.core.own_folder import expand_user
 from evatool.model.config import ModelConfig
 from evatool.weights.detect_preset import fitting_presets
 from evatool.weights.key_mapping import canonical_state
@@ -50,7 +51,7 @@ def read_weights(source: str | Path) -> SourceWeights:
 
     Raises: CheckpointError where there are none, or where they are damaged.
     """
-    kind, path = locate_weights(Path(source).expanduser())
+    kind, path = locate_weights(expand_user(source))
     match kind:
         case "checkpoint":
             return _read_checkpoint(path, MODEL, str(path))

@@ -22,7 +22,7 @@ def _records_reach_caplog(monkeypatch):
 def save(tmp_path) -> Callable[..., Path]:
     """`save(step)` writes a small checkpoint whose weights all equal the step."""
 
-    def save(step: int, keep: int = 3, folder: Path | None = None, has_extra: bool = True) -> Path:
+    def save(step: int, keep: int = 3, folder: Path | None = None, has_extra: bool = True, **documents: str) -> Path:
         state = {"model.weight": torch.full((3, 2), float(step)), "model.scale": torch.full((1,), float(step))}
         if has_extra:
             state["projection.weight"] = torch.full((2,), float(step))
@@ -34,8 +34,8 @@ def save(tmp_path) -> Callable[..., Path]:
             groups=[{"name": "visual/decay", "lr": 1e-3, "parameters": list(state)}],
             train_state={"step": step, "samples_seen": 8 * step},
             model_config={"task": "clip", "name": "tiny"},
-            resolved_toml='stage = "train-clip"\n',
             keep=keep,
+            **({"resolved_toml": 'stage = "train-clip"\n'} | documents),
         )
 
     return save

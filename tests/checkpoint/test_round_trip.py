@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -118,3 +119,14 @@ def test_a_file_where_the_folder_should_be(save, tmp_path):
     with pytest.raises(CheckpointError, match="could not be saved") as error:
         save(1, folder=tmp_path / "file")
     assert str(tmp_path / "file") in (error.value.where or "")
+
+
+def test_a_recipe_with_credentials_is_for_this_user_alone(save) -> None:
+    before = os.umask(0o022)
+    try:
+        open_, closed = save(1), save(2, resolved_toml='token = "abc"\n')
+    finally:
+        os.umask(before)
+    assert [(folder / "resolved.toml").stat().st_mode & 0o777 for folder in (open_, closed)] == [0o644, 0o600]
+    assert (closed / "resolved.toml").read_text() == 'token = "abc"\n'
+    assert load_checkpoint(closed).step == 2  # its checksum is in the manifest

@@ -51,6 +51,42 @@ def test_nothing_but_the_table_and_lines_reaches_stdout() -> None:
     ]
 
 
+HOSTILE = """
+import sys
+from evatool.cli.console import Report, execute
+from evatool.core.errors import RecipeError
+
+NAME = "a\\x1b[31m\\nerror: forged\\x9b\\u202e\\udcff[red]x[/red]"
+URL = "https://user:pw1@host/a.tar?sig=pw2"
+
+def action():
+    if "fail" in sys.argv:
+        problems = [f"{NAME}: {URL}", "data.token = \\"pw3\\": unknown key"]
+        raise RecipeError(f"bad {NAME}", problems=problems, where="first\\n  " + NAME, fix=NAME)
+    text = "x = 1\\ny = 2 # \\x1b[31m"
+    return Report(data={NAME: NAME, "token": "pw4"}, text=text, table=[[NAME], [NAME]], lines=[NAME, URL])
+
+execute(action, json_output="--json" in sys.argv, debug=False)
+"""
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"], ["fail"]], ids=["report", "json", "failure"])
+def test_nothing_from_outside_acts_on_the_terminal(arguments: list[str]) -> None:
+    ran = subprocess.run([sys.executable, "-c", HOSTILE, *arguments], capture_output=True, text=True)
+    said = ran.stdout + ran.stderr.partition("Traceback")[0]  # of typer.Exit, see above
+    lines = said.split("\n")
+    assert all(line.isprintable() for line in lines)
+    assert "[red]x[/red]" in said
+    assert sum(line.startswith("error:") for line in lines) == (arguments == ["fail"])
+    assert "forged" in said
+    assert "pw" not in said
+    if arguments == ["--json"]:
+        name = "a\x1b[31m\nerror: forged\x9b\u202e\udcff[red]x[/red]"
+        assert json.loads(ran.stdout)[name] == name
+    if arguments == ["fail"]:
+        assert [line for line in lines if line.startswith("  a\\x1b")]  # the second line of `where`
+
+
 def test_a_full_disk_says_so() -> None:
     failure = explain(OSError(errno.ENOSPC, "No space left on device", "runs/x/0.tar"), go_on="go on")
     assert (failure.message, failure.exit_code) == ("the disk is full", ExitCode.FAILED)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,12 +13,14 @@ import pytest
 from toys import made_up_results
 
 from evatool.core.errors import DataError
+from evatool.core.shown_text import shown
 from evatool.eval.predictions import ClassificationResult
 from evatool.eval.report.class_accuracy import class_panel
 from evatool.eval.report.demo import ChainLosses, ChainStep, DemoReport, ShownSample, write_demo_report
 from evatool.eval.report.gallery import Gallery, encode_image_file
 from evatool.eval.report.page import text_table, write_eval_report
-from evatool.eval.results import EvalResults
+from evatool.eval.report.tables import markdown, write_csv
+from evatool.eval.results import EvalFailure, EvalResults, read_results, write_results
 
 
 class Page(HTMLParser):
@@ -108,6 +112,51 @@ def test_one_model_needs_no_comparison(tmp_path: Path) -> None:
     write_eval_report(tmp_path / "report.html", made_up_results({"only": (0.05, 0.03, 0.07)}))
     _, page = read(tmp_path / "report.html")
     assert page.ids == ["accuracy", "numbers", "method"]
+
+
+HOSTILE = "=1+1|`x`[l](http://h)<b>\x1b[31m\n# forged \u202e\x9b"
+
+
+def hostile_results() -> EvalResults:
+    """Results whose names are formulas, markup and control characters."""
+    results = made_up_results({HOSTILE: (0.05, 0.03, 0.07), "@b": (0.06, 0.03, 0.07)})
+    results.sets[0] = replace(results.sets[0], title=HOSTILE, phrase=HOSTILE, about=HOSTILE)
+    results.title = HOSTILE
+    results.failures.append(EvalFailure(HOSTILE, "s", f"no class {HOSTILE}"))
+    return results
+
+
+def test_names_in_a_spreadsheet_are_text(tmp_path: Path) -> None:
+    results = hostile_results()
+    results.results[0] = replace(results.results[0], value=-0.25)
+    write_csv(tmp_path / "results.csv", results)
+    text = (tmp_path / "results.csv").read_text(encoding="utf-8")
+    rows = list(csv.DictReader(text.splitlines()))
+    assert [row["model"] for row in rows] == ["'" + shown(HOSTILE), "'@b"]
+    assert rows[0]["value"] == "-0.25"
+    assert text.replace("\n", "").isprintable()
+    write_results(tmp_path / "results.json", results)
+    assert read_results(tmp_path / "results.json").models[0].name == HOSTILE
+
+
+def test_names_in_a_markdown_table_are_text() -> None:
+    text = markdown(hostile_results())
+    assert text.replace("\n", "").replace("\xa0", "").isprintable()
+    assert "# forged" not in text.split("\n")
+    widths = {len(re.findall(r"(?<!\\)\|", line)) for line in text.split("\n") if line.startswith("|")}
+    assert widths == {7}  # the bars of both tables, in every row
+    assert "](" not in text
+    assert "<b>" not in text
+    assert not re.search(r"(?<!\\)`", text)
+
+
+def test_names_in_a_report_do_nothing(tmp_path: Path) -> None:
+    write_eval_report(tmp_path / "report.html", hostile_results())
+    html, _ = read(tmp_path / "report.html")
+    assert r"\x1b[31m" in html
+    assert "&lt;b&gt;" in html
+    assert "<b>\\x1b" not in html
+    assert html.replace("\n", "").replace("\xa0", "").isprintable()
 
 
 def test_names_from_outside_are_escaped(tmp_path: Path, image: bytes) -> None:

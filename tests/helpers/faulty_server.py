@@ -13,7 +13,7 @@ from pathlib import Path
 Fault = Callable[[int], str | None]
 """Number of the request for a file (from 0) -> what goes wrong, None for nothing: "404", "500", "stall" (headers, half
 of the body, then silence), "drip" (a byte now and then), "cut" (closed after half of the body), "short" (half of the
-body, announced as all of it), "other" (other bytes of the same length), "refuse" (closed at once)."""
+body, announced as all of it), "other" (other bytes of the same length), "refuse" (closed at once), "redirect URL"."""
 
 
 class Server:
@@ -74,6 +74,12 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
             path = server.folder / name
             if fault == "refuse":
                 self.close_connection = True
+                return
+            if fault and fault.startswith("redirect "):
+                self.send_response(302)
+                self.send_header("Location", fault.removeprefix("redirect "))
+                self.send_header("Content-Length", "0")
+                self.end_headers()
                 return
             if fault in ("404", "403", "500", "503") or not path.is_file():
                 self.send_error(int(fault or 404))

@@ -73,6 +73,41 @@ def test_a_new_folder_describes_the_run(resolved: Resolved, options: RunOptions)
     assert options.opened is run_dir
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o022, 0o644), (0o002, 0o664)])
+def test_files_of_a_run_are_as_open_as_the_umask_says(
+    resolved: Resolved, options: RunOptions, umask: int, mode: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        run_dir = open_run_dir(resolved.recipe, options)
+        open_run_dir(resolved.recipe, again(options), rank=1).fail(ExitCode.FAILED, "gone")
+        run_dir.finish(Result("train-clip", run_dir.path, {}, {}, ""))
+    finally:
+        os.umask(before)
+    files = [path for path in run_dir.path.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"status.json", "resolved.toml", "environment.json", "result.json"}
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == {path.name: mode for path in files}
+
+
+def test_credentials_stay_in_the_recipe_and_nowhere_else(options: RunOptions) -> None:
+    url = "https://me:pw1@host/{0..9}.tar?sig=pw2"
+    recipe = changed('unset=["data.train"]', f'data.sources=[{{name="s",shards="{url}"}}]').recipe
+    options.command = ["evatool", "train-clip", "--set", f"data.train={url}", "--token", "pw3"]
+    before = os.umask(0o022)
+    try:
+        run_dir = open_run_dir(recipe, options)
+        logging.getLogger("evatool.test").warning("cannot read %s", url)
+        run_dir.fail(ExitCode.FAILED, f"cannot read {url}")
+    finally:
+        os.umask(before)
+    assert load_recipe(run_dir.path / "resolved.toml").recipe == recipe
+    for path in run_dir.path.rglob("*"):
+        if path.is_file() and path.name != "resolved.toml":
+            assert "pw" not in path.read_text(), path
+            assert path.stat().st_mode & 0o777 == 0o644
+    assert (run_dir.path / "resolved.toml").stat().st_mode & 0o777 == 0o600
+
+
 def test_records_go_to_the_runs_own_log(resolved: Resolved, options: RunOptions) -> None:
     run_dir = open_run_dir(resolved.recipe, options)
     logging.getLogger("evatool.test").warning("seen")

@@ -11,7 +11,7 @@ from typing import Any
 
 from evatool.core.atomic_io import write_bytes_atomically
 from evatool.core.errors import DataError
-from evatool.data.feature_store.spec import StoreSpec, saying_where
+from evatool.data.feature_store.spec import StoreSpec, own_folder, saying_where
 
 HEADER = "store.json"
 FORMAT = "evatool-features-1"
@@ -27,9 +27,11 @@ def open_header(spec: StoreSpec, facts: Mapping[str, Any]) -> str:
     wanted = {"row_shape": list(spec.row_shape), "masked_only": spec.masked_only, **facts, **spec.facts}
     wanted = json.loads(json.dumps({"format": FORMAT, **dict(sorted(wanted.items()))}))
     found = read_store_header(spec.path)
-    if found is None:
-        with saying_where(spec):
-            spec.path.mkdir(parents=True, exist_ok=True)
+    if found is not None:
+        with saying_where(spec), own_folder(spec).opened():
+            pass  # it is not open to everyone
+    else:
+        with saying_where(spec), own_folder(spec).opened():
             _create_header(spec.path, wanted)
         found = read_store_header(spec.path)
     _check_header(spec, found or {}, wanted)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from evatool.core.errors import DataError
+from evatool.core.own_folder import OwnFolder
 
 ROW_MARK = b"row1"
 """Begins what stands behind the numbers of each row that has been written."""
@@ -52,6 +53,12 @@ class Views:
     count: int
     seed: int
     stores: tuple[StoreSpec, ...] = ()
+
+
+def own_folder(spec: StoreSpec) -> OwnFolder:
+    """The folder of a store, which may be shared but not with everyone."""
+    fix = "take the permission to write from others (chmod o-w), or choose another teacher.store.path"
+    return OwnFolder(spec.path, is_named=True, fix=fix)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from torch import Tensor
 from evatool.core.batch import Batch
 from evatool.core.errors import DataError
 from evatool.data.feature_store.header import open_header
-from evatool.data.feature_store.spec import ROW_MARK, TRAILER_BYTES, StoreSpec, saying_where
+from evatool.data.feature_store.spec import ROW_MARK, TRAILER_BYTES, StoreSpec, own_folder, saying_where
 
 _MAX_OPEN_FILES = 64
 _HALF_MAX = 65504.0
@@ -135,15 +135,12 @@ class FeatureStore:
         if (path, writing) in self._files:
             self._files.move_to_end((path, writing))
             return self._files[path, writing]
-        if not writing:
-            try:
-                file = os.open(path, os.O_RDONLY)
-            except FileNotFoundError:
-                return None
-        else:
-            with saying_where(self.spec):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        if not (writing or path.exists()):
+            return None
+        own = own_folder(self.spec)
+        with saying_where(self.spec), own.opened(path.parent.name) as folder:
+            file = own.open_file(folder, path.name, os.O_RDWR | os.O_CREAT if writing else os.O_RDONLY)
+        if writing:
             # To its whole length at once (sparse), so that rows may be written in any order.
             whole = int(self.counts[place[0]][place[1]]) * self.spec.row_bytes
             if os.fstat(file).st_size < whole:

@@ -1,7 +1,8 @@
 """One file from another machine, whole and in order, with an end to waiting.
 
 `http` and `https` are read by the standard library, everything else by fsspec (`s3://`, `gs://`, `memory://`, ...),
-which names the package a protocol needs where that is missing.
+which names the package a protocol needs where that is missing. Those clients follow redirects as they see fit; `http`
+and `https` do as `redirects` says.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ import queue
 import threading
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 from evatool.core.errors import DependencyError
+from evatool.data.sources.redirects import RefusedRedirectError, open_url
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class FetchError(Exception):
 
     Args:
         cause: "missing-shard", "forbidden", "timeout", "connection", "server-error", "partial-body", "too-large",
-            "changed-shard" (other bytes than the manifest says) or "unreachable".
+            "changed-shard" (other bytes than the manifest says), "refused-redirect" or "unreachable".
         detail: the answer or value that was found wrong.
     """
 
@@ -51,11 +52,13 @@ class FetchError(Exception):
 
 @dataclass(frozen=True)
 class Patience:
-    """Patience with a store: tries, seconds without bytes before a try fails, first pause between tries."""
+    """What is borne with a store: tries, seconds without bytes before a try fails, first pause between tries, and
+    redirects to addresses that only this machine or its network can reach."""
 
     attempts: int = 4
     timeout_sec: float = 30.0
     backoff_sec: float = 1.0
+    allow_private_redirects: bool = False
 
     def pauses(self) -> Iterator[float]:
         """The pause after each failed try but the last."""
@@ -84,11 +87,11 @@ def display_url(url: str) -> str:
 
 def fetch_bytes(url: str, patience: Patience, max_bytes: int) -> bytes:
     """A small remote file. Raises: FetchError after the last try."""
-    return _with_patience(url, patience, lambda: b"".join(_chunks(url, patience.timeout_sec, max_bytes)))
+    return _with_patience(url, patience, lambda: b"".join(_chunks(url, patience, max_bytes)))
 
 
-def fetch_file(url: str, path: Path, patience: Patience, *, max_bytes: int, size: int, sha256: str | None) -> None:
-    """Fetch into `path`, which need not be whole after an error.
+def fetch_file(url: str, file: BinaryIO, patience: Patience, *, max_bytes: int, size: int, sha256: str | None) -> None:
+    """Fetch into an open file, which need not be whole after an error.
 
     Args:
         size, sha256: the manifest's, which the file must have; -1 and None where there are none.
@@ -97,7 +100,9 @@ def fetch_file(url: str, path: Path, patience: Patience, *, max_bytes: int, size
 
     def once() -> None:
         digest, num_bytes = hashlib.sha256(), 0
-        with path.open("wb") as file, closing(_chunks(url, patience.timeout_sec, max_bytes)) as chunks:
+        file.seek(0)
+        file.truncate()  # what an earlier try brought
+        with closing(_chunks(url, patience, max_bytes)) as chunks:
             for chunk in chunks:
                 file.write(chunk)
                 num_bytes += len(chunk)
@@ -118,7 +123,7 @@ def _with_patience(url: str, patience: Patience, once: Callable[[], T]) -> T:
         try:
             return once()
         except FetchError as err:
-            pause = next(pauses, None)
+            pause = None if err.cause == "refused-redirect" else next(pauses, None)
             if pause is None:
                 raise FetchError(err.cause, f"{err.detail}, {attempt} tries") from err
             log.info("%s: %s; try %d in %.1f s", display_url(url), err, attempt + 1, pause)
@@ -126,10 +131,12 @@ def _with_patience(url: str, patience: Patience, once: Callable[[], T]) -> T:
             time.sleep(pause)
 
 
-def _chunks(url: str, timeout_sec: float, max_bytes: int) -> Generator[bytes, None, None]:
-    source = _http_chunks(url, timeout_sec) if url.startswith(("http://", "https://")) else _fsspec_chunks(url)
-    if not url.startswith(("http://", "https://")):
-        source = _watched(source, timeout_sec)
+def _chunks(url: str, patience: Patience, max_bytes: int) -> Generator[bytes, None, None]:
+    timeout_sec = patience.timeout_sec
+    if url.startswith(("http://", "https://")):
+        source = _http_chunks(url, patience)
+    else:
+        source = _watched(_fsspec_chunks(url), timeout_sec)
     total, since, at_mark = 0, time.monotonic(), 0
     with closing(source):
         for chunk in source:
@@ -144,11 +151,11 @@ def _chunks(url: str, timeout_sec: float, max_bytes: int) -> Generator[bytes, No
             yield chunk
 
 
-def _http_chunks(url: str, timeout_sec: float) -> Generator[bytes, None, None]:
-    request = urllib.request.Request(url, headers={"User-Agent": "evatool", "Accept-Encoding": "identity"})
+def _http_chunks(url: str, patience: Patience) -> Generator[bytes, None, None]:
+    timeout_sec = patience.timeout_sec
     try:
         # The timeout holds for connecting and for each wait for bytes, not for the whole file.
-        with urllib.request.urlopen(request, timeout=timeout_sec) as response:
+        with open_url(url, timeout_sec, allow_private=patience.allow_private_redirects) as response:
             expected = response.headers.get("Content-Length")
             total = 0
             while chunk := response.read1(CHUNK_BYTES):
@@ -156,6 +163,8 @@ def _http_chunks(url: str, timeout_sec: float) -> Generator[bytes, None, None]:
                 yield chunk
             if expected is not None and expected.isdecimal() and total != int(expected):
                 raise FetchError("partial-body", f"{total} of {expected} bytes came")
+    except RefusedRedirectError as err:
+        raise FetchError("refused-redirect", str(err)) from err
     except urllib.error.HTTPError as err:
         raise FetchError(_http_cause(err.code), f"HTTP {err.code} {err.reason}") from err
     except TimeoutError as err:

@@ -46,7 +46,9 @@ def open_sources(
             fix="list the source in data.sources under its name",
         )
     remote = section.remote
-    patience = Patience(remote.attempts, remote.timeout_sec, remote.backoff_sec)
+    patience = Patience(
+        remote.attempts, remote.timeout_sec, remote.backoff_sec, allow_private_redirects=remote.allow_private_redirects
+    )
     cache: ShardCache | None = None
     found: list[Source] = []
     for name, spec in named:

@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +195,7 @@ def _read_json(url: str, patience: Patience, max_bytes: int) -> Any:
     """A JSON file beside the tars; None where there is none that can be read."""
     try:
         if is_remote(url):
-            return json.loads(fetch_bytes(url, Patience(2, patience.timeout_sec, 0.1), max_bytes))
+            return json.loads(fetch_bytes(url, replace(patience, attempts=2, backoff_sec=0.1), max_bytes))
         path = local_path(url)
         if not path.is_file() or path.stat().st_size > max_bytes:
             return None
@@ -239,9 +239,9 @@ def _index_paths(url: str, tar: Path, cache: ShardCache) -> tuple[list[Path], li
     A shard that is a link, or lies in a linked folder, belongs to someone else's data set: nothing is written there.
     """
     if is_remote(url):
-        kept = cache.folder / "indexes" / f"{cache.path(url).stem}.json"
+        kept = cache.index_folder() / f"{cache.path(url).stem}.json"
         return [kept], [kept]
-    kept = cache.folder / "indexes" / f"{hashlib.sha256(os.fsencode(tar)).hexdigest()[:32]}.json"
+    kept = cache.index_folder() / f"{hashlib.sha256(os.fsencode(tar)).hexdigest()[:32]}.json"
     beside = tar.with_name(f"{tar.name}.index.json")
     path = local_path(url)
     is_linked = path.is_symlink() or path.parent.is_symlink()

@@ -218,7 +218,7 @@ class TarSource(Source):
             path = self.cache.get(remote_url, size=size, sha256=sha256)
         else:
             path = local_path(url)
-        handle = open_for_reading(path)
+        handle = open_for_reading(path, follows_links=not is_remote(url))
         try:
             stat = os.fstat(handle)
             stamp = (stat.st_size, stat.st_mtime_ns)

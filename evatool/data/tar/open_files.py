@@ -122,14 +122,17 @@ def most_open() -> int:
     return MAX_OPEN if limit == resource.RLIM_INFINITY else max(_FEWEST, min(MAX_OPEN, limit // 4))
 
 
-def open_for_reading(path: Path) -> int:
+def open_for_reading(path: Path, *, follows_links: bool = True) -> int:
     """A descriptor of a regular file.
 
+    Args:
+        follows_links: False for a file of ours, which is no link.
     Raises: OSError, also where it is a pipe, a device or a folder: reading those could wait for ever.
     """
+    flags = os.O_RDONLY | os.O_NONBLOCK | (0 if follows_links else os.O_NOFOLLOW)
     while True:
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer would wait
+            descriptor = os.open(path, flags)  # a pipe without a writer would wait
             break
         except OSError as err:
             if not is_too_many(err) or not FILES.make_room():

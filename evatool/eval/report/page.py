@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evatool.core.atomic_io import write_bytes_atomically
+from evatool.core.shown_text import shown_page
 from evatool.eval.report import wording
 from evatool.eval.report.charts import Names, bar_panels, difference_panels
 from evatool.eval.report.gallery import Gallery
@@ -131,14 +132,25 @@ def published_rows(results: EvalResults) -> list[list[str]]:
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of this package with every value escaped; a value that the caller forgot is an error."""
+    """A template of this package with every value escaped and without control characters; a value that the caller
+    forgot is an error."""
     import jinja2
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     env = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=loader,
+        autoescape=True,
+        finalize=_visible,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return env.get_template(template).render(**values)
+
+
+def _visible(value: Any) -> Any:
+    # What is Markup comes from a macro of the templates, whose values have been here already.
+    return shown_page(value) if type(value) is str else value
 
 
 def headline_facts(results: EvalResults, names: Names) -> list[Fact]:

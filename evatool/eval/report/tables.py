@@ -8,17 +8,21 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from evatool.core.atomic_io import write_bytes_atomically
+from evatool.core.shown_text import csv_cell, markdown_text
 from evatool.eval.report import wording
 from evatool.eval.results import EvalResults, ResultRow
 
 
 def write_csv(path: Path, results: EvalResults) -> None:
-    """One line a model, set and metric, with every key of a row of `results.json`; complete or not there."""
+    """One line a model, set and metric, with every key of a row of `results.json`; complete or not there.
+
+    A text that a spreadsheet would take for a formula has an apostrophe before it; `results.json` has it as it is.
+    """
     out = io.StringIO()
     writer = csv.DictWriter(out, [f.name for f in fields(ResultRow)], lineterminator="\n")
     writer.writeheader()
     for row in results.results:
-        writer.writerow(asdict(row))
+        writer.writerow({key: csv_cell(value) for key, value in asdict(row).items()})
     write_bytes_atomically(path, out.getvalue().encode(), make_parents=True)
 
 
@@ -29,7 +33,7 @@ def write_markdown(path: Path, results: EvalResults) -> None:
 
 def markdown(results: EvalResults) -> str:
     """The tables as text."""
-    lines = [f"# {results.title}", "", _how(results), ""]
+    lines = [f"# {markdown_text(results.title)}", "", _how(results), ""]
     names = [m.name for m in results.models]
     lines += _table(["set", "metric", *names, "chance", "n"], [_numbers(results, *key) for key in _keys(results)])
     beside = [row for row in results.results if row.published is not None]
@@ -75,7 +79,8 @@ def markdown(results: EvalResults) -> str:
             ],
         )
     for failure in results.failures:
-        lines += ["", f"Not evaluated: {failure.model} {failure.set or ''}: {failure.message.splitlines()[0]}"]
+        what = f"{failure.model} {failure.set or ''}: {failure.message.partition(chr(10))[0]}"
+        lines += ["", f"Not evaluated: {markdown_text(what)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -108,6 +113,5 @@ def _title(results: EvalResults, set_name: str) -> str:
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    clean = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
-    lines = ["| " + " | ".join(row) + " |" for row in clean]
+    lines = ["| " + " | ".join(map(markdown_text, row)) + " |" for row in (header, *rows)]
     return [lines[0], "|" + " --- |" * len(header), *lines[1:]]

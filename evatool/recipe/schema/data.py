@@ -204,8 +204,9 @@ class RemoteSection(Section):
     """How shards on other machines are read: each is fetched whole into a folder of bounded size on this machine."""
 
     cache_dir: Path | None = None
-    """Folder of the fetched shards, shared by all processes of a machine. A folder in the system's temporary folder is
-    used when it is absent. Set it to the machine's fastest local disk."""
+    """Folder of the fetched shards, shared by all processes of a machine. When absent, a folder of this user's alone in
+    the system's temporary folder is used. Set it to the machine's fastest local disk. A folder that everyone can write
+    is refused."""
     cache_bytes: Positive = 64 * 2**30
     """Largest number of bytes in that folder; the shards that were not used for longest are removed first. It must hold
     the windows that are being read. The default is 64 GiB."""
@@ -216,6 +217,10 @@ class RemoteSection(Section):
     """Seconds without a byte after which a try fails. Raise it for a slow connection."""
     backoff_sec: PositiveFloat = 1.0
     """Seconds of pause after the first failed try. The pause doubles after each further one, up to 30 s."""
+    allow_private_redirects: bool = False
+    """Whether a web server may redirect to an address that only this machine or its network can reach. The recipe's own
+    addresses may be of that kind. It is off because such a redirect can reach services that trust this machine; set it
+    for a store behind a firewall whose servers answer so."""
 
 
 class TrainDataSection(Section):

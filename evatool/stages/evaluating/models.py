@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from evatool.core.errors import DependencyError, UsageError
 from evatool.core.image_norm import CLIP_MEAN, CLIP_STD, normalize_images
+from evatool.core.own_folder import expand_user
 from evatool.data.tokenizer import build_tokenizer
 from evatool.distributed.engines.shard_weights import call_with_full_weights, shard_weights, whole_state
 from evatool.distributed.world import World
@@ -101,7 +102,7 @@ def load_eval_model(name: str, source: str, section: EvalSection, world: World, 
 
 def _load(source: str, model_config: str | None, section: EvalSection, world: World) -> tuple[LoadedClip, bool]:
     """The model, and whether its weights are divided over the ranks."""
-    on_disk = Path(source).expanduser().exists()
+    on_disk = expand_user(source).exists()
     if world.world_size > 1 and on_disk and section.shard_model != "never":
         unloaded = find_clip(source, model_config)
         shapes = (unloaded.tensors.shape(key) for key in unloaded.tensors)

@@ -13,9 +13,9 @@ import torch
 
 import evatool
 from evatool.core.errors import DependencyError, RecipeError
+from evatool.core.own_folder import OwnFolder, user_cache_folder
 from evatool.distributed.collectives import gather_objects
 from evatool.distributed.world import World
-from evatool.eval.cache import user_cache_folder
 from evatool.eval.results import EvalResults, file_name
 from evatool.eval.suite import Suite, SuiteSet, fetch_command, find_sets, load_suite
 from evatool.recipe.schema import EvalRecipe, EvalSection
@@ -70,8 +70,16 @@ def start_evaluation(recipe: EvalRecipe, options: RunOptions, request: EvalReque
         versions=_versions(),
         machine=_machine(world.world_size),
     )
-    cache = (section.cache_dir or user_cache_folder()) if section.use_cache else None
+    cache = _cache_folder(section) if section.use_cache else None
     return SuiteEvaluation(section, suite, request.chosen, folders, run_dir.path, results, world, cache)
+
+
+def _cache_folder(section: EvalSection) -> Path | None:
+    """The folder of what is kept between evaluations, checked; None where nothing can be kept."""
+    if section.cache_dir is None:
+        return user_cache_folder()
+    with OwnFolder(section.cache_dir, is_named=True, fix="set eval.cache_dir to a folder of your own").opened():
+        return section.cache_dir
 
 
 def _check_names(section: EvalSection) -> None:

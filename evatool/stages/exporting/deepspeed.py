@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from evatool.checkpoint.layout import MODEL_PREFIX
 from evatool.checkpoint.load import latest_checkpoint, load_checkpoint
 from evatool.core.errors import UsageError
+from evatool.core.own_folder import expand_user
 from evatool.export.deepspeed_universal import WRITTEN_FOR, write_universal
 from evatool.recipe.schema import ExportRecipe
 from evatool.runs.result import Result
@@ -19,7 +18,7 @@ def run(recipe: ExportRecipe, run: RunOptions) -> Result:
 
     Raises: UsageError where there is no training checkpoint; CheckpointError where it is damaged.
     """
-    source = Path(recipe.export.checkpoint).expanduser()
+    source = expand_user(recipe.export.checkpoint)
     path = source if (source / "MANIFEST.json").is_file() else latest_checkpoint(source) if source.is_dir() else None
     if path is None:
         raise UsageError(

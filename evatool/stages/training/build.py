@@ -269,7 +269,7 @@ def build_job_engine(job: Job, objective: Objective, groups: Sequence[ParamGroup
     optim = job.recipe.optim
     if job.world.is_main:
         rows = ["\t".join(row) for row in group_table(groups)]
-        write_text_atomically(job.run_dir.path / "parameter_groups.tsv", "\n".join([*rows, ""]), permissions=0o644)
+        write_text_atomically(job.run_dir.path / "parameter_groups.tsv", "\n".join([*rows, ""]))
     optimizer = build_optimizer(optim, groups)
     job.tower_norms = TowerNorms(optimizer, groups)
     first = None

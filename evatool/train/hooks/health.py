@@ -75,7 +75,7 @@ class HangWatch(Hook):
                 file.write(f"after step {self._step}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-            log.error("%s", message)
+            log.error("%s", message.replace("\n", "; "))
             self._record(int(ExitCode.TRANSIENT), message)
         finally:
             os._exit(int(ExitCode.TRANSIENT))  # the main thread may wait in native code for ever
