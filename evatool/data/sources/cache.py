@@ -193,18 +193,19 @@ class ShardCache:
                     fetch_file(url, file, self.patience, max_bytes=self.max_bytes, size=size, sha256=sha256)
                     file.flush()
                     found = os.fstat(file.fileno())
-                os.replace(partial, path.name, src_dir_fd=folder, dst_dir_fd=folder)
                 self._write_note(folder, path, found, sha256)
+                self._evict(folder, path, found.st_size)
+                os.replace(partial, path.name, src_dir_fd=folder, dst_dir_fd=folder)
             except OSError as err:
                 raise FetchError("cache-full", f"{self.folder} cannot be written: {err}") from err
             finally:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(partial, dir_fd=folder)
             log.debug("fetched %s: %d bytes in %.1f s", display_url(url), found.st_size, time.monotonic() - start)
-            self._evict(folder, path)
+            self._evict(folder, path)  # other processes may have finished theirs at the same moment
 
-    def _evict(self, folder: int, keep: Path) -> None:
-        """Remove what was not used longest until the rest fits."""
+    def _evict(self, folder: int, keep: Path, num_coming_bytes: int = 0) -> None:
+        """Remove what was not used longest until the rest, and so many bytes more, fit."""
         found, used = [], {}
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -217,7 +218,7 @@ class ShardCache:
                     elif entry.name.endswith(".tar"):
                         found.append((stat.st_mtime_ns, stat.st_size, entry.name))
         found = [(used.get(_note_of(Path(name)), written), size, name) for written, size, name in found]
-        total = sum(size for _, size, _ in found)
+        total = num_coming_bytes + sum(size for _, size, _ in found)
         for _, size, name in sorted(found):
             if total <= self.max_bytes:
                 break
