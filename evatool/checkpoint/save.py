@@ -7,14 +7,14 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from evatool.checkpoint import layout
 from evatool.core.atomic_io import sync_folder
-from evatool.core.errors import CheckpointError
+from evatool.core.errors import CheckpointError, EvatoolError, RunFolderTakenError
 from evatool.core.secrets import holds_secrets
 from evatool.distributed.collectives import gather_objects, rank, world_size
 from evatool.distributed.engines.sharded_state import ShardedState
@@ -34,6 +34,7 @@ def save_run(
     resolved_toml: str,
     keep: int,
     keep_every_steps: int | None = None,
+    check_owner: Callable[[], None] = lambda: None,
     group: Any = None,
 ) -> Path:
     """Write `folder/step_<step>` (see `layout`) and drop older ones; every rank must call it.
@@ -47,10 +48,11 @@ def save_run(
         groups, train_state, model_config, resolved_toml: what the documents hold; only rank 0's are written.
         keep: newest checkpoints that stay.
         keep_every_steps: those at multiples of it stay for good.
+        check_owner: called on rank 0 before it makes or removes anything; raises where another run has the folder.
         group: `collectives.side_group`, where a thread calls this beside the training.
     Returns: the checkpoint's folder.
     Raises: CheckpointError, the same on every rank, where the disk is full or cannot be written on any of them;
-        earlier checkpoints are untouched.
+        earlier checkpoints are untouched. RunFolderTakenError, on every rank, as `check_owner` says.
     """
     final = layout.step_folder(folder, step)
     tensors = _tensor_files(objective_state, optimizer_state)
@@ -58,6 +60,7 @@ def save_run(
     try:
         with _same_on_all_ranks(final, group):
             if rank() == 0:
+                check_owner()
                 _create(folder, part, tensors)
         with _same_on_all_ranks(final, group):
             written = {n: layout.write_ranges(part / n, state, is_first=rank() == 0) for n, state in tensors.items()}
@@ -66,6 +69,7 @@ def save_run(
             if rank() == 0:
                 files = {n: _entry(state, [each[n] for each in writers]) for n, state in tensors.items()}
                 documents = {layout.GROUPS: groups, layout.TRAIN_STATE: train_state, layout.MODEL_CONFIG: model_config}
+                check_owner()
                 _commit(part, final, step, files, documents, resolved_toml)
     except BaseException:
         if rank() == 0:
@@ -125,17 +129,18 @@ def _commit(
 
 @contextmanager
 def _same_on_all_ranks(final: Path, group: Any) -> Iterator[None]:
-    """An OSError within the block, on any rank, becomes one CheckpointError on every rank."""
-    error: OSError | None = None
+    """An OSError within the block, on any rank, becomes one CheckpointError on every rank; a folder that was taken over
+    is told to every rank as well."""
+    error: OSError | RunFolderTakenError | None = None
     try:
         yield
-    except OSError as failure:
+    except (OSError, RunFolderTakenError) as failure:
         error = failure
     failures = gather_objects(None if error is None else _save_error(error, final, rank()), group)
     first = next((failure for failure in failures if failure is not None), None)
     if first is not None:
-        what, details = first
-        raise CheckpointError(what, **details) from error
+        kind, what, details = first
+        raise kind(what, **details) from error
 
 
 def _put_in_place(part: Path, final: Path) -> None:
@@ -169,17 +174,24 @@ def _drop_old(folder: Path, *, keep: int, keep_every_steps: int | None, newest: 
             log.warning("could not remove the old checkpoint %s: %s", path, error)
 
 
-def _save_error(error: OSError, final: Path, writer: int) -> tuple[str, dict[str, str]]:
-    """What a CheckpointError is made of, as plain values that travel between ranks."""
+def _save_error(
+    error: OSError | RunFolderTakenError, final: Path, writer: int
+) -> tuple[type[EvatoolError], str, dict[str, str | None]]:
+    """What an error of the ranks is made of, as plain values that travel between them."""
+    if isinstance(error, RunFolderTakenError):
+        return RunFolderTakenError, error.what, {"where": error.where, "expected": error.expected, "fix": error.fix}
     who = f" by rank {writer}" if world_size() > 1 else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full: {final.name} could not be saved{who} ({error.strerror})", {
+        details = {
             "where": str(final.parent),
             "expected": "earlier checkpoints are intact",
             "fix": "free some space, or lower checkpoint.keep, then run the same command with --resume",
         }
-    return f"{final.name} could not be saved{who}: {error.strerror or error}", {
+        what = f"the disk is full: {final.name} could not be saved{who} ({error.strerror})"
+        return CheckpointError, what, {**details}
+    details = {
         "where": str(error.filename or final.parent),
         "expected": "a folder that can be written; earlier checkpoints are intact",
         "fix": "mend that, then run the same command with --resume",
     }
+    return CheckpointError, f"{final.name} could not be saved{who}: {error.strerror or error}", {**details}

@@ -59,6 +59,10 @@ class UsageError(EvatoolError):
     exit_code = ExitCode.USAGE
 
 
+class RunFolderTakenError(UsageError):
+    """Another start owns the run folder: this one does not begin, or stops before it writes into it."""
+
+
 class RecipeError(EvatoolError):
     """The recipe is wrong. `problems` holds one line per problem: all known ones at once."""
 

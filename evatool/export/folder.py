@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +26,13 @@ class Target:
     Attributes:
         tolerance: largest relative L2 difference between our outputs and the reloaded export's.
         replace: write over the files of an earlier, unfinished export.
+        check_owner: called before the files appear in the folder; raises where another run has it.
     """
 
     folder: Path
     tolerance: float
     replace: bool = False
+    check_owner: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,14 @@ def staged_folder(target: Target, files: Sequence[str], *, optional: Sequence[st
         )
     created = not out.exists()
     moved: list[Path] = []
+    work: Path | None = None
     try:
         out.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(out)
         work = out / f"{_PARTIAL}{uuid.uuid4().hex[:8]}"
         work.mkdir()
         yield work
+        target.check_owner()
         for name in [*(n for n in optional if (work / n).exists()), *files]:
             os.replace(work / name, out / name)
             moved.append(out / name)
@@ -77,9 +81,12 @@ def staged_folder(target: Target, files: Sequence[str], *, optional: Sequence[st
     except BaseException as error:
         for path in moved:
             path.unlink(missing_ok=True)
-        _remove_leftovers(out)
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
         if created:
             shutil.rmtree(out, ignore_errors=True)
+        if isinstance(error, OSError):
+            target.check_owner()  # whoever took the folder over has removed `work`: that is the cause then
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise EvatoolError(
                 f"the disk is full: {error.strerror}",

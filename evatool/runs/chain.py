@@ -6,7 +6,14 @@ import shlex
 from pathlib import Path
 
 from evatool.recipe.load import load_recipe, shipped_path
-from evatool.recipe.schema import TrainingRecipe
+from evatool.recipe.schema import (
+    DataPrepareRecipe,
+    DistillRecipe,
+    PretrainMimRecipe,
+    Recipe,
+    TrainClipRecipe,
+    TrainingRecipe,
+)
 
 # The shipped chains (recipes/demo, recipes/debug): last part of a recipe's name -> stage and name of the next.
 _NEXT = {
@@ -16,6 +23,19 @@ _NEXT = {
     "distill": ("export", "export"),
 }
 _START = "demo/train-clip"
+
+
+def next_command(recipe: Recipe, name: str, run_dir: Path) -> str | None:
+    """What comes after the finished run of a recipe in `run_dir`; None where that does not follow from these."""
+    match recipe:
+        case DataPrepareRecipe():
+            return use_data(name, run_dir)
+        case PretrainMimRecipe():
+            return next_in_chain(recipe, name, run_dir) or use_image_tower(recipe, recipe.model.preset, run_dir)
+        case TrainClipRecipe() | DistillRecipe():
+            return next_in_chain(recipe, name, run_dir) or use_clip(recipe, run_dir)
+        case _:
+            return None
 
 
 def next_in_chain(recipe: TrainingRecipe, name: str, run_dir: Path) -> str | None:

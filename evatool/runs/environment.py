@@ -66,7 +66,7 @@ def warn_of_other_versions(before: Path) -> None:
     try:
         old = json.loads(before.read_text(encoding="utf-8"))
         packages = old["packages"] | {"python": old["python"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return  # a new run, or one that was killed before it could write this
     now = {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()}
     changed = [name for name in now if packages.get(name, now[name]) != now[name]]

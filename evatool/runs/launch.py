@@ -17,6 +17,7 @@ from typing import Any
 from evatool.core import errors
 from evatool.core.errors import EvatoolError, ExitCode, RecipeError
 from evatool.recipe.schema import EvalRecipe, Recipe, TrainingRecipe
+from evatool.runs.lease import TOKEN_VARIABLE, new_token, read_token
 from evatool.runs.result import Result, read_result
 from evatool.runs.run_dir import RunOptions, check_run_dir, run_path
 from evatool.runs.status import first_failure, read_status, write_status
@@ -60,7 +61,8 @@ def launch_if_needed(recipe: Recipe, options: RunOptions, argv: Sequence[str]) -
     status_before = _status_stamp(path)
     json_flag = [] if "--json" in argv else ["--json"]
     command = [sys.executable, "-m", "evatool.runs.launch", str(count), *argv, *json_flag]
-    environment = os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": _SAVE_TIMEOUT_SEC}
+    token = new_token()  # rank 0 takes the folder under it: a status of another token is another run's
+    environment = os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": _SAVE_TIMEOUT_SEC, TOKEN_VARIABLE: token}
     # torchrun would set one thread per process and warn about it
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     # Its own session: a terminal's Ctrl-C would reach the ranks directly and again through the agent.
@@ -69,7 +71,8 @@ def launch_if_needed(recipe: Recipe, options: RunOptions, argv: Sequence[str]) -
         printed, _ = process.communicate()
     if process.returncode == 0:
         return read_result(path)
-    raise _failure(path, printed, is_status_new=_status_stamp(path) != status_before)
+    is_ours = read_token(path) in (None, token)
+    raise _failure(path, printed, is_status_new=is_ours and _status_stamp(path) != status_before)
 
 
 @contextlib.contextmanager

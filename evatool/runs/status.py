@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evatool.core.atomic_io import write_json_atomically
-from evatool.core.errors import CheckpointError, ExitCode
+from evatool.core.errors import ExitCode
 from evatool.core.secrets import mask_secrets
 
 
@@ -27,23 +27,33 @@ def write_status(path: Path, state: str, exit_code: int | None, message: str | N
 def first_failure(path: Path) -> dict[str, Any] | None:
     """The note (exit_code, message, rank) of the rank above 0 that failed first in this start; None if none did."""
     notes = sorted(path.glob("logs/rank_*.failed.json"), key=lambda note: note.stat().st_mtime_ns)
-    found = [json.loads(note.read_text(encoding="utf-8")) for note in notes]
+    found = [_read_table(note) for note in notes]
     stopped = (ExitCode.PREEMPTED, ExitCode.INTERRUPTED)  # ranks that were told to stop are not the cause
-    return next((note for note in found if note["exit_code"] not in stopped), None)
+    return next((note for note in found if note.get("exit_code", stopped[0]) not in stopped), None)
 
 
 def read_status(path: Path) -> dict[str, Any]:
-    """What `status.json` says; empty if there is none. Raises: CheckpointError if it is damaged."""
-    file = path / "status.json"
+    """What `status.json` says; empty if there is none, or none that can be read."""
+    status = _read_table(path / "status.json")
+    return status if isinstance(status.get("state"), str) else {}
+
+
+def is_status_damaged(path: Path) -> bool:
+    """True where there is a `status.json` that says nothing."""
+    return (path / "status.json").exists() and not read_status(path)
+
+
+def _read_table(file: Path) -> dict[str, Any]:
+    """The object in a JSON file that this module writes; empty where the file is missing or damaged."""
     try:
-        status = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        table = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return {}
-    except NotADirectoryError:
+    if not isinstance(table, dict):
         return {}
-    except ValueError as error:
-        raise CheckpointError("status.json is damaged", where=str(file), fix="choose another --run-dir") from error
-    return status if isinstance(status, dict) else {}
+    code, message = table.get("exit_code"), table.get("message")
+    is_sound = (code is None or code in list(ExitCode)) and isinstance(message, str | None)
+    return table if is_sound else {}
 
 
 def _last_step(path: Path) -> int | None:

@@ -25,7 +25,7 @@ from evatool.data.tar.manifest import MANIFEST
 from evatool.recipe.schema import DataPrepareRecipe
 from evatool.runs.chain import use_data
 from evatool.runs.result import Result
-from evatool.runs.run_dir import RunOptions, open_run_dir
+from evatool.runs.run_dir import RunDir, RunOptions, open_run_dir
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ MADE = ("train", "eval", "contact_sheet.png", MANIFEST)  # in the order they are
 def run(recipe: DataPrepareRecipe, run: RunOptions) -> Result:
     """Prepare the data of `recipe`. A resumed run that was not finished starts again from nothing."""
     run_dir = open_run_dir(recipe, run)
-    with _work_folder(run_dir.path) as work:
+    with _work_folder(run_dir) as work:
         match recipe.data.kind:
             case "drawings":
                 packed = pack_drawings(recipe.data, recipe.shards, work, progress)
@@ -45,27 +45,31 @@ def run(recipe: DataPrepareRecipe, run: RunOptions) -> Result:
         draw_contact_sheet(packed.contact, work / "contact_sheet.png")
         manifest = packed.manifest | {"recipe": recipe.model_dump(mode="json", exclude_none=True)}
         write_bytes_atomically(work / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
-        _publish(work, run_dir.path)
+        _publish(work, run_dir)
     return _result(packed, run.name, run_dir.path)
 
 
 @contextmanager
-def _work_folder(run_dir: Path) -> Iterator[Path]:
-    """An empty folder to build in. Nothing of an earlier attempt survives, and nothing of this one if it fails."""
-    work = run_dir / PARTIAL
-    _remove(work)
-    for name in MADE:
-        _remove(run_dir / name)
+def _work_folder(run_dir: RunDir) -> Iterator[Path]:
+    """An empty folder to build in. Nothing of an earlier attempt survives, and nothing of this one if it fails.
+
+    Its name is this start's own: a start that was taken over writes into none of the next one's files.
+    """
+    path = run_dir.path
+    for name in [*MADE, *(left.name for left in path.glob(f"{PARTIAL}*"))]:
+        _remove(path / name)
+    work = path / f"{PARTIAL}-{run_dir.token}"
     work.mkdir()
     try:
         yield work
     except OSError as err:
+        run_dir.check_owner()  # whoever took the folder over has removed `work`: that is the cause then
         if err.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        free = shutil.disk_usage(run_dir).free
+        free = shutil.disk_usage(path).free
         raise EvatoolError(
             f"the disk is full: {err.strerror}, {free / 2**20:.0f} MiB free",
-            where=str(run_dir),
+            where=str(path),
             expected="room for the pictures once more, plus a tenth",
             fix="make room and run the same command again, or choose another disk with --run-dir",
         ) from err
@@ -73,11 +77,12 @@ def _work_folder(run_dir: Path) -> Iterator[Path]:
         _remove(work)
 
 
-def _publish(work: Path, run_dir: Path) -> None:
+def _publish(work: Path, run_dir: RunDir) -> None:
     for name in MADE:
         if (work / name).exists():
-            os.replace(work / name, run_dir / name)
-            sync_folder(run_dir)
+            run_dir.check_owner()
+            os.replace(work / name, run_dir.path / name)
+            sync_folder(run_dir.path)
 
 
 def _remove(path: Path) -> None:

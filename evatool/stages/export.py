@@ -40,7 +40,7 @@ def run(recipe: ExportRecipe, run: RunOptions) -> Result:
         check_credentials(section.push_to_hub)
     exporter = build_exporter(section.format, tower=section.tower, opset=section.opset)
     run_dir = open_run_dir(recipe, run)
-    target = Target(run_dir.path, section.tolerance, replace=run_dir.resumed)
+    target = Target(run_dir.path, section.tolerance, replace=run_dir.resumed, check_owner=run_dir.check_owner)
     unloaded = find_model(section)
     dtype = DTYPES[section.dtype] if section.dtype else unloaded.stored_dtype
     log.info("%s: %s, %s", section.checkpoint, unloaded.config.name, unloaded.source)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from evatool.model.mim import build_mim
 from evatool.objective.build import build_objective
 from evatool.recipe.schema import PretrainMimRecipe
-from evatool.runs import chain
+from evatool.runs.chain import next_command
 from evatool.runs.result import Result
 from evatool.runs.run_dir import RunOptions
 from evatool.stages.training import build as wiring
@@ -38,7 +38,5 @@ def run(recipe: PretrainMimRecipe, run: RunOptions) -> Result:
         trainer.fit()
         with engine.summon_full_weights():
             sheet = images.draw(job.run_dir.path / "mim_pictures.png")
-        path = job.run_dir.path
-        following = chain.next_in_chain(recipe, run.name, path)
-        following = following or chain.use_image_tower(recipe, recipe.model.preset, path)
+        following = next_command(recipe, run.name, job.run_dir.path)
         return training_loop.training_result(job, trainer, next_command=following, images={"mim_pictures": sheet})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from evatool.objective.build import build_objective
 from evatool.recipe.schema import TrainClipRecipe
-from evatool.runs import chain
+from evatool.runs.chain import next_command
 from evatool.runs.result import Result
 from evatool.runs.run_dir import RunOptions
 from evatool.stages.training import build as wiring
@@ -27,6 +27,5 @@ def run(recipe: TrainClipRecipe, run: RunOptions) -> Result:
         flops = data.flops_per_sample(recipe, config)
         trainer = training_loop.build_trainer(job, objective, engine, data.loader, groups, hooks, state, flops)
         trainer.fit()
-        path = job.run_dir.path
-        following = chain.next_in_chain(recipe, run.name, path) or chain.use_clip(recipe, path)
+        following = next_command(recipe, run.name, job.run_dir.path)
         return training_loop.training_result(job, trainer, next_command=following)

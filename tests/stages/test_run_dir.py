@@ -15,7 +15,6 @@ import pytest
 import evatool.stages
 from evatool.core.atomic_io import write_text_atomically
 from evatool.core.errors import (
-    CheckpointError,
     DataError,
     EvatoolError,
     ExitCode,
@@ -168,6 +167,7 @@ def test_a_run_that_failed_before_it_made_anything_may_start_anew(resolved: Reso
 
 def test_a_resume_whose_recipe_differs_lists_the_keys(resolved: Resolved, options: RunOptions) -> None:
     run_dir = open_run_dir(resolved.recipe, options)
+    run_dir.close()
     before = (run_dir.path / "resolved.toml").read_text()
     other = changed("train.seed=5", "optim.eps=1e-3", 'unset=["optim.grad_clip_norm"]').recipe
     with pytest.raises(RecipeError) as caught:
@@ -187,13 +187,6 @@ def test_a_resume_may_change_what_does_not_change_the_result(resolved: Resolved,
     )
     run_dir = open_run_dir(same.recipe, again(options))
     assert load_recipe(run_dir.path / "resolved.toml").recipe == same.recipe
-
-
-def test_a_damaged_status_is_named(resolved: Resolved, options: RunOptions) -> None:
-    run_dir = open_run_dir(resolved.recipe, options)
-    (run_dir.path / "status.json").write_text('{"state": ')
-    with pytest.raises(CheckpointError, match="damaged"):
-        read_status(run_dir.path)
 
 
 def test_the_status_has_the_last_logged_step(resolved: Resolved, options: RunOptions) -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from evatool.core.errors import DataError, EvatoolError
+from evatool.core.errors import DataError, EvatoolError, RunFolderTakenError
 from evatool.core.progress import progress
 from evatool.data.eval.eval_set import EvalSet
 from evatool.distributed.collectives import gather_objects
@@ -60,6 +60,8 @@ def _measure_model(evaluation: SuiteEvaluation, name: str, source: str, on_set: 
     for entry in evaluation.chosen:
         try:
             measure_set(evaluation, model, entry)
+        except RunFolderTakenError:
+            raise
         except Exception as error:  # whatever one set meets must not lose the others
             log.error("%s on %s failed: %s", name, entry.name, error)
             log.debug("trace of the failure", exc_info=True)
@@ -90,6 +92,7 @@ def measure_set(evaluation: SuiteEvaluation, model: EvalModel, entry: SuiteSet) 
         seconds = round(time.perf_counter() - started, 3)
         kept = KeptPredictions(key, model.record, record, settings, seconds, predictions, probes)
         if evaluation.world.is_main:
+            evaluation.check_owner()
             write_predictions(path, kept)
     else:
         log.info("%s on %s: answers are kept from an earlier start", model.record.name, entry.name)
@@ -130,6 +133,7 @@ def _predict(evaluation: SuiteEvaluation, model: EvalModel, entry: SuiteSet, ope
         if predicted.gallery is not None and evaluation.world.is_main:
             gallery = predicted.gallery()
             evaluation.galleries[name, entry.name] = gallery
+            evaluation.check_owner()
             write_gallery(_gallery_path(prediction_path(evaluation.run_dir, name, entry.name)), gallery)
         return predicted.predictions
 

@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 def write_outputs(evaluation: SuiteEvaluation) -> Result:
     """Everything that follows from the predictions. Every rank may call it; rank 0 writes.
 
-    Raises: EvatoolError naming the sets and models that failed, after everything else was written.
+    Raises: EvatoolError naming the sets and models that failed, after everything else was written;
+        RunFolderTakenError where another run has the folder.
     """
     results, folder = evaluation.results, evaluation.run_dir
     order = {entry.name: i for i, entry in enumerate(evaluation.chosen)}
@@ -50,6 +51,7 @@ def write_outputs(evaluation: SuiteEvaluation) -> Result:
 
 def _write(evaluation: SuiteEvaluation, outputs: dict[str, Path]) -> dict[str, Path]:
     results, folder = evaluation.results, evaluation.run_dir
+    evaluation.check_owner()
     write_results(outputs["results"], results)
     results = read_results(outputs["results"])
     more = {"csv": folder / "results.csv", "markdown": folder / "results.md", "predictions": folder / "predictions"}

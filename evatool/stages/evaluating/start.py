@@ -71,7 +71,9 @@ def start_evaluation(recipe: EvalRecipe, options: RunOptions, request: EvalReque
         machine=_machine(world.world_size),
     )
     cache = _cache_folder(section) if section.use_cache else None
-    return SuiteEvaluation(section, suite, request.chosen, folders, run_dir.path, results, world, cache)
+    return SuiteEvaluation(
+        section, suite, request.chosen, folders, run_dir.path, results, world, cache, run_dir.check_owner
+    )
 
 
 def _cache_folder(section: EvalSection) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class SuiteEvaluation:
     results: EvalResults
     world: World
     cache: Path | None
+    check_owner: Callable[[], None] = lambda: None  # before writing; raises where another run has it
     predictions: dict[tuple[str, str], Predictions] = field(default_factory=dict)  # by model and set
     galleries: dict[tuple[str, str], Gallery] = field(default_factory=dict)  # likewise
     classifiers: dict[str, ClassifierMemory] = field(default_factory=dict)  # text classifiers of each model

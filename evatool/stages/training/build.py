@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from open_clip.transformer import PatchDropout as ClipPatchDropout
 from timm.layers import PatchDropout, PatchDropoutWithIndices
 from torch import nn
 
-from evatool.checkpoint.layout import MODEL_PREFIX
+from evatool.checkpoint.layout import MODEL_PREFIX, unfinished_in
 from evatool.checkpoint.load import Checkpoint, latest_checkpoint, load_checkpoint
 from evatool.core.atomic_io import write_text_atomically
 from evatool.core.batch_shares import undivided_batch
@@ -107,6 +108,8 @@ def _open_folder(recipe: AnyTraining, options: RunOptions, world: World) -> tupl
     if world.is_main:
         run_dir = open_run_dir(recipe, options)
         newest = latest_checkpoint(run_dir.path) if run_dir.resumed else None
+        for unfinished in unfinished_in(run_dir.checkpoints):  # of a start that was killed while it saved
+            shutil.rmtree(unfinished, ignore_errors=True)
         gather_objects(newest)
         return run_dir, newest
     newest = gather_objects(None)[0]

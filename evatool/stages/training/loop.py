@@ -32,7 +32,7 @@ from evatool.train.hooks.checkpoint import Checkpoints
 from evatool.train.hooks.ema import WeightAverage
 from evatool.train.hooks.guards import NonFiniteGuard, StuckAtStart
 from evatool.train.hooks.health import HangWatch, ReplicaCheck, ShardCheck
-from evatool.train.hooks.log import ConsoleLog, MetricsFile, StatusFile, read_metrics
+from evatool.train.hooks.log import ConsoleLog, FolderOwner, MetricsFile, StatusFile, read_metrics
 from evatool.train.hooks.loss_curve import LossCurve
 from evatool.train.hooks.patch_dropout import PatchDropoutSchedule
 from evatool.train.hooks.stragglers import Stragglers
@@ -73,6 +73,7 @@ def build_hooks(
     save = partial(
         save_run,
         run_dir.checkpoints,
+        check_owner=run_dir.check_owner,
         model_config=config.to_json(),
         resolved_toml=to_toml(job.recipe),
         keep=job.recipe.checkpoint.keep,
@@ -85,6 +86,7 @@ def build_hooks(
         ReplicaCheck(),
         ShardCheck(),
         ConsoleLog(job.options.name),
+        FolderOwner(run_dir.check_owner),
         MetricsFile(run_dir.metrics),
         *(Tracker(kind, run_dir.path, job.options.name, settings) for kind in train.trackers),
         StatusFile(run_dir.refresh_status),
@@ -166,7 +168,9 @@ def newest_checkpoint(job: Job) -> Checkpoint | None:
 # -------------------------------------------------------------------------------------------------------- the end
 
 
-def training_result(job: Job, trainer: Trainer, *, next_command: str, images: dict[str, Path] | None = None) -> Result:
+def training_result(
+    job: Job, trainer: Trainer, *, next_command: str | None, images: dict[str, Path] | None = None
+) -> Result:
     """What a finished training stage hands back: where things are, the last figures, and what to run next."""
     run_dir, state = job.run_dir, trainer.state
     # A run that was resumed at its last step has no metrics of its own.

@@ -72,6 +72,29 @@ class ConsoleLog(Hook):
         self._stack.close()
 
 
+class FolderOwner(Hook):
+    """Stands before the hooks that write into the run folder, and makes sure that it is still this run's.
+
+    Args:
+        check: called on rank 0 before the first step, after each logged one and after a rollback; raises where another
+            run has the folder.
+    """
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check = check
+
+    def at_start(self, trainer: TrainerControl) -> None:
+        if rank() == 0:
+            self._check()
+
+    def on_rollback(self, trainer: TrainerControl) -> None:
+        self.at_start(trainer)
+
+    def after_step(self, result: StepResult, trainer: TrainerControl) -> None:
+        if rank() == 0 and result.is_logged:
+            self._check()
+
+
 class MetricsFile(Hook):
     """Writes the metrics of each logged step as one line of JSON; values that are not finite become null.
 
