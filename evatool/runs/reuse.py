@@ -32,7 +32,7 @@ _UNWRITTEN = re.compile(r"\..+\.[0-9a-f]{8}\.partial|\.metrics\.jsonl\.tmp|\.los
 _CLEARED_BY_OTHERS = {"train", "eval", "checkpoints"}
 
 
-def is_used(path: Path) -> bool:
+def is_folder_used(path: Path) -> bool:
     """True if the folder holds anything that a new run must not mix with."""
     if not path.exists():
         return False

@@ -24,7 +24,7 @@ from evatool.runs.chain import next_command
 from evatool.runs.environment import environment, warn_of_other_versions
 from evatool.runs.lease import Lease, check_free, read_token, take_lease
 from evatool.runs.result import RESULT, Result, is_moved, read_result, write_result
-from evatool.runs.reuse import check_reuse, is_used, remove_unwritten
+from evatool.runs.reuse import check_reuse, is_folder_used, remove_unwritten
 from evatool.runs.status import first_failure, is_status_damaged, read_status, write_status
 
 log = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ def _begin(recipe: Recipe, options: RunOptions, lease: Lease, used: bool) -> Run
     """Write what describes the run into the folder that is owned now; it is looked at again, since it may have been
     another's until a moment ago."""
     path = lease.path.parent
-    used = used or is_used(path)
+    used = used or is_folder_used(path)
     notes = _check_used(recipe, path, options) if used else []
     if is_status_damaged(path):
         notes.append("status.json is damaged and written anew")
@@ -218,7 +218,7 @@ def check_run_dir(recipe: Recipe, options: RunOptions) -> bool:
     whose recipe differs. Changes nothing; True if the folder is used."""
     path = run_path(recipe, options)
     check_free(path)
-    used = is_used(path)
+    used = is_folder_used(path)
     if used:
         _check_used(recipe, path, options)
     return used
