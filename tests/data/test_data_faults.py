@@ -33,7 +33,7 @@ def far(server: Server, tmp_path: Path, **section: Any) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------- R17: damaged and cut tars
 
 
-@pytest.mark.parametrize("is_indexed", [True, False], ids=["index", "no-index"])
+@pytest.mark.parametrize("is_indexed", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["index", "no-index"])
 def test_r17_a_tar_cut_anywhere_loses_what_is_counted(tmp_path: Path, is_indexed: bool) -> None:
     folder = write_prepared(tmp_path / "set", 24, 8)
     tar = folder / "00001.tar"
@@ -75,7 +75,7 @@ def test_r17_a_flipped_byte_in_a_member_is_always_found(tmp_path: Path) -> None:
         assert f"k{number:05d}" not in read
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 def test_r17_flipped_bytes_anywhere_never_crash(tmp_path: Path, seed: int) -> None:
     tar = write_tar(tmp_path / "0.tar", plain_samples(range(16)))
     whole = bytearray(tar.read_bytes())
@@ -268,7 +268,7 @@ def test_r32_a_shard_that_shrank_or_grew_behind_its_list(tmp_path: Path, caplog:
     assert "holds 10 samples instead of 8; the others are not read" in caplog.text
 
 
-@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("num_workers", [0, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 4))])
 def test_shards_are_fetched_about_once_an_epoch(tmp_path: Path, num_workers: int) -> None:
     """At most 1.1 fetches a shard in the first epoch, what is fetched ahead of the batches under way included."""
     folder = write_prepared(tmp_path / "set", 480, 4)  # 120 shards

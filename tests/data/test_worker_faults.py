@@ -67,6 +67,7 @@ def test_r28_killed_workers_are_started_again_in_the_same_order(tmp_path: Path) 
     assert log.count("started again") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_r28_a_worker_that_hangs_ends_the_run_with_76(tmp_path: Path) -> None:
     folder = write_prepared(tmp_path / "set", 64, 8)
@@ -77,6 +78,7 @@ def test_r28_a_worker_that_hangs_ends_the_run_with_76(tmp_path: Path) -> None:
     assert found["sec"] < 40
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_r28_dying_twice_at_one_batch_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_prepared(tmp_path / "set", 64, 8)

@@ -19,7 +19,6 @@ NAMES = [name for name, *_ in list_recipes() if name.startswith("debug/") and na
 ALWAYS = (
     "debug/eva-02-l/pretrain-mim",
     "debug/eva02-clip-l-14/train-clip",
-    "debug/eva02-clip-l-14/train-clip-single-stage",
     "debug/eva02-clip-l-14/distill",
 )
 

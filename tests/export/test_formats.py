@@ -133,7 +133,7 @@ def test_one_tower(weights, form, tower, tmp_path):
     assert {name.split(".")[0] for name in names} == {"visual" if tower == "image" else "text"}
 
 
-@pytest.mark.parametrize("form", ["torch-export", "onnx"])
+@pytest.mark.parametrize("form", [pytest.param("torch-export", marks=pytest.mark.slow), "onnx"])
 def test_graphs_of_both_towers(weights, form, tmp_path):
     _, done = export(weights, tmp_path / "out", format=form)
     assert done.difference <= 1e-5
@@ -233,7 +233,13 @@ def test_streamed_exports_are_the_same_files(weights, form, tmp_path):
     assert "every block of the image tower gave the same output" in (tmp_path / "streamed" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", CLIP_FILES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("eva02-clip-b16", "eva-clip-18b") else pytest.param(name, marks=pytest.mark.slow)
+        for name in CLIP_FILES
+    ],
+)
 def test_released_files_are_converted_without_loading(name, tmp_path):
     golden = read_golden(name)
     torch.save(golden.state, tmp_path / "released.pt")

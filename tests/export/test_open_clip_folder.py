@@ -126,6 +126,7 @@ def test_a_difference_beyond_the_tolerance_leaves_nothing(clip, tmp_path, monkey
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_an_export_that_cannot_be_opened_leaves_nothing(clip, tmp_path, monkeypatch):
     monkeypatch.setattr(target, "write_safetensors", lambda path, *_: path.write_bytes(b"not weights"))
@@ -168,7 +169,7 @@ def test_no_number_and_another_shape_are_differences(bad, tmp_path):
     "name",
     [
         pytest.param("eva02-clip-b16", marks=pytest.mark.e2e),
-        pytest.param("eva-clip-18b", marks=pytest.mark.e2e),
+        pytest.param("eva-clip-18b", marks=pytest.mark.slow),
         pytest.param("eva-clip-8b", marks=pytest.mark.slow),
         pytest.param("eva01-clip-g", marks=pytest.mark.slow),
         pytest.param("eva02-clip-bige14", marks=pytest.mark.slow),

@@ -191,11 +191,11 @@ def test_all_that_does_not_fit_is_said_at_once() -> None:
 
 PUBLISHED = [
     ("EVA02-CLIP-L-14", "EVA02-CLIP-B-16", ("visual", "text")),
-    ("EVA02-CLIP-bigE-14-plus", "EVA02-CLIP-L-14", ("text",)),
+    pytest.param("EVA02-CLIP-bigE-14-plus", "EVA02-CLIP-L-14", ("text",), marks=pytest.mark.slow),
     ("OpenCLIP-bigG-14", "EVA02-CLIP-L-14", ("text",)),
     ("OpenCLIP-L-14", "OpenCLIP-B-16", ("visual", "text")),
-    ("OpenCLIP-H-14", "EVA02-CLIP-B-16", ("text",)),
-    ("EVA-CLIP-8B", "EVA02-CLIP-bigE-14-plus", ("text",)),
+    pytest.param("OpenCLIP-H-14", "EVA02-CLIP-B-16", ("text",), marks=pytest.mark.slow),
+    pytest.param("EVA-CLIP-8B", "EVA02-CLIP-bigE-14-plus", ("text",), marks=pytest.mark.slow),
 ]
 
 

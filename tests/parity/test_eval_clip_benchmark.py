@@ -121,6 +121,7 @@ def fitted(sets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_bf16_weights_keep_top1_over_all_sets(sets: Path, fitted: Path) -> None:
     """Right answers over all sets, pictures counting the same: ours in bf16 against clip-benchmark's in float32."""
     from clip_benchmark.metrics.zeroshot_classification import run_classification, zero_shot_classifier

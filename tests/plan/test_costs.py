@@ -99,6 +99,7 @@ def test_a_timm_teacher_is_planned_and_counted_once(monkeypatch: pytest.MonkeyPa
         planned(f'teacher.model="timm/{MODEL}"', "teacher.layer=1")
 
 
+@pytest.mark.slow
 def test_a_damaged_figure_is_counted_again() -> None:
     found = traced.traced_timm_model(MODEL, None, None)
     path = traced.cache_file(MODEL, None, None)

@@ -9,7 +9,10 @@ from evatool.model.presets import resolve_preset
 from evatool.plan.engines import Setup, engine_buffers, fsdp2_states, states
 from evatool.plan.memory import NUMERICS, contrastive_bytes, image_activations, text_activations
 
-TOWERS = ["EVA02-CLIP-B-16", "EVA02-CLIP-L-14", "EVA02-CLIP-L-14-336", "EVA02-CLIP-bigE-14-plus"]
+TOWERS = [
+    *("EVA02-CLIP-B-16", "EVA02-CLIP-L-14"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("EVA02-CLIP-L-14-336", "EVA02-CLIP-bigE-14-plus")),
+]
 SETTINGS = {"full": {}, "checkpointing": {"checkpointing": "full"}, "half of the patches": {"patch_dropout": 0.5}}
 # Other blocks: RMSNorm before and after, biases on all of q, k and v, QuickGELU.
 OTHERS = [

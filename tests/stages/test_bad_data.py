@@ -50,6 +50,7 @@ def test_bad_samples_stand_in_log_metrics_and_result(
     assert json.loads((tmp_path / "strict" / "status.json").read_text())["exit_code"] == 78
 
 
+@pytest.mark.slow
 def test_counts_go_on_where_a_run_is_resumed(damaged: Path, drawings: Path, run_training: Run, tmp_path: Path) -> None:
     data = (f"data.train={json.dumps(str(damaged))}", "data.max_bad_fraction=0.1", "checkpoint.every_steps=1")
     begun = run_training("train-clip", tmp_path / "run", *data, "train.samples_seen=200")

@@ -92,6 +92,7 @@ def test_stored_embeddings_teach_as_the_live_teacher(run_training, clip_run, tmp
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.slow
 def test_stores_are_filled_ahead_of_time(run_training, drawings, clip_run, tmp_path, loads) -> None:
     """Two teachers at other sizes and contexts: a training run then reads both and runs neither."""
     table = {

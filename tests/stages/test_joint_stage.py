@@ -82,6 +82,7 @@ def test_small_batches_and_a_resume_change_nothing(joint_run, run_training, clip
         assert torch.equal(resumed.state_dict()[name], tensor), name
 
 
+@pytest.mark.slow
 def test_stored_features_give_the_live_teacher_s_losses(run_training, clip_run, tmp_path) -> None:
     stored = (*JOINT, "teacher.store.views=1", f"teacher.store.path={tmp_path / 'store'}")
     live = run_training("train-clip", tmp_path / "live", *stored, teacher=clip_run.run_dir)  # writes as it goes

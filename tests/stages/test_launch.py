@@ -162,6 +162,7 @@ def test_two_ranks_run_and_hand_back_one_result(start, tmp_path: Path) -> None: 
     assert err.count("noise") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_ctrl_c_reaches_every_rank_once_and_they_may_save(start, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     process = start("slow")
@@ -172,6 +173,7 @@ def test_ctrl_c_reaches_every_rank_once_and_they_may_save(start, tmp_path: Path)
     assert [(tmp_path / "run" / f"signals_{rank}").read_text() for rank in (0, 1)] == ["SIGINT ", "SIGINT "]
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_killed_rank_is_named(start, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     out, err = start("killed").communicate(timeout=120)

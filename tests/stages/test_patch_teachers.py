@@ -82,6 +82,7 @@ def image():
     return torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
+@pytest.mark.slow
 def test_the_teacher_computes_in_its_own_precision(tmp_path, clip_run, image) -> None:
     plain = tokens_of(opened(tmp_path, clip_run), image)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # as a student in bf16 has it

@@ -249,6 +249,7 @@ def test_a_mim_preset_is_no_clip(run_training, tmp_path) -> None:
         run_training("train-clip", tmp_path / "run", 'model.preset="EVA-02-Ti"')
 
 
+@pytest.mark.slow
 def test_bf16_and_loader_processes_train_much_the_same(run_training, clip_run, tmp_path) -> None:
     result = run_training("train-clip", tmp_path / "run", 'train.precision="bf16"', "data.num_workers=1")
     assert result.metrics["train/loss"] == pytest.approx(clip_run.metrics["train/loss"], rel=0.05)
