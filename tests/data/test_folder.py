@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,22 @@ def test_a_bad_picture_is_skipped_counted_and_named(tmp_path: Path, images: Path
     manifest = run(tmp_path, images, captions)
     assert manifest["bad_samples"] == {BAD_CAUSES[name]: ["bad.png"]}
     assert manifest["train"]["num_samples"] == 100
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
+def test_file_names_that_are_not_utf8_are_found_or_named(tmp_path: Path, images: Path, encoding: str) -> None:
+    raw = os.fsencode(images) + b"/caf\xe9.png"
+    os.replace(images / "0.png", raw)
+    rows = [("caf\xe9.png" if name == "0.png" else name, caption) for name, caption in good_rows()]
+    captions = write_captions(tmp_path / "captions.csv", rows, encoding=encoding)
+    manifest = run(tmp_path, images, captions, encoding=encoding, max_bad_fraction=0.05)
+    if encoding == "latin-1":  # the list and the names are of one age
+        assert manifest["bad_samples"] == {}
+        index = ShardIndex(tmp_path / "run" / "train")
+        infos = [json.loads(index.read(i)["json"]) for i in range(len(index))]
+        assert {"file": "caf\\xe9.png", "captions": ["drawing 0"]} in infos
+    else:
+        assert manifest["bad_samples"] == {"missing-picture": ["captions.csv line 2"], "no-caption": ["caf\\xe9.png"]}
 
 
 def test_beyond_the_limit_everything_is_named_and_nothing_is_left(tmp_path: Path, images: Path) -> None:

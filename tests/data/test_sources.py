@@ -137,7 +137,7 @@ def test_a_prepared_folder_that_lost_too_much_is_refused_before_the_run(tmp_path
     ("spec", "message"),
     [
         ("*.tar", "names no shard"),
-        ("a.tar.gz", "there is no folder"),
+        ("a.tgz", "the tars are compressed"),
         (["a.tar", "b.zip"], "which is no tar"),
         ("https://host/*.tar", "a web server cannot list its files"),
     ],

@@ -52,7 +52,8 @@ class ImageFolder:
         self.section, self.max_pixels = section, shards.max_pixels
         files = _list_files(section.images)
         rows = read_captions(section)
-        named = {_inside(row.image) for row in rows}
+        self._by_bytes = {os.fsencode(file): file for file in files}
+        named = {self._file_of(row, files) for row in rows}
         unnamed = [f for f in files if Path(f).suffix.lower() in _PICTURE_SUFFIXES and f not in named]
         self.num_rows = len(rows)
         self.bad = SkippedFiles(len(rows) + len(unnamed), shards.max_bad_fraction, str(section.images))
@@ -60,7 +61,7 @@ class ImageFolder:
         for row in rows:
             self._match(row, files, by_file)
         for file in unnamed:
-            self.bad.add("no-caption", file)
+            self.bad.add("no-caption", shown_name(file))
         self.bad.check()
         self.images = list(by_file.values())
 
@@ -74,14 +75,14 @@ class ImageFolder:
             header = read_header(data, self.max_pixels)
             pixels = decode_rgb(data, self.max_pixels)
         except OSError as err:
-            self.bad.add("unreadable", image.file, err.strerror or str(err))
+            self.bad.add("unreadable", shown_name(image.file), err.strerror or str(err))
             return None
         except BadImage as err:
-            self.bad.add(err.cause, image.file, err.detail)
+            self.bad.add(err.cause, shown_name(image.file), err.detail)
             return None
         members = {
             "txt": image.captions[0].encode(),
-            "json": json_member({"file": image.file, "captions": image.captions}),
+            "json": json_member({"file": shown_name(image.file), "captions": image.captions}),
         }
         return Sample(image.key, header.extension, data, members, header.decoded_bytes), pixels
 
@@ -90,7 +91,7 @@ class ImageFolder:
         if row.cause is not None:
             self.bad.add(row.cause, name, row.detail)
             return
-        file = _inside(row.image)
+        file = self._file_of(row, files)
         if file is None:
             self.bad.add("outside-folder", name, row.image)
         elif file not in files:
@@ -99,6 +100,25 @@ class ImageFolder:
             image = by_file.setdefault(file, CaptionedFile(len(by_file), file))
             if row.caption not in image.captions:
                 image.captions.append(row.caption)
+
+    def _file_of(self, row: CaptionRow, files: dict[str, None]) -> str | None:
+        """The file that a row names, as `_list_files` spells it; None if it leads out of the folder.
+
+        A name on the disk is bytes. Where it is not the row's text in UTF-8, it may be that text in the encoding of the
+        caption file: a list and files that were both made with Latin-1 belong together.
+        """
+        file = _inside(row.image)
+        if file is None or file in files:
+            return file
+        try:
+            return self._by_bytes.get(file.encode(self.section.encoding), file)
+        except UnicodeEncodeError:
+            return file
+
+
+def shown_name(file: str) -> str:
+    """A file's name as text that can be written anywhere; bytes that are not UTF-8 as `\\xe9`."""
+    return os.fsencode(file).decode("utf-8", "backslashreplace")
 
 
 def _inside(image: str) -> str | None:

@@ -16,7 +16,7 @@ from evatool.core.progress import ProgressBar
 from evatool.data.prepare.contact_sheet import Entry, thumbnail
 from evatool.data.prepare.drawings import SETS, TEMPLATES, TRAIN_SETS, Drawings, Tile
 from evatool.data.prepare.eval_layout import write_eval_set
-from evatool.data.prepare.folder import ImageFolder
+from evatool.data.prepare.folder import ImageFolder, shown_name
 from evatool.data.tar.writer import ShardWriter
 from evatool.data.train.shuffle import shuffled
 from evatool.recipe.schema import DrawingsSource, FolderSource, ShardSection
@@ -110,15 +110,15 @@ def pack_folder(section: FolderSource, shards: ShardSection, folder: Path, progr
             sample, pixels = read
             writer.write(sample)
             if len(contact) < shards.contact_sheet_images:
-                contact.append(Entry(thumbnail(pixels), image.captions[0], Path(image.file).name))
+                contact.append(Entry(thumbnail(pixels), image.captions[0], shown_name(Path(image.file).name)))
         source.bad.check()
         if writer.num_samples == 0:
             raise DataError("no picture is left to train on", where=str(section.images), expected="at least one")
         train = writer.finish(max_pixels=shards.max_pixels)
     source.bad.report()
     credit = {
-        "name": str(section.images),
-        "captions": str(section.captions),
+        "name": shown_name(str(section.images)),
+        "captions": shown_name(str(section.captions)),
         "captions_sha256": hashlib.sha256(section.captions.read_bytes()).hexdigest(),
         "caption_rows": source.num_rows,
         "license": section.license,

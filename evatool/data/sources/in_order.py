@@ -28,6 +28,7 @@ class InOrder(Source):
         self._reading: Iterator[tuple[str, Fields]] | None = None
         self._next = 0
         self._recent: OrderedDict[int, tuple[str, Fields]] = OrderedDict()
+        self._failure: UnreadableSample | None = None  # what ended this reading before its time
         self._process = os.getpid()
 
     @property
@@ -62,8 +63,15 @@ class InOrder(Source):
             self._process = os.getpid()
             self._reading, self._next = self.stream.open(), 0
             self._recent.clear()
+            self._failure = None
         while self._next <= index:
-            found = next(self._reading, None)
+            if self._failure is not None:
+                raise self._failure
+            try:
+                found = next(self._reading, None)
+            except UnreadableSample as err:
+                self._failure = err
+                raise
             if found is None:
                 raise UnreadableSample("stream-ended", f"{self.name} ends after {self._next} samples")
             self._recent[self._next] = found
@@ -73,4 +81,4 @@ class InOrder(Source):
         return self._recent[index]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_reading": None, "_next": 0, "_recent": OrderedDict()}
+        return {**self.__dict__, "_reading": None, "_next": 0, "_recent": OrderedDict(), "_failure": None}

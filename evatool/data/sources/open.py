@@ -11,8 +11,9 @@ from evatool.data.sources.cache import ShardCache
 from evatool.data.sources.fetch import Patience
 from evatool.data.sources.in_order import InOrder
 from evatool.data.sources.shard_list import ShardList, open_shard_list
+from evatool.data.sources.stream import TarStream
 from evatool.data.sources.tar_source import TarSource
-from evatool.recipe.schema import TrainDataSection
+from evatool.recipe.schema import DataSource, TrainDataSection
 
 ONLY_SOURCE = "train"
 """Name of the source where the recipe gives `data.train` and no list of sources."""
@@ -31,18 +32,14 @@ def open_sources(
     Raises: RecipeError where a source of `own` is named nowhere, or the cache cannot hold what is read at once;
         DataError where shards are not what they should be.
     """
-    named = (
-        [(ONLY_SOURCE, str(section.train))]
-        if section.sources is None
-        else [(s.name, s.shards) for s in section.sources]
-    )
+    named = section.sources or [DataSource(name=ONLY_SOURCE, shards=str(section.train))]
     own_by_name = {source.name: source for source in own}
-    unknown = sorted(set(own_by_name) - {name for name, _ in named})
+    unknown = sorted(set(own_by_name) - {listed.name for listed in named})
     if unknown or len(own_by_name) < len(own):
         raise RecipeError(
             f"sources of one's own are called {', '.join(source.name for source in own)}",
             where="the arguments of build_train_loader",
-            expected=f"different names out of those of the section: {', '.join(name for name, _ in named)}",
+            expected=f"different names out of those of the section: {', '.join(listed.name for listed in named)}",
             fix="list the source in data.sources under its name",
         )
     remote = section.remote
@@ -51,21 +48,31 @@ def open_sources(
     )
     cache: ShardCache | None = None
     found: list[Source] = []
-    for name, spec in named:
-        match own_by_name.get(name):
+    for listed in named:
+        match own_by_name.get(listed.name):
             case Source() as source:
                 found.append(source)
             case SequentialSource() as stream:
                 found.append(InOrder(stream))
             case _:
                 cache = cache or ShardCache(remote.cache_dir, remote.cache_bytes, patience)
-                shards = open_shard_list(
-                    name, spec, cache=cache, patience=patience, max_bad_fraction=section.max_bad_fraction
-                )
-                source = TarSource(shards, cache, patience)
-                _check_cache(shards, window_of(source, section.window_shards), section, global_batch_size)
-                found.append(source)
+                found.append(_open_listed(listed, section, global_batch_size, cache, patience))
     return found
+
+
+def _open_listed(
+    listed: DataSource, section: TrainDataSection, batch: int, cache: ShardCache, patience: Patience
+) -> InOrder | TarSource:
+    """The tars that a source of the recipe names, to be read by number or in order."""
+    specs = [listed.shards] if isinstance(listed.shards, str) else listed.shards
+    if listed.sequential or listed.allow_pipe:
+        return InOrder(TarStream(listed.name, specs, listed.num_samples, cache, section.max_wait_sec))
+    shards = open_shard_list(
+        listed.name, specs, cache=cache, patience=patience, max_bad_fraction=section.max_bad_fraction
+    )
+    source = TarSource(shards, cache, patience)
+    _check_cache(shards, window_of(source, section.window_shards), section, batch)
+    return source
 
 
 def window_of(source: Source, asked: int | None) -> int:

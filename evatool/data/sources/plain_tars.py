@@ -21,6 +21,7 @@ from evatool.core.atomic_io import write_bytes_atomically
 from evatool.data.sources.cache import ShardCache
 from evatool.data.sources.fetch import FetchError, Patience, display_url, fetch_bytes, is_remote, local_path
 from evatool.data.tar.index import WHOLE_TAR, ShardMembers, index_json, read_index, read_index_head, scan_file
+from evatool.data.tar.scan import CAUSES
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +175,8 @@ def _is_damaged(found: _Scanned) -> bool:
 
 
 def _has_damage(members: ShardMembers) -> bool:
-    return any(problem.cause in WHOLE_TAR for problem in members.problems)
+    # A tar that ends without its mark may be whole; but not where it should have more samples.
+    return any(problem.cause in WHOLE_TAR or problem.cause == "no-end-mark" for problem in members.problems)
 
 
 def _folder(url: str) -> str:
@@ -229,7 +231,7 @@ def _scan(url: str, cache: ShardCache) -> _Scanned:
         tar = cache.get(url)
     members = scan_file(tar)
     for problem in members.problems[:10]:
-        log.warning("%s: %s", display_url(url), problem)
+        log.warning("%s: %s: %s", display_url(url), problem, CAUSES[problem.cause])
     return _Scanned(_keep_index(members, tar, writable), len(members), tar.stat().st_size, _has_damage(members))
 
 

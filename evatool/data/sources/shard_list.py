@@ -13,7 +13,8 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from glob import glob, has_magic
+from difflib import get_close_matches
+from glob import escape, glob, has_magic
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ MAX_NAMED = 100
 """Shards of a source that get a line of their own in the log when it is opened."""
 
 _MAX_MANIFEST_BYTES = 2**30
+_COMPRESSED = re.compile(r"\.(?:tar\.|t)(gz|bz2|bz|xz|zst|lz4|lzma|Z)$")
+_UNPACK = {"gz": "gzip -d", "bz2": "bzip2 -d", "xz": "xz -d", "zst": "zstd -d"}
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -103,11 +106,16 @@ def open_shard_list(
     Raises: DataError where nothing is found or something is not what it should be; BadDataLimitError.
     """
     specs = [shards] if isinstance(shards, str) else list(shards)
+    for spec in specs:
+        _check_spec(name, spec)
     if len(specs) == 1 and not _names_tars(specs[0]):
-        found = _from_manifest(name, specs[0], patience)
-        _check_present(found, max_bad_fraction)
-        return found
-    urls = list(dict.fromkeys(url for spec in specs for url in expand(spec)))
+        found = _open_folder(name, specs[0], patience)
+        if isinstance(found, ShardList):
+            _check_present(found, max_bad_fraction)
+            return found
+        urls = found
+    else:
+        urls = list(dict.fromkeys(url for spec in specs for url in expand(spec)))
     if not urls:
         raise DataError(f"source {name!r} names no shard", where=", ".join(specs), fix="correct the glob or the list")
     others = [url for url in urls if not _names_tars(url)]
@@ -119,24 +127,86 @@ def open_shard_list(
     return _from_tars(name, urls, cache, patience, max_bad_fraction)
 
 
+def _check_spec(name: str, spec: str) -> None:
+    """Raises: DataError for what other tools read and this one does not, naming what to write instead."""
+    if not is_remote(spec) and os.path.lexists(local_path(spec)) and not _COMPRESSED.search(spec):
+        return
+    where = f"the shards of source {name!r}: {display_url(spec)}"
+    if spec.startswith("pipe:"):
+        raise DataError("a command is not read here", where=where, fix="set sequential and allow_pipe in the source")
+    if "::" in spec:
+        raise DataError(
+            "`::` is not read",
+            where=where,
+            expected="webdataset's `a::b` as a list, shards = ['a', 'b']; fsspec's `simplecache::s3://...` as "
+            "`s3://...`, which is kept in data.remote.cache_dir anyway",
+        )
+    compressed = _COMPRESSED.search(spec.partition("?")[0] if is_remote(spec) else spec)
+    if compressed:
+        raise DataError(
+            "the tars are compressed: their samples cannot be reached at random",
+            where=where,
+            fix=f"unpack them to plain tars ({_UNPACK.get(compressed[1], 'with the program that made them')}), or set "
+            "sequential = true in the source, which reads them in their order",
+        )
+    if is_remote(spec):
+        check_protocol(spec)
+
+
+def check_protocol(url: str) -> None:
+    """Raises: DataError where nothing can read URLs of this protocol."""
+    protocol = url.partition("://")[0]
+    if protocol in ("http", "https"):
+        return
+    from fsspec import available_protocols
+
+    if protocol not in available_protocols():
+        near = get_close_matches(protocol, available_protocols(), n=1, cutoff=0.5)
+        raise DataError(
+            f"no protocol is called {protocol!r}",
+            where=display_url(url),
+            expected=f"a path, http(s)://, or what fsspec reads{f': did you mean {near[0]}://?' if near else ''}",
+        )
+
+
 def expand(spec: str) -> list[str]:
     """URLs that a pattern names: `{000..123}` and `{a,b}` first, then globs (`?` only in local ones). Sorted by glob.
 
     Raises: DataError where a glob cannot be listed.
     """
+    if not is_remote(spec):
+        return _expand_local(str(local_path(spec)))
+    check_protocol(spec)
     urls: list[str] = []
-    for pattern in _expand_braces(spec):
-        if not is_remote(pattern):
-            path = str(local_path(pattern))
-            urls += sorted(glob(path)) if has_magic(path) else [path]
-        elif "*" in pattern or "[" in pattern:
-            urls += _remote_glob(pattern)
-        else:
-            urls.append(pattern)
+    for pattern in expand_braces(spec):
+        urls += _remote_glob(pattern) if "*" in pattern or "[" in pattern else [pattern]
     return urls
 
 
-def _expand_braces(spec: str) -> Iterator[str]:
+def _expand_local(spec: str) -> list[str]:
+    """Paths that a pattern names; what exists as it is written is no pattern, whatever is in its name."""
+    urls = []
+    existing, pattern = _existing_part(spec)
+    for rest in expand_braces(pattern):
+        path, magic = _existing_part(os.path.join(existing, rest) if rest else existing)
+        if not has_magic(magic):
+            urls.append(os.path.join(path, magic) if magic else path)
+        else:
+            urls += sorted(glob(os.path.join(escape(path), magic)))
+    return urls
+
+
+def _existing_part(path: str) -> tuple[str, str]:
+    """The longest beginning of a path, in whole components, that exists as it is written; and the rest."""
+    parts = path.split("/")
+    for count in range(len(parts), 0, -1):
+        beginning = "/".join(parts[:count]) or "/"
+        if os.path.lexists(beginning):
+            return beginning, "/".join(parts[count:])
+    return "", path
+
+
+def expand_braces(spec: str) -> Iterator[str]:
     found = _BRACES.search(spec)
     if not found:
         yield spec
@@ -151,7 +221,7 @@ def _expand_braces(spec: str) -> Iterator[str]:
     else:
         choices = found[1].split(",")
     for choice in choices:
-        yield from _expand_braces(before + choice + after)
+        yield from expand_braces(before + choice + after)
 
 
 def _remote_glob(pattern: str) -> list[str]:
@@ -172,6 +242,29 @@ def _remote_glob(pattern: str) -> list[str]:
 
 def _names_tars(spec: str) -> bool:
     return spec.partition("?")[0].endswith((".tar", "}", "*", "]")) if is_remote(spec) else not _is_manifest(spec)
+
+
+def _open_folder(name: str, spec: str, patience: Patience) -> ShardList | list[str]:
+    """What the manifest of a folder lists; where it has none, its tars, as img2dataset and others leave them.
+
+    Raises: DataError.
+    """
+    if not is_remote(spec):
+        folder = local_path(spec)
+        has_manifest = folder.name == MANIFEST or not folder.is_dir() or (folder / MANIFEST).exists()
+        tars = [] if has_manifest else sorted(str(path) for path in folder.iterdir() if path.name.endswith(".tar"))
+        # `data-prepare` writes its manifest last: a folder of its shards without one is not finished.
+        is_ours = any(os.path.exists(f"{tar.removesuffix('.tar')}.index.json") for tar in tars)
+        return _from_manifest(name, spec, patience) if is_ours or not tars else tars
+    try:
+        return _from_manifest(name, spec, patience)
+    except DataError as err:
+        is_missing = isinstance(err.__cause__, FetchError) and err.__cause__.cause == "missing-shard"
+        can_list = not spec.startswith(("http://", "https://")) and not spec.endswith(MANIFEST)
+        found = _remote_glob(f"{spec.rstrip('/')}/*.tar") if is_missing and can_list else []
+        if not found:
+            raise
+        return found
 
 
 def _is_manifest(spec: str) -> bool:
@@ -274,7 +367,11 @@ def _from_tars(name: str, urls: Sequence[str], cache: ShardCache, patience: Pati
     found = count_samples(name, urls, cache, patience)
     _check_lost(name, urls, found.lost, max_bad)
     if not sum(found.counts):
-        raise DataError(f"the shards of source {name!r} hold no samples", where=", ".join(map(display_url, urls[:5])))
+        raise DataError(
+            f"the shards of source {name!r} hold no samples",
+            where=", ".join(map(display_url, urls[:5])),
+            expected="tars, not compressed, whose members have names such as 00000.jpg",
+        )
     return ShardList(
         name,
         list(urls),

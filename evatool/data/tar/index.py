@@ -122,6 +122,15 @@ def scan_file(path: Path) -> ShardMembers:
         os.close(handle)
 
 
+def split_name(name: str) -> tuple[str, str] | None:
+    """Key and extension of a member by its name; None where it belongs to no sample."""
+    base = name.rfind("/") + 1
+    dot = name.find(".", base)
+    if dot <= base or _META.match(name):
+        return None
+    return name[:dot], name[dot + 1 :].lower()
+
+
 def group_members(scan: TarScan) -> ShardMembers:
     """Members of a tar, in its order, as samples."""
     keys: list[bytes] = []
@@ -130,7 +139,7 @@ def group_members(scan: TarScan) -> ShardMembers:
     known: dict[str, int] = {}
     passed_over: list[int] = []
     last = None
-    for i, name in enumerate(scan.names):  # without calls: once a member of a new plain tar
+    for i, name in enumerate(scan.names):  # `split_name` without its calls: once a member of a new plain tar
         base = name.rfind("/") + 1
         dot = name.find(".", base)
         if dot <= base or (name[0] == "_" and _META.match(name)):  # no dot, or nothing before it

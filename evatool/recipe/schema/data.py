@@ -141,10 +141,35 @@ class DataSource(Section):
     """Name of the set in logs, metrics and `phases`."""
     shards: str | Annotated[list[str], Field(min_length=1)]
     """Where the shards are: a folder or manifest written by `evatool data-prepare`, or tars as a path, a URL that
-    fsspec can open, a glob, or a list with `{000..123}`."""
+    fsspec can open, a glob, or a list with `{000..123}`. A folder of tars without a manifest, such as img2dataset
+    writes, is taken as it is."""
+    sequential: bool = False
+    """Whether the tars are read from their beginning to their end, in their order, without shuffling. Set it for
+    compressed tars (`.tar.gz`), which cannot be read in any other way. Every loader process of every rank then reads
+    all of them, and a resumed run skips what it has seen."""
+    allow_pipe: bool = False
+    """Whether `shards` may be a command, `pipe:aws s3 cp s3://bucket/{000..123}.tar -`, whose output is read as
+    `sequential` says. It runs in a shell with your rights, so it is off unless this recipe turns it on."""
+    num_samples: Positive | None = None
+    """Number of samples of a source that is read sequentially or from a command. When absent, everything is read once
+    to count them before the run begins."""
     weight: NonNegativeFloat | None = None
     """Share of this set in what is read, relative to the weights of the other sets. When absent its number of samples
     counts, so that all samples are equally frequent. With 0 only the phases that name the set read it."""
+
+    @model_validator(mode="after")
+    def _commands_are_allowed(self) -> DataSource:
+        specs = [self.shards] if isinstance(self.shards, str) else self.shards
+        is_pipe = any(spec.startswith("pipe:") for spec in specs)
+        if is_pipe and not isinstance(self.shards, str):
+            raise ValueError("a command (`pipe:`) stands alone in `shards`, not in a list")
+        if is_pipe and not self.allow_pipe:
+            raise ValueError("`pipe:` runs a command in a shell: set allow_pipe = true in the source if you trust it")
+        if self.allow_pipe and not is_pipe:
+            raise ValueError("allow_pipe has no effect: shards is no command (`pipe:...`)")
+        if self.num_samples is not None and not (is_pipe or self.sequential):
+            raise ValueError("num_samples has no effect: only sources read in order (sequential, `pipe:`) need it")
+        return self
 
 
 class DataPhase(Section):
@@ -284,6 +309,8 @@ class TrainDataSection(Section):
             raise ValueError("give either train (one folder of shards) or sources (a list), and not both")
         if self.train is not None and ":/" in str(self.train):
             raise ValueError(f"train = {str(self.train)!r} looks like a URL: put it into `sources`, as `shards`")
+        if self.train is not None and str(self.train).startswith("pipe:"):
+            raise ValueError("train takes no command (`pipe:`): put it into `sources`, with allow_pipe = true")
         names = [source.name for source in self.sources or []]
         if len(set(names)) < len(names):
             raise ValueError(f"sources have the same name: {', '.join(names)}")
