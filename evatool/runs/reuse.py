@@ -23,7 +23,7 @@ RESUMABLE_KEYS = (
     "teacher.store.path",
     *(f"eval.{key}" for key in ("num_threads", "processes", "shard_model", "use_cache", "cache_dir", "fetch")),
 )
-RESUMABLE_TABLES = ("engine.", "checkpoint.", "evaluate.", "images.", "validation.", "train.guard.", "train.trackers")
+RESUMABLE_TABLES = ("engine.", "checkpoint.", "evaluate.", "images.", "validation.", "train.guard.", "train.track")
 # What a run leaves behind before it has made anything, besides leases and files that were being written.
 _BOOKKEEPING = {"resolved.toml", "environment.json", "status.json", "logs", "parameter_groups.tsv"}
 # `core.atomic_io` and the lease write under the first kind of name, the hooks of metrics and loss curve the others.

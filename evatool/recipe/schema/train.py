@@ -32,6 +32,25 @@ class GuardSection(Section):
     """Number of earlier losses that a new one is compared with. No spike is seen before there are so many."""
 
 
+class TrackingSection(Section):
+    """Where a run stands in Weights & Biases and trackio.
+
+    What is absent is taken from the environment (for Weights & Biases: `WANDB_PROJECT`, `WANDB_ENTITY`,
+    `WANDB_RUN_GROUP`, `WANDB_RUN_ID`), and then from the default.
+    """
+
+    project: Annotated[str, Field(min_length=1)] | None = None
+    """Project that the run is shown in. It is `evatool` when neither this nor the environment names one."""
+    entity: Annotated[str, Field(min_length=1)] | None = None
+    """User or team that owns the project, in Weights & Biases alone. It is the one that is logged in when absent."""
+    group: Annotated[str, Field(min_length=1)] | None = None
+    """Group that the run is shown in, for instance with its repetitions under other seeds. It is in none when absent.
+    """
+    run_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")] | None = None
+    """Identity of the run. When absent one is drawn at the first start and kept in `tracker.json` of the run folder, so
+    that a resumed run goes on in the same place and no two runs share one. Set it to go on in a run that exists."""
+
+
 class TrainSection(Section):
     """Length, batch and precision of the run, and what is recorded of it."""
 
@@ -61,6 +80,8 @@ class TrainSection(Section):
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Programs that get the metrics beside `metrics.jsonl`. They need the extra `track` (`pip install
     'evatool[track]'`)."""
+    tracking: TrackingSection = TrackingSection()
+    """Project, owner, group and identity of the run in `wandb` and `trackio`."""
 
     @model_validator(mode="after")
     def _at_least_one_step(self) -> TrainSection:
@@ -74,6 +95,15 @@ class TrainSection(Section):
                 f"micro_batch_size = {self.micro_batch_size} does not divide "
                 f"global_batch_size = {self.global_batch_size}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _tracking_reaches_a_tracker(self) -> TrainSection:
+        named = [name for name, value in self.tracking.model_dump().items() if value is not None]
+        if named and not {"wandb", "trackio"} & set(self.trackers):
+            raise ValueError(f"tracking.{named[0]} has no effect: name wandb or trackio in trackers")
+        if "entity" in named and "wandb" not in self.trackers:
+            raise ValueError("tracking.entity has no effect: name wandb in trackers, or leave it out")
         return self
 
     @property

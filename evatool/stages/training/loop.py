@@ -88,7 +88,10 @@ def build_hooks(
         ConsoleLog(job.options.name),
         FolderOwner(run_dir.check_owner),
         MetricsFile(run_dir.metrics),
-        *(Tracker(kind, run_dir.path, job.options.name, settings) for kind in train.trackers),
+        *(
+            Tracker(kind, run_dir.path, job.options.name, settings, **train.tracking.model_dump())
+            for kind in train.trackers
+        ),
         StatusFile(run_dir.refresh_status),
         Checkpoints(save, job.recipe.checkpoint.every_steps),
         LossCurve(
