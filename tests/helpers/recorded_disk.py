@@ -46,7 +46,7 @@ class RecordingFile:
 def record(monkeypatch: pytest.MonkeyPatch) -> list[Operation]:
     """From here on every change to the disk is appended to the list."""
     log: list[Operation] = []
-    real_open, real_mkdir, real_unlink = Path.open, Path.mkdir, Path.unlink
+    real_open, real_mkdir, real_unlink, real_touch = Path.open, Path.mkdir, Path.unlink, Path.touch
     real_fsync, real_replace, real_rmtree = os.fsync, os.replace, shutil.rmtree
 
     def path_open(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
@@ -54,6 +54,11 @@ def record(monkeypatch: pytest.MonkeyPatch) -> list[Operation]:
         if "x" in mode:
             log.append(("create", path))
         return RecordingFile(file, path, log) if set(mode) & set("xwa+") else file
+
+    def touch(path: Path, *args: Any, **kwargs: Any) -> None:
+        if not path.exists():
+            log.append(("create", path))
+        real_touch(path, *args, **kwargs)
 
     def mkdir(path: Path, *args: Any, **kwargs: Any) -> None:
         if not path.exists():
@@ -78,6 +83,7 @@ def record(monkeypatch: pytest.MonkeyPatch) -> list[Operation]:
         real_rmtree(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", path_open)
+    monkeypatch.setattr(Path, "touch", touch)
     monkeypatch.setattr(Path, "mkdir", mkdir)
     monkeypatch.setattr(Path, "unlink", unlink)
     monkeypatch.setattr(os, "replace", replace)
