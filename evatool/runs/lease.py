@@ -112,12 +112,7 @@ class Lease:
                 _create(self.path, self._holder)
                 return
         rival = _first_rival(self.path, self._holder)
-        raise RunFolderTakenError(
-            f"the run folder was taken over by {_parse(_read(rival)) if rival else 'another start'}",
-            where=str(self.path.parent),
-            expected=f"a folder of {self._holder}, which stops here and writes nothing more into it",
-            fix="leave it to the other start, or choose another folder with --run-dir",
-        )
+        raise _taken_over(self.path.parent, _parse(_read(rival)) if rival else None)
 
     def release(self) -> None:
         """Give the folder free; harmless when called twice, or after it was taken over, or in a forked child."""
@@ -201,6 +196,16 @@ def read_token(folder: Path) -> str | None:
     return _token(_read(folder / LEASE))
 
 
+def check_token(folder: Path, token: str | None) -> None:
+    """Make sure that nobody but the holder of a token has a folder: for those that speak for it, and hold nothing.
+
+    Raises: RunFolderTakenError where another start has taken it over.
+    """
+    holder = _parse(_read(folder / LEASE))
+    if holder is not None and token is not None and holder.token != token:
+        raise _taken_over(folder, holder)
+
+
 def new_token() -> str:
     """A token that nobody else has."""
     return uuid.uuid4().hex
@@ -273,6 +278,15 @@ def _in_use(folder: Path, holder: Holder) -> RunFolderTakenError:
         where=str(folder),
         expected="one start at a time in a folder",
         fix="wait for it to end, or stop it and use --resume, or choose another folder with --run-dir",
+    )
+
+
+def _taken_over(folder: Path, by: Holder | None) -> RunFolderTakenError:
+    return RunFolderTakenError(
+        f"the run folder was taken over by {by or 'another start'}",
+        where=str(folder),
+        expected="a folder of this start's own, which stops here and writes nothing more into it",
+        fix="leave it to the other start, or choose another folder with --run-dir",
     )
 
 

@@ -22,7 +22,7 @@ from evatool.recipe.schema import Recipe
 from evatool.recipe.write import to_toml
 from evatool.runs.chain import next_command
 from evatool.runs.environment import environment, warn_of_other_versions
-from evatool.runs.lease import Lease, check_free, read_token, take_lease
+from evatool.runs.lease import Lease, check_free, check_token, read_token, take_lease
 from evatool.runs.result import RESULT, Result, is_moved, read_result, write_result
 from evatool.runs.reuse import check_reuse, is_folder_used, remove_unwritten
 from evatool.runs.status import first_failure, is_status_damaged, read_status, write_status
@@ -91,6 +91,8 @@ class RunDir:
         """
         if self.lease is not None:
             self.lease.check()
+        else:
+            check_token(self.path, self.token)
 
     def refresh_status(self) -> None:
         """Say in status.json how far the running run has come. Raises: as `check_owner`."""

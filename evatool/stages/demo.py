@@ -164,7 +164,7 @@ class Clock:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        self.seconds = _read_seconds(path)
         self._name, self._started = "", 0.0
 
     def measure(self, name: str) -> Clock:
@@ -181,6 +181,14 @@ class Clock:
             self.seconds[self._name] = self.seconds.get(self._name, 0.0) + spent
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes_atomically(self.path, json.dumps(self.seconds, indent=1).encode(), make_parents=True)
+
+
+def _read_seconds(path: Path) -> dict[str, float]:
+    """Wall times of earlier starts; none where there is no file of them, or a damaged one."""
+    try:
+        return {str(name): float(seconds) for name, seconds in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (FileNotFoundError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 # ------------------------------------------------------------------------------------------------------ the report

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def _records_reach_caplog(monkeypatch):
 def save(tmp_path) -> Callable[..., Path]:
     """`save(step)` writes a small checkpoint whose weights all equal the step."""
 
-    def save(step: int, keep: int = 3, folder: Path | None = None, has_extra: bool = True, **documents: str) -> Path:
+    def save(step: int, keep: int = 3, folder: Path | None = None, has_extra: bool = True, **more: Any) -> Path:
         state = {"model.weight": torch.full((3, 2), float(step)), "model.scale": torch.full((1,), float(step))}
         if has_extra:
             state["projection.weight"] = torch.full((2,), float(step))
@@ -35,7 +36,7 @@ def save(tmp_path) -> Callable[..., Path]:
             train_state={"step": step, "samples_seen": 8 * step},
             model_config={"task": "clip", "name": "tiny"},
             keep=keep,
-            **({"resolved_toml": 'stage = "train-clip"\n'} | documents),
+            **({"resolved_toml": 'stage = "train-clip"\n'} | more),
         )
 
     return save

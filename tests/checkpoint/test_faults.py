@@ -16,7 +16,7 @@ import torch
 
 from evatool.checkpoint import layout
 from evatool.checkpoint.load import latest_checkpoint, load_checkpoint, read_model, verify
-from evatool.core.errors import CheckpointError
+from evatool.core.errors import CheckpointError, RunFolderTakenError
 
 FILES = [
     "model.safetensors",
@@ -140,6 +140,23 @@ def test_old_checkpoint_that_cannot_be_removed_is_only_a_warning(save, monkeypat
     newest = save(2, keep=1)
     assert "could not remove the old checkpoint" in caplog.text
     assert latest_checkpoint(tmp_path) == newest
+
+
+@pytest.mark.parametrize("allowed", [0, 1], ids=["before anything", "before the commit"])
+def test_a_folder_that_was_taken_over_gets_no_checkpoint(save, tmp_path, allowed):
+    save(1)
+    asked = 0
+
+    def check_owner():
+        nonlocal asked
+        asked += 1
+        if asked > allowed:
+            raise RunFolderTakenError("the run folder was taken over by another", where="there", fix="leave it")
+
+    with pytest.raises(RunFolderTakenError, match="taken over by another") as caught:
+        save(2, keep=1, check_owner=check_owner)
+    assert (caught.value.where, caught.value.fix) == ("there", "leave it")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -21,6 +21,8 @@ from evatool.runs.lease import LEASE, _start_time
 from evatool.runs.result import Result, read_result
 from evatool.runs.run_dir import RunDir, RunOptions, check_run_dir, open_run_dir, stored_result
 from evatool.runs.status import read_status, write_status
+from evatool.stages.demo import Clock
+from evatool.train.hooks.log import read_metrics
 
 NAME = "debug/train-clip"
 KILLED_STARTS = Path(__file__).parents[1] / "helpers" / "killed_starts.py"
@@ -146,6 +148,14 @@ def test_who_was_taken_over_writes_neither_status_nor_result(used: Path, recipe:
     assert (used / LEASE).exists()
 
 
+def test_another_rank_of_who_was_taken_over_leaves_no_note_for_the_new_owner(used: Path, recipe: Recipe) -> None:
+    zero, one = (open_run_dir(recipe, options(used), rank=rank) for rank in (0, 1))
+    (used / LEASE).write_text((used / LEASE).read_text().replace(zero.token or "", "f" * 32))
+    one.fail(ExitCode.BAD_DATA, "of another run")
+    assert not list(used.glob("logs/*.failed.json"))
+    zero.close()
+
+
 def test_other_ranks_know_what_the_folder_is_held_under(tmp_path: Path, recipe: Recipe) -> None:
     zero = open_run_dir(recipe, options(tmp_path))
     one = open_run_dir(recipe, options(tmp_path), rank=1)
@@ -218,6 +228,19 @@ def test_a_damaged_result_is_made_anew(
     assert "result.json is missing or damaged: it is made anew" in caplog.text
     with pytest.raises(CheckpointError, match="damaged"):
         read_result(finished.path)
+
+
+def test_a_damaged_line_of_the_metrics_is_left_out(tmp_path: Path) -> None:
+    good = [b'{"step": 1, "train/loss": 2.0}', b'{"step": 2}']
+    bad = [b"", b'{"step": 9', b"5", b"[]", b"{}", b'{"step": "x"}', b"\xff\xfe", bytes(40), b"[" * 5000]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([good[0], *bad, good[1]]))
+    assert read_metrics(tmp_path / "metrics.jsonl") == [json.loads(line) for line in good]
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b'{"train-clip": []}', b"\xff"])
+def test_damaged_times_of_a_demo_start_anew(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "demo.json").write_bytes(text)
+    assert Clock(tmp_path / "demo.json").seconds == {}
 
 
 def test_what_was_being_written_when_a_start_was_killed_is_removed(used: Path, recipe: Recipe) -> None:

@@ -150,13 +150,12 @@ class StatusFile(Hook):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, one dict a step; a line that was cut short by a crash is left out."""
+    """The lines of a metrics.jsonl, one dict a step; a line that a crash has cut short or damaged is left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+            records.append(record | {"step": int(record["step"])})
+        except (ValueError, TypeError, KeyError, RecursionError):
             log.warning("%s: a damaged line was left out", path)
-            continue
-        records.append(record)
     return records
