@@ -25,7 +25,7 @@ RESUMABLE_KEYS = (
 )
 RESUMABLE_TABLES = ("engine.", "checkpoint.", "evaluate.", "images.", "validation.", "train.guard.", "train.track")
 # What a run leaves behind before it has made anything, besides leases and files that were being written.
-_BOOKKEEPING = {"resolved.toml", "environment.json", "status.json", "logs", "parameter_groups.tsv"}
+_BOOKKEEPING = {"resolved.toml", "environment.json", "status.json", "logs", "parameter_groups.tsv", "data_samples.json"}
 # `core.atomic_io` and the lease write under the first kind of name, the hooks of metrics and loss curve the others.
 _UNWRITTEN = re.compile(r"\..+\.[0-9a-f]{8}\.partial|\.metrics\.jsonl\.tmp|\.loss_curve\.png\.tmp")
 # Folders that are not searched for such files: large, and cleared by whoever writes them.

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from sample_pictures import image
 from tiny_shards import add_member, keys, loader, plain_samples, take, write_prepared, write_tar
 
-from evatool.core.errors import BadDataLimitError
+from evatool.core.errors import BadDataLimitError, CheckpointError, RecipeError
 from evatool.data.tar import open_files
 from evatool.data.tar.index import index_json, read_index, read_index_head, scan_file
+from evatool.data.train.drift import read_counts, write_counts
 
 APPLE_DOUBLE = b"\x00\x05\x16\x07" + bytes(160)
 
@@ -234,6 +235,49 @@ def test_an_index_of_the_version_before_is_made_again(tmp_path: Path) -> None:
     index.write_text(json.dumps({**head, "keys": ["README", *table["keys"]]}, separators=(",", ":")))
     assert loader({"train": path}).num_samples == 16
     assert read_index_head(index) is not None
+
+
+# ----------------------------------------------------------------------------------------------- counts of begun runs
+
+
+def test_a_run_is_told_which_shards_hold_other_samples(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    paths = [write_tar(tmp_path / f"{shard}.tar", plain_samples(range(8))) for shard in range(3)]
+    begun = loader({"train": f"{tmp_path}/*.tar"})
+    write_counts(tmp_path, begun.sample_counts)
+    before = read_counts(tmp_path)
+    begun.check_order(begun.order_name, "here", before=before)
+    write_tar(paths[1], plain_samples(range(9)))
+    paths[2].unlink()
+    found = loader({"train": f"{tmp_path}/*.tar"})
+    with pytest.raises(RecipeError) as caught:
+        found.check_order(begun.order_name, "here", before=before)
+    lines = ["source train: 1.tar had 8 samples and has 9", "source train: 8 samples in 2.tar then, nothing now"]
+    assert caught.value.problems == lines
+    assert caught.value.exit_code == 2
+    assert "--accept-drift data.samples" in str(caught.value)
+    with pytest.raises(CheckpointError, match=r"--accept-drift data\.samples"):  # a run that wrote no counts down
+        found.check_order(begun.order_name, "here")
+    for accepted in ("data.samples", "data"):
+        found.check_order(begun.order_name, "here", before=before, accepted=[accepted])
+    assert "as accepted: source train: 1.tar had 8" in caplog.text
+    for accepted in ("data.sample", "dat", "data.samples.x"):
+        with pytest.raises(RecipeError):
+            found.check_order(begun.order_name, "here", before=before, accepted=[accepted])
+
+
+def test_another_order_of_the_same_samples_is_not_accepted_as_other_samples(tmp_path: Path) -> None:
+    for shard in range(3):
+        write_tar(tmp_path / f"{shard}.tar", plain_samples(range(8)))
+    begun = loader({"train": f"{tmp_path}/*.tar"})
+    other = loader({"train": f"{tmp_path}/*.tar", "window_shards": 1})
+    with pytest.raises(CheckpointError, match="another order"):
+        other.check_order(begun.order_name, "here", before=begun.sample_counts, accepted=["data.samples"])
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"sources": 1}', '{"sources": {"a": [1]}}', "[" * 5000])
+def test_damaged_counts_of_a_run_are_as_good_as_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "data_samples.json").write_text(text)
+    assert read_counts(tmp_path) is None
 
 
 # ------------------------------------------------------------------------------------------------------ open files

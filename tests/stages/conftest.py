@@ -30,9 +30,9 @@ Run = Callable[..., Result]
 
 @pytest.fixture(scope="session")
 def run_training(drawings: Path) -> Run:
-    """`run(stage, run_dir, *overrides, resume=False, teacher=None)` runs a training stage for `STEPS` steps."""
+    """`run(stage, run_dir, *overrides, teacher=None, ...)` runs a stage for `STEPS` steps; more are a run's options."""
 
-    def run(stage: str, run_dir: Path, *overrides: str, resume: bool = False, teacher: object = None) -> Result:
+    def run(stage: str, run_dir: Path, *overrides: str, teacher: object = None, **options: Any) -> Result:
         table: dict[str, Any] = {
             "data": {"train": str(drawings / "train")},
             "model": {"preset": "EVA02-CLIP-debug"},
@@ -45,7 +45,7 @@ def run_training(drawings: Path) -> Run:
         if teacher is not None:
             table["teacher"] = {"model": str(teacher)}
         resolved = resolve_table(table, stage, overrides=overrides)
-        return run_stage(resolved, RunOptions(name=stage, run_dir=run_dir, resume=resume))
+        return run_stage(resolved, RunOptions(name=stage, run_dir=run_dir, **options))
 
     return run
 

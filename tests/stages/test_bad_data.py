@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from evatool.core.errors import BadDataLimitError, CheckpointError
+from evatool.core.errors import BadDataLimitError, CheckpointError, RecipeError
 from evatool.runs.result import Result
 from evatool.train.hooks.log import read_metrics
 
@@ -79,3 +81,44 @@ def test_a_run_of_another_order_is_not_resumed(
     with pytest.raises(CheckpointError, match="begun with samples in another order: 2:"):
         run_training("train-clip", tmp_path / "run", *overrides, resume=True)
     assert result.outputs["checkpoint"].exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_recorded", [True, False], ids=["recorded", "older run"])
+def test_a_run_whose_shards_hold_other_samples_is_refused_and_goes_on_where_that_is_accepted(
+    drawings: Path, run_training: Run, tmp_path: Path, is_recorded: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for path in (drawings / "train").glob("*.tar"):
+        shutil.copy(path, tars)
+    train = ("checkpoint.every_steps=2", f"data.train={json.dumps(str(tars))}")
+    begun = run_training("train-clip", tmp_path / "run", *train)
+    counts = json.loads((tmp_path / "run" / "data_samples.json").read_text())["sources"]["train"]
+    status = tmp_path / "run" / "status.json"
+    status.write_text(json.dumps({**json.loads(status.read_text()), "state": "preempted", "exit_code": 75}))
+    shutil.rmtree(begun.outputs["checkpoint"])  # as if it had been stopped before
+    (left,) = (tmp_path / "run" / "checkpoints").glob("step_*/train_state.json")
+    begun_order = json.loads(left.read_text())["data_order"]
+    if not is_recorded:
+        (tmp_path / "run" / "data_samples.json").unlink()
+    with tarfile.open(tars / "00000.tar", "a") as tar:
+        for name, data in (("new.png", b"x"), ("new.txt", b"words")):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    with pytest.raises(RecipeError if is_recorded else CheckpointError) as caught:
+        run_training("train-clip", tmp_path / "run", *train, resume=True)
+    if is_recorded:
+        had = counts[0][1]
+        assert caught.value.problems == [f"source train: 00000.tar had {had} samples and has {had + 1}"]
+    assert "--accept-drift data.samples" in str(caught.value)
+    caplog.set_level("WARNING", logger="evatool")
+    settings = (*train, "data.max_bad_fraction=0.1")
+    accepted = ("data.samples", "data.max_bad_fraction")
+    result = run_training("train-clip", tmp_path / "run", *settings, resume=True, accept_drift=accepted)
+    assert "the shards hold other samples than when the run was begun, as accepted" in caplog.text
+    state = json.loads((result.outputs["checkpoint"] / "train_state.json").read_text())
+    assert state["data_order"] != begun_order
+    now = json.loads((tmp_path / "run" / "data_samples.json").read_text())["sources"]["train"]
+    assert now[0][1] == counts[0][1] + 1

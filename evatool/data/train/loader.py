@@ -25,9 +25,11 @@ from evatool.data.image.train_transforms import TrainTransform
 from evatool.data.sources.base import SequentialSource, Source
 from evatool.data.sources.in_order import InOrder
 from evatool.data.sources.open import open_sources, window_of
+from evatool.data.tar.index import VERSION
 from evatool.data.tokenizer import Tokenizer, build_tokenizer
 from evatool.data.train.bad_samples import LIMIT_FLOOR, LIMIT_FLOOR_SHARDS, BadSamples
 from evatool.data.train.dataset import Made, OrderedSource, StepDataset
+from evatool.data.train.drift import DRIFT_KEY, Counts, count_differences, counts_of
 from evatool.data.train.masking import MaskSpec
 from evatool.data.train.mixing import Mix, MixPhase
 from evatool.data.train.sample_decoder import SampleDecoder
@@ -104,16 +106,52 @@ class TrainLoader(Loader):
         none. Rank 0 has those from before a resume, too."""
         return self.bad.counts()
 
-    def check_order(self, saved: str, where: str) -> None:
-        """Raises: CheckpointError where a run was begun in another order than this loader's; "" is a run's from
-        before orders had names, and that order is gone."""
+    @property
+    def sample_counts(self) -> dict[str, list[tuple[str, int]]]:
+        """Samples of each shard, by source."""
+        return counts_of([ordered.source for ordered in self.dataset.sources])
+
+    def check_order(
+        self, saved: str, where: str, *, before: Counts | None = None, accepted: Sequence[str] = ()
+    ) -> None:
+        """Compare the order that a run was begun in with this loader's.
+
+        Args:
+            saved: name of the run's order; "" is a run's from before orders had names, and that order is gone.
+            before: samples of the shards when the run was begun, where that is known.
+            accepted: what `--accept-drift` names; `data.samples` and `data` let a run go on with other samples.
+        Raises: CheckpointError where the order differs; RecipeError where that comes of other samples in the shards.
+        """
         if saved == self.order_name:
             return
+        lines = [] if before is None else count_differences(before, self.sample_counts)
+        is_same_version = saved.partition(":")[0] == self.order_name.partition(":")[0]
+        may_be_samples = is_same_version and (lines or before is None)
+        if may_be_samples and any(f"{DRIFT_KEY}.".startswith(f"{key}.") for key in accepted):
+            log.warning(
+                "the shards hold other samples than when the run was begun, as accepted: %s",
+                "; ".join(lines) or "which ones, it did not note",
+            )
+            return
+        if may_be_samples and lines:
+            raise RecipeError(
+                "the shards hold other samples than when the run was begun",
+                problems=lines,
+                where=where,
+                expected="the same samples: their order follows from how many there are",
+                fix=f"put the data back as it was, accept another order from here on with --accept-drift {DRIFT_KEY}, "
+                "or start a new run folder (model.init can take this run's weights)",
+            )
+        older = (
+            "; if only the samples of the shards differ (members without a key are passed over since index version "
+            f"{VERSION}, and were counted before), go on in the order of today's with --accept-drift {DRIFT_KEY}"
+        )
         raise CheckpointError(
             f"the run was begun with samples in another order: {saved or 'version 1'}, and now {self.order_name}",
             where=where,
             expected="the same shards with the same number of samples, and the same data.window_shards and streams",
-            fix="put the data back as it was, or start a new run folder (model.init can take this run's weights)",
+            fix="put the data back as it was, or start a new run folder (model.init can take this run's weights)"
+            + (older if may_be_samples else ""),
         )
 
     def _positions(self) -> Sampler[int]:

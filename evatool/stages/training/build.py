@@ -22,6 +22,7 @@ from evatool.core.batch_shares import undivided_batch
 from evatool.core.errors import RecipeError
 from evatool.core.param_group import ParamGroup
 from evatool.data.feature_store.spec import Views
+from evatool.data.train.drift import read_counts, write_counts
 from evatool.data.train.loader import TrainLoader, build_train_loader
 from evatool.data.train.masking import MaskSpec
 from evatool.distributed.collectives import gather_objects
@@ -298,15 +299,28 @@ def build_job_engine(job: Job, objective: Objective, groups: Sequence[ParamGroup
 def start_state(job: Job, engine: Engine, groups: Sequence[ParamGroup], loader: TrainLoader) -> TrainState:
     """Where the run stands: at its beginning, or at the checkpoint, whose weights, moments and position are put back.
 
-    Raises: CheckpointError where the checkpoint is of another model.
+    Raises: CheckpointError where the checkpoint is of another model; RecipeError where the data are others.
     """
     log.info("data: %d samples", loader.num_samples)
     if job.saved is None:
+        _keep_counts(job, loader)
         return TrainState(seed=job.recipe.train.seed, data_order=loader.order_name)
-    loader.check_order(str(job.saved.train_state.get("data_order", "")), str(job.saved.path))
+    # Rank 0 reads for all: it may write the file anew before another rank has looked.
+    before = gather_objects(read_counts(job.run_dir.path) if job.world.is_main else None)[0]
+    saved_order = str(job.saved.train_state.get("data_order", ""))
+    loader.check_order(saved_order, str(job.saved.path), before=before, accepted=job.options.accept_drift)
+    if before is None or saved_order != loader.order_name:
+        _keep_counts(job, loader)
     state = resume_from(job.saved, engine, groups)
+    state.data_order = loader.order_name
     loader.position = state.position
     if job.world.is_main:  # figures are summed over ranks
         loader.bad.before = state.data_counts
     log.info("resumed from %s: step %d, %d samples seen", job.saved.path, state.step, state.samples_seen)
     return state
+
+
+def _keep_counts(job: Job, loader: TrainLoader) -> None:
+    """Write down how many samples the shards have that this run reads; rank 0 does."""
+    if job.world.is_main:
+        write_counts(job.run_dir.path, loader.sample_counts)
