@@ -74,12 +74,12 @@ def markdown_block(text: str, language: str) -> str:
     return f"{fence}{language}\n{shown_page(text)}\n{fence}"
 
 
-def json_text(value: Any, *, indent: int | None = None) -> str:
+def json_text(value: Any, *, indent: int | None = None, allow_nan: bool = False) -> str:
     """A value as JSON that reads back exactly, with no character in it that a terminal acts upon.
 
-    Raises: ValueError for numbers that are not finite.
+    Raises: ValueError for numbers that are not finite, unless `allow_nan`.
     """
-    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=allow_nan)
     return _UNSAFE_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 

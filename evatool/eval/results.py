@@ -12,6 +12,7 @@ from typing import Any
 
 from evatool.core.atomic_io import write_bytes_atomically
 from evatool.core.errors import DataError
+from evatool.core.shown_text import json_text
 from evatool.eval.intervals import LEVEL, Interval
 from evatool.eval.task_wording import TaskWording
 
@@ -195,7 +196,7 @@ def write_results(path: Path, results: EvalResults) -> None:
     """`results.json` (docs/eval.md describes each key); complete or not there."""
     table = asdict(results)
     del table["own_wording"]
-    write_bytes_atomically(path, (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode(), make_parents=True)
+    write_bytes_atomically(path, (json_text(table, indent=1, allow_nan=True) + "\n").encode(), make_parents=True)
 
 
 def read_results(path: Path) -> EvalResults:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import logging
@@ -209,6 +210,16 @@ def test_a_redirect_to_another_service_of_this_machine_is_refused(tmp_path: Path
         assert (first.requests["0.tar"], second.requests["0.tar"]) == (1, 0)  # it is not tried again
         allowed = Patience(2, 2.0, 0.01, allow_private_redirects=True)
         assert fetch_bytes(url, allowed, 10**6) == b"secret of another service"
+
+
+def test_a_password_in_a_url_is_for_its_server_alone(tmp_path: Path) -> None:
+    (tmp_path / "0.tar").write_bytes(b"x")
+    allowed = Patience(1, 2.0, 0.01, allow_private_redirects=True)
+    with serve(tmp_path) as first, serve(tmp_path) as second:
+        first.faults["0.tar"] = always(f"redirect {second.url}/0.tar")
+        assert fetch_bytes(f"{first.url}/0.tar".replace("://", "://me:p%40ss@"), allowed, 10**6) == b"x"
+        assert first.authorizations == ["Basic " + base64.b64encode(b"me:p@ss").decode()]
+        assert second.authorizations == [None]
 
 
 def test_a_redirect_within_a_server_is_followed(tmp_path: Path) -> None:

@@ -21,12 +21,14 @@ class Server:
 
     Attributes:
         requests: by file name, failed ones too.
+        authorizations: the header of that name of each request.
         faults: by file name.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.requests: Counter[str] = Counter()
+        self.authorizations: list[str | None] = []
         self.faults: dict[str, Fault] = {}
         self.lock = threading.Lock()
         self.stop = threading.Event()
@@ -70,6 +72,7 @@ def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
             with server.lock:
                 number = server.requests[name]
                 server.requests[name] += 1
+                server.authorizations.append(self.headers["Authorization"])
             fault = server.faults.get(name, lambda number: None)(number)
             path = server.folder / name
             if fault == "refuse":

@@ -16,13 +16,14 @@ Where the environment names a proxy, it is the proxy that connects, and names th
 
 from __future__ import annotations
 
+import base64
 import http.client
 import ipaddress
 import socket
 import urllib.request
 from http.client import HTTPMessage
 from typing import IO, Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -44,9 +45,20 @@ def open_url(url: str, timeout_sec: float, *, allow_private: bool) -> http.clien
     """
     way = Way(allow_private)
     opener = urllib.request.build_opener(_Handler(way), _Redirects())
+    url, user = _without_user(url)
     request = urllib.request.Request(url, headers={"User-Agent": "evatool", "Accept-Encoding": "identity"})
+    if user:
+        # Not one of `headers`, which a redirect would take along to another server.
+        request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(user.encode()).decode()}")
     response: http.client.HTTPResponse = opener.open(request, timeout=timeout_sec)
     return response
+
+
+def _without_user(url: str) -> tuple[str, str]:
+    """A URL without `user:password@`, and these two."""
+    parts = urlsplit(url)
+    user, at, place = parts.netloc.rpartition("@")
+    return (urlunsplit(parts._replace(netloc=place)), unquote(user)) if at else (url, "")
 
 
 def kind_of(address: Address) -> str:

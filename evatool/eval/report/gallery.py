@@ -17,6 +17,7 @@ from PIL import Image
 from evatool.core.atomic_io import write_bytes_atomically
 from evatool.core.errors import DataError
 from evatool.core.renamed_keys import GALLERY_KEYS, rename
+from evatool.core.shown_text import json_text
 
 if TYPE_CHECKING:
     from evatool.eval.tasks.retrieval_examples import RetrievalExample
@@ -161,7 +162,7 @@ def build_gallery(
 
 def write_gallery(path: Path, gallery: Gallery) -> None:
     """The gallery with its pictures as one JSON file; complete or not there."""
-    write_bytes_atomically(path, (json.dumps(asdict(gallery), ensure_ascii=False) + "\n").encode(), make_parents=True)
+    write_bytes_atomically(path, (json_text(asdict(gallery), allow_nan=True) + "\n").encode(), make_parents=True)
 
 
 def read_gallery(path: Path) -> Gallery:
