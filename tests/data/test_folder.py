@@ -83,6 +83,14 @@ def test_a_bad_picture_is_skipped_counted_and_named(tmp_path: Path, images: Path
     assert manifest["train"]["num_samples"] == 100
 
 
+def test_a_caption_row_nested_without_end_is_a_bad_row(tmp_path: Path, images: Path) -> None:
+    captions = write_captions(tmp_path / "captions.jsonl", good_rows())
+    with captions.open("a") as file:
+        file.write("[" * 100_000 + "\n")
+    manifest = run(tmp_path, images, captions)
+    assert manifest["bad_samples"] == {"bad-row": ["captions.jsonl line 101"]}
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
 def test_file_names_that_are_not_utf8_are_found_or_named(tmp_path: Path, images: Path, encoding: str) -> None:
     raw = os.fsencode(images) + b"/caf\xe9.png"

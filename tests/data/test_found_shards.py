@@ -168,7 +168,7 @@ def test_a_json_member_that_nothing_needs_costs_no_sample(tmp_path: Path, fault:
 
 
 def test_a_concept_that_is_no_text_makes_no_error(tmp_path: Path) -> None:
-    values = [b'"\\ud800"', b"[" * 400 + b"]" * 400, b"{}", b"1e400", b"null", b'"x"']
+    values = [b'"\\ud800"', b"[" * 90 + b"]" * 90, b"{}", b"1e400", b"null", b'"x"']
     samples = {
         f"s{i}": {"png": image(), "txt": b"words", "json": b'{"concept": ' + value + b"}"}
         for i, value in enumerate(values)

@@ -92,6 +92,37 @@ def test_what_other_tools_read_is_named_with_what_to_write(spec: str, message: s
             open_(specs, cache)
 
 
+@pytest.mark.parametrize("spec", ["a\0.tar", "a\0b", "a\0*.tar", "{a\0,b}.tar"])
+def test_a_zero_byte_in_a_name_is_no_internal_error(spec: str, cache: ShardCache) -> None:
+    with pytest.raises(DataError):
+        open_(spec, cache)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"file": "a\0.tar"},
+        {"file": 5},
+        {"num_samples": 2**70},
+        {"num_samples": None},
+        {"num_samples": -3},
+        {"bytes": [1]},
+        {"index": "../x"},
+    ],
+    ids=str,
+)
+def test_a_manifest_of_nonsense_is_no_internal_error(tmp_path: Path, change: dict[str, Any], cache: ShardCache) -> None:
+    folder = write_prepared(tmp_path / "set", 4, 4)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][0] |= change
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="manifest"):
+        open_(str(folder), cache)
+    (folder / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="nested"):
+        open_(str(folder), cache)
+
+
 # --------------------------------------------------------------------------------------------- folders and counts
 
 

@@ -1,4 +1,4 @@
-"""The table of fuzzers, and those of weights, images, recipes and suites."""
+"""The table of fuzzers, and those of weights, images, recipes and suites; training data are in `data_fuzzers`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from tests.fuzz.data_fuzzers import DATA_FUZZERS
 from tests.fuzz.harness import Fuzzer
 
 # --------------------------------------------------------------------------------------------------------- weights
@@ -245,5 +246,6 @@ FUZZERS = {
         Fuzzer("images", image_seeds, read_image, IMAGE_WORDS, _image_refusals()),
         Fuzzer("recipes", recipe_seeds, read_recipe, TOML_WORDS, mutate=changed_lines),
         Fuzzer("suites", suite_seeds, read_suite, TOML_WORDS, mutate=changed_lines),
+        *DATA_FUZZERS,
     )
 }

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import codecs
 import csv
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, TextIO
 
+from evatool.core.bounded_json import parse_json
 from evatool.core.errors import DataError
 from evatool.recipe.schema import FolderSource
 
@@ -84,7 +84,7 @@ def _json_rows(file: TextIO) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(file, 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, parse_json(line)
             except ValueError as err:
                 yield number, f"not JSON: {err}"
 

@@ -8,7 +8,6 @@ are scanned all the same; where one of those has another number of samples, no c
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from evatool.core.atomic_io import write_bytes_atomically
+from evatool.core.bounded_json import parse_json, read_json
 from evatool.data.sources.cache import ShardCache
 from evatool.data.sources.fetch import FetchError, Patience, display_url, fetch_bytes, is_remote, local_path
 from evatool.data.tar.index import WHOLE_TAR, ShardMembers, index_json, read_index, read_index_head, scan_file
@@ -197,12 +197,10 @@ def _read_json(url: str, patience: Patience, max_bytes: int) -> Any:
     """A JSON file beside the tars; None where there is none that can be read."""
     try:
         if is_remote(url):
-            return json.loads(fetch_bytes(url, replace(patience, attempts=2, backoff_sec=0.1), max_bytes))
+            return parse_json(fetch_bytes(url, replace(patience, attempts=2, backoff_sec=0.1), max_bytes))
         path = local_path(url)
-        if not path.is_file() or path.stat().st_size > max_bytes:
-            return None
-        return json.loads(path.read_bytes())
-    except (FetchError, OSError, ValueError, RecursionError) as err:
+        return read_json(path, max_bytes) if path.is_file() else None
+    except (FetchError, OSError, ValueError) as err:
         log.debug("%s is not read: %s", display_url(url), err)
         return None
 
@@ -214,7 +212,7 @@ def _scan_or_cause(url: str, cache: ShardCache) -> _Scanned | str:
     """What a tar holds, or why it cannot be read."""
     try:
         return _scan(url, cache)
-    except (FetchError, OSError) as err:
+    except (FetchError, OSError, ValueError) as err:  # a path with a zero byte is a ValueError
         return str(err)
 
 

@@ -7,7 +7,6 @@ plain tars come from a `sizes.json` beside them, else every tar is scanned once 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -19,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from evatool.core.bounded_json import parse_json
 from evatool.core.errors import BadDataLimitError, DataError
 from evatool.data.image.header import MAX_PIXELS
 from evatool.data.sources.cache import ShardCache
 from evatool.data.sources.fetch import FetchError, Patience, display_url, fetch_bytes, is_remote, local_path
 from evatool.data.sources.plain_tars import count_samples
-from evatool.data.tar.manifest import FORMAT, MANIFEST, read_shard_manifest
+from evatool.data.tar.manifest import FORMAT, MANIFEST, MAX_MANIFEST_BYTES, read_shard_manifest
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,6 @@ MAX_LOOKED_AT = 10_000
 MAX_NAMED = 100
 """Shards of a source that get a line of their own in the log when it is opened."""
 
-_MAX_MANIFEST_BYTES = 2**30
 _COMPRESSED = re.compile(r"\.(?:tar\.|t)(gz|bz2|bz|xz|zst|lz4|lzma|Z)$")
 _UNPACK = {"gz": "gzip -d", "bz2": "bzip2 -d", "xz": "xz -d", "zst": "zstd -d"}
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -305,7 +304,9 @@ def _from_manifest(name: str, spec: str, patience: Patience) -> ShardList:
             max_pixels=int(manifest.get("max_pixels", MAX_PIXELS)),
             decoded_bytes=int(manifest["decoded_bytes"]) if "decoded_bytes" in manifest else None,
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as err:
+        if found.counts.shape != (len(shards),) or found.sizes.shape != (len(shards),):
+            raise ValueError("num_samples or bytes of a shard is no number")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as err:
         raise DataError(f"the manifest cannot be read: {err!r}", where=display_url(spec)) from err
     if found.num_samples <= 0 or (found.counts < 0).any():
         raise DataError("the manifest lists no samples", where=display_url(f"{prefix}/{MANIFEST}"))
@@ -345,6 +346,8 @@ def _check_present(shards: ShardList, max_bad_fraction: float) -> None:
 
 
 def _plain_name(name: str) -> str:
+    if "\0" in name:
+        raise ValueError(f"{name!r} is no name of a file")
     if name.startswith("/") or (".." in name and ".." in name.split("/")):
         raise ValueError(f"{name!r} leads out of the folder")
     return name
@@ -352,7 +355,7 @@ def _plain_name(name: str) -> str:
 
 def _remote_json(url: str, patience: Patience) -> Any:
     try:
-        return json.loads(fetch_bytes(url, patience, _MAX_MANIFEST_BYTES))
+        return parse_json(fetch_bytes(url, patience, MAX_MANIFEST_BYTES), memory_per_byte=20)
     except FetchError as err:
         raise DataError(f"{url.rpartition('/')[2]} cannot be fetched: {err}", where=display_url(url)) from err
     except ValueError as err:

@@ -41,9 +41,11 @@ PIPE = "pipe:"
 MAX_HEADER_BYTES = 4 * 2**20
 """Most bytes between two members: padding, long names and pax records."""
 
+DECODING_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
+"""Exceptions of `tarfile` and of the decompressors at damaged bytes."""
+
 _READ_BYTES = 2**16
 _END_SEC = 10.0  # for a command whose output has been read
-_DECODING_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 _IGNORED_STATUS = frozenset({0, 141, -13})  # the last two: the reader had enough
 _LIST_OR_RANGE = re.compile(r"\{(?:\d+\.\.\d+|[^{}]*,[^{}]*)\}")
 
@@ -102,7 +104,7 @@ class TarStream(SequentialSource):
                     raise UnreadableSample(err.cause, f"{where}: {err.detail}", is_whole_shard=True) from err
                 except TimeoutError as err:
                     raise UnreadableSample("timeout", f"{where}: {err}", is_whole_shard=True) from err
-                except _DECODING_ERRORS as err:
+                except DECODING_ERRORS as err:
                     raise UnreadableSample("stream-failed", f"{where}: {err}", is_whole_shard=True) from err
 
     def _count(self) -> int:

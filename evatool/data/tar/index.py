@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from evatool.core.bounded_json import parse_json
 from evatool.data.tar.open_files import open_for_reading
 from evatool.data.tar.scan import CAUSES, TarProblem, TarScan, scan_tar
 
@@ -198,12 +199,12 @@ def read_index(path: Path) -> ShardMembers:
     elif data.startswith(b'{"version":'):
         raise ValueError(f"{path} is of another version than {VERSION}, or damaged")
     try:
-        index = json.loads(data.decode("utf-8", "surrogatepass"))
+        index = parse_json(data.decode("utf-8", "surrogatepass"), memory_per_byte=_INDEX_MEMORY)
         extents = np.stack([np.array(index[name], dtype=np.int64) for name in _COLUMNS], axis=1)
         keys = [key.encode("utf-8", "surrogatepass") for key in index["keys"]]
         problems = [TarProblem(*problem) for problem in index["problems"]]
         table = _table(keys, index["starts"], index["extension_ids"], index["extensions"], extents, problems)
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError, MemoryError) as err:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as err:
         raise ValueError(f"{path} is not an index of a tar ({err!r:.200})") from err
     table.is_verified = head is not None
     return table
@@ -239,6 +240,7 @@ _CRC_COVERS = rf'(\{{"version":{VERSION}' + "".join(rf',"{name}":(?P<{name}>\d{{
 _HEAD = re.compile((_CRC_COVERS + r',"head_crc32":(?P<head_crc32>\d{1,20}),').encode())
 _MAX_HEAD_BYTES = 256
 _MAX_INDEX_BYTES = 2**31  # some 20 million members
+_INDEX_MEMORY = 40  # bytes for each of an index, which is numbers and commas for the most part
 _HEADERS_BYTES = 2**13  # of a tar, read together
 
 

@@ -5,10 +5,10 @@ The manifest is written last, so a folder without it is not a data set.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from evatool.core.bounded_json import read_json
 from evatool.core.errors import DataError
 from evatool.data.image.header import MAX_PIXELS
 from evatool.data.tar.index import ShardMembers, read_index
@@ -16,6 +16,8 @@ from evatool.data.tar.reader import TarReader, scan_whole
 
 MANIFEST = "manifest.json"
 FORMAT = "evatool-shards-1"
+MAX_MANIFEST_BYTES = 2**30
+"""Of the list of some five million shards."""
 
 
 class ShardIndex(TarReader):
@@ -61,10 +63,10 @@ def read_shard_manifest(folder: Path) -> dict[str, Any]:
             fix="run `evatool data-prepare` first, or correct `data.train`",
         )
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found: dict[str, Any] = read_json(path, MAX_MANIFEST_BYTES, memory_per_byte=20) if path.is_file() else {}
         if found.get("format") == FORMAT:
             return found
-    except (ValueError, AttributeError) as err:
+    except (OSError, ValueError, AttributeError) as err:
         raise DataError(f"{path} is not a manifest of shards ({err})", fix="run `evatool data-prepare` again") from err
     inner = folder / "train"
     raise DataError(

@@ -8,7 +8,6 @@ give one: 83 us here, 134 us there where three of that size stand together (best
 from __future__ import annotations
 
 import ast
-import json
 import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evatool.core.bounded_json import parse_json
 from evatool.data.image.header import IMAGE_MEMBERS
 from evatool.data.sources.base import MissingField, UnreadableSample
 from evatool.recipe.schema import CaptionChoice, ExtraMember
@@ -165,8 +165,8 @@ def _text(data: bytes, name: str) -> str:
 
 def _object(text: str, name: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as err:
+        value = parse_json(text)
+    except ValueError as err:
         raise UnreadableSample("bad-json", f"{name}: {err}") from err
     if not isinstance(value, dict):
         raise UnreadableSample("bad-json", f"{name} holds {type(value).__name__}, not an object")
@@ -225,7 +225,7 @@ def parse_safetensors(data: bytes, name: str) -> np.ndarray:
     (length,) = struct.unpack_from("<Q", data, 0)
     if length > min(len(data) - 8, 2**20):
         raise ValueError(f"a header of {length} bytes")
-    header = json.loads(data[8 : 8 + length])
+    header = parse_json(data[8 : 8 + length])
     entry = header.get(name) if isinstance(header, dict) else None
     if not isinstance(entry, dict):
         raise ValueError(f"there is no tensor {name!r}")
