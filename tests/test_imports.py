@@ -42,7 +42,7 @@ TORCH_FREE = ("cli", "recipe", "plan")
 TORCH_FREE_FILES = (
     *("core/errors", "core/logging", "core/progress", "core/atomic_io", "core/renamed_keys"),
     *("core/batch", "core/batch_shares", "core/step", "core/loader", "core/param_group"),
-    *("core/regular_files", "core/bounded_json"),
+    *("core/regular_files", "core/bounded_json", "core/bounded_toml"),
 )
 HEAVY = {"torch", "timm", "open_clip", "torchvision", "deepspeed", "numpy"}
 

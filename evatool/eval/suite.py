@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import difflib
-import tomllib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from evatool.core.bounded_toml import parse_toml
 from evatool.core.errors import DataError, RecipeError
+from evatool.core.regular_files import is_regular, read_regular_text
 from evatool.eval.tasks.build import SetKind
 
+_MAX_BYTES = 2**20
+_MAX_INCLUDED = 16
+_MAX_PROBLEMS = 20  # that are told of a file
 _FOLDER = Path(__file__).parent / "suites"
 _FROZEN = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
 
@@ -197,21 +202,46 @@ def load_suite(name: str) -> Suite:
 
     Raises: RecipeError if there is none, naming the nearest, or if the file is wrong.
     """
+    return _load_suite(name, ())
+
+
+def _first_lines(text: str) -> str:
+    lines = text.splitlines()
+    return "\n".join(lines[:40] + ([f"and {len(lines) - 40} lines more"] if len(lines) > 40 else []))
+
+
+def _load_suite(name: str, chain: tuple[str, ...]) -> Suite:
+    """`chain` holds the suites that include this one."""
     known = list_suites()
     path = _FOLDER / f"{name}.toml" if name in known else Path(name)
-    if path.suffix != ".toml" or not path.is_file():
+    if path.suffix != ".toml" or not is_regular(path):
         raise RecipeError(
             "no such suite",
             problems=[f"eval.suite: {_no_such('suite', name, known)}"],
             expected=f"one of {', '.join(known)}, or the path of a suite file",
         )
+    if len(chain) >= _MAX_INCLUDED:
+        raise RecipeError(
+            f"suites include each other in a circle, or more than {_MAX_INCLUDED} deep",
+            where=" -> ".join((*chain, name)[-3:]),
+            fix="remove one of these `include`",
+        )
     try:
-        suite = Suite.model_validate(_with_python_names(tomllib.loads(path.read_text(encoding="utf-8"))))
-    except (tomllib.TOMLDecodeError, ValidationError) as error:
+        suite = Suite.model_validate(_with_python_names(parse_toml(read_regular_text(path, _MAX_BYTES))))
+    except OSError as error:
+        raise RecipeError(f"suite file {path.name} cannot be read: {error.strerror}", where=str(path)) from error
+    except ValidationError as error:
+        raise RecipeError(f"suite file {path.name} is wrong: {_first_lines(str(error))}", where=str(path)) from error
+    except (ValueError, TypeError, AttributeError) as error:
         raise RecipeError(f"suite file {path.name} is wrong: {error}", where=str(path)) from error
     if suite.include is not None:
-        other = load_suite(suite.include.suite)
-        own = [other.set(included) for included in suite.include.sets]
+        other = _load_suite(suite.include.suite, (*chain, name))
+        others = {s.name: s for s in other.sets}
+        gone = [n for n in suite.include.sets if n not in others][:_MAX_PROBLEMS]
+        if gone:
+            problems = [_no_such("evaluation set", n, list(others)) for n in gone]
+            raise RecipeError(f"suite file {path.name} is wrong", where=str(path), problems=problems)
+        own = [others[n] for n in suite.include.sets]
         suite = suite.model_copy(update={"sets": [*own, *suite.sets]})
     _check_names(suite, path)
     return suite
@@ -291,12 +321,14 @@ def _check_names(suite: Suite, path: Path) -> None:
     known = [s.name for s in suite.sets]
     named = [n for a in suite.averages for n in a.sets or []]
     named += [n for g in suite.gaps for n in (g.base, *g.sets)] + [s.train_set for s in suite.sets if s.train_set]
-    problems = [_no_such("evaluation set", name, known) for name in dict.fromkeys(named) if name not in known]
-    problems += [f"set {name!r} is there twice" for name in dict.fromkeys(known) if known.count(name) > 1]
+    counts = Counter(known)
+    gone = [name for name in dict.fromkeys(named) if name not in counts]
+    problems = [_no_such("evaluation set", name, known) for name in gone[:_MAX_PROBLEMS]]
+    problems += [f"set {name!r} is there twice" for name, count in counts.items() if count > 1][:_MAX_PROBLEMS]
     if problems:
         raise RecipeError(f"suite file {path.name} is wrong", where=str(path), problems=problems)
 
 
 def _no_such(what: str, name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"no {what} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    near = difflib.get_close_matches(name[:200], known[:1000], n=1, cutoff=0.5)
+    return f"no {what} {name[:200]!r}" + (f"; did you mean {near[0]!r}?" if near else "")

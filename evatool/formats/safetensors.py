@@ -12,13 +12,16 @@ import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from evatool.core.bounded_json import JsonBoundError, parse_json
 from evatool.core.errors import CheckpointError
+from evatool.core.regular_files import open_regular
 
 DTYPE_BY_NAME = {
     "F64": torch.float64,
@@ -35,7 +38,10 @@ DTYPE_BY_NAME = {
     "BOOL": torch.bool,
 }
 _NAME_BY_DTYPE = {dtype: name for name, dtype in DTYPE_BY_NAME.items()}
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_HEADER_BYTES = 16 * 2**20
+"""Limit for the header of a file, a sixth of the format's own: 100,000 tensors fit."""
+
+_MAX_DIMS = 64
 _AGAIN = "copy or download the file again"
 
 
@@ -72,6 +78,16 @@ def dtype_of(tensors: Mapping[str, Tensor], name: str) -> torch.dtype:
     return tensors.dtype(name) if isinstance(tensors, TensorMap) else tensors[name].dtype
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A tensor of a file; its bytes are [start, end) behind the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
 class SafetensorsMap(TensorMap):
     """A safetensors file. Its whole header is checked on opening, against the file's true size.
 
@@ -80,17 +96,22 @@ class SafetensorsMap(TensorMap):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+            if not 2 <= length <= size - 8:
                 raise CheckpointError("this is not a whole safetensors file", where=str(path), fix=_AGAIN)
-            header = _parsed_header(file.read(length), path)
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
-        self._entries = header
+            if length > MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"the safetensors header has {length} bytes",
+                    where=str(path),
+                    expected=f"at most {MAX_HEADER_BYTES}",
+                    fix="save the tensors in several files, or without their metadata",
+                )
+            self.metadata, self._entries = _parsed_header(file.read(length), path)
         self._start = 8 + length
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        end = max((entry.end for entry in self._entries.values()), default=0)
         if self._start + end != size:
             raise CheckpointError(
                 f"the file has {size} bytes, but its header describes {self._start + end}",
@@ -105,8 +126,8 @@ class SafetensorsMap(TensorMap):
         """Numbers [start, start + numel) of the flat tensor; only they are read."""
         tensor = torch.empty(numel, dtype=self.dtype(name))
         if numel:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(self._start + self._entries[name]["data_offsets"][0] + start * tensor.itemsize)
+            with open_regular(self.path, buffering=0) as file:
+                file.seek(self._start + self._entries[name].start + start * tensor.itemsize)
                 read_into(file, tensor, self.path, name)
         return tensor
 
@@ -118,29 +139,42 @@ class SafetensorsMap(TensorMap):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape from the header."""
-        return tuple(self._entries[name]["shape"])
+        return self._entries[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype from the header."""
-        return DTYPE_BY_NAME[self._entries[name]["dtype"]]
+        return self._entries[name].dtype
 
 
-def _parsed_header(raw: bytes, path: Path) -> dict[str, dict[str, Any]]:
+def _parsed_header(raw: bytes, path: Path) -> tuple[dict[str, str], dict[str, _Entry]]:
+    """(metadata, entries); the entries lie one after the other, without a gap and without sharing a byte."""
+    entries: dict[str, _Entry] = {}
     try:
-        header: dict[str, dict[str, Any]] = json.loads(raw)
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            start, end = entry["data_offsets"]
-            if any(type(number) is not int or number < 0 for number in (start, end, *entry["shape"])):
-                raise CheckpointError(f"the header's sizes of {name} are no whole numbers", where=str(path))
-            if entry["dtype"] not in DTYPE_BY_NAME:
-                raise CheckpointError(f"{name} has dtype {entry['dtype']}, which is not supported", where=str(path))
-            if end - start != math.prod(entry["shape"]) * DTYPE_BY_NAME[entry["dtype"]].itemsize:
-                raise CheckpointError(f"the header's sizes of {name} contradict each other", where=str(path))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        header: dict[str, dict[str, Any]] = parse_json(raw)
+        metadata = header.pop("__metadata__", {})
+        for name, found in header.items():
+            entries[name] = _entry(name, found, path)
+        places = sorted((entry.start, entry.end) for entry in entries.values())
+        if any(end != start for (_, end), (start, _) in zip([(0, 0), *places], places, strict=False)):
+            raise CheckpointError("the header lets tensors overlap, or leaves gaps", where=str(path), fix=_AGAIN)
+        return {str(key): str(value) for key, value in metadata.items()}, entries
+    except JsonBoundError as error:
+        raise CheckpointError(f"the safetensors header is too large: {error}", where=str(path)) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError("the safetensors header cannot be read", where=str(path), fix=_AGAIN) from error
-    return header
+
+
+def _entry(name: str, found: dict[str, Any], path: Path) -> _Entry:
+    (start, end), shape = found["data_offsets"], found["shape"]
+    where = {"where": str(path), "fix": _AGAIN}
+    if len(shape) > _MAX_DIMS or any(type(n) is not int or not 0 <= n < 2**63 for n in (start, end, *shape)):
+        raise CheckpointError(f"the header's sizes of {name[:200]} are no whole numbers of 64 bits", **where)
+    if found["dtype"] not in DTYPE_BY_NAME:
+        raise CheckpointError(f"{name[:200]} has dtype {str(found['dtype'])[:20]}, which is not supported", **where)
+    dtype = DTYPE_BY_NAME[found["dtype"]]
+    if end - start != math.prod(shape) * dtype.itemsize:
+        raise CheckpointError(f"the header's sizes of {name[:200]} contradict each other", **where)
+    return _Entry(dtype, tuple(shape), start, end)
 
 
 def read_into(file: IO[bytes], tensor: Tensor, path: Path, name: str) -> None:

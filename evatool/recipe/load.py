@@ -15,13 +15,31 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from evatool.core.bounded_toml import parse_toml
 from evatool.core.errors import RecipeError, UsageError
+from evatool.core.regular_files import is_regular, read_regular_text
 from evatool.core.renamed_keys import rename_recipe_keys, renamed_recipe_key
 from evatool.recipe import schema
 from evatool.recipe.problems import describe
 from evatool.recipe.write import dotted, flatten, format_value, to_table
 
 log = logging.getLogger(__name__)
+
+MAX_BYTES = 4 * 2**20
+"""Limit for all files of a recipe together."""
+
+MAX_FILES = 100
+MAX_EXTENDS_DEPTH = 64
+"""Files that extend each other, one the next."""
+
+MAX_DEPTH = 32
+"""Tables and arrays within each other."""
+
+MAX_KEYS, MAX_VALUES = 5_000, 200_000
+"""Keys, and values within arrays, of all files together."""
+
+MAX_SUGGESTED_CHARS = 200
+"""A longer name is cut before a similar one is looked for."""
 
 SET_ORIGIN = "--set"
 DEFAULT_ORIGIN = "default"
@@ -53,7 +71,7 @@ class _Layer:
         """Lay `other` over this: tables merge, the rest replaces, a table whose `kind` changes replaces the old one."""
         _merge(self.table, other.table)
         self.origins |= other.origins
-        self.problems += other.problems
+        self.problems += [problem for problem in other.problems if problem not in self.problems]
         kept = flatten(self.table)
         self.origins = {key: origin for key, origin in self.origins.items() if key in kept}
 
@@ -70,7 +88,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), stage: str | 
     Raises: RecipeError with all known problems, UsageError for an override that cannot be read.
     """
     path = find_recipe(source)
-    layer = _read_layers(path, chain=())
+    layer = _Files().layers(path)
     return _resolve(layer, recipe_name(path), path, display_path(path), overrides, stage)
 
 
@@ -101,7 +119,7 @@ def list_recipes() -> list[tuple[str, str, str]]:
     """
     rows = []
     for path in sorted(find_recipes_dir().rglob("*.toml")):
-        table = _read_layers(path, chain=()).table
+        table = _Files().layers(path).table
         if "stage" in table:  # the pieces that recipes extend have none
             rows.append((recipe_name(path), str(table["stage"]), str(table.get("source", ""))))
     order = {name: i for i, name in enumerate(schema.RECIPES)}
@@ -123,7 +141,7 @@ def shipped_path(name: str) -> Path | None:
     """The file of a shipped recipe; None if there is none of this name. `./demo/eval` is a path, not a name."""
     path = find_recipes_dir() / f"{name}.toml"
     is_name = not name.startswith((".", "/")) and ".." not in Path(name).parts
-    return path if is_name and path.is_file() else None
+    return path if is_name and is_regular(path) else None
 
 
 def find_recipe(source: str | Path) -> Path:
@@ -131,10 +149,10 @@ def find_recipe(source: str | Path) -> Path:
     text = str(source)
     if text.endswith(".toml"):
         path = Path(text)
-        if path.is_file():
+        if is_regular(path):
             return path
         raise RecipeError(
-            f"there is no recipe file {text}" if not path.exists() else f"{text} is not a file",
+            f"{text} is not a regular file" if _exists(path) else f"there is no recipe file {text}",
             fix="`evatool recipe list` shows the recipes that ship with evatool",
         )
     shipped = shipped_path(text)
@@ -147,11 +165,18 @@ def find_recipe(source: str | Path) -> Path:
     return shipped
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long
+        return False
+
+
 def suggest_recipe(text: str) -> str:
     """`, such as demo/eval` for the shipped names nearest to a misspelt one, or nothing."""
     root = find_recipes_dir()
     names = [recipe_name(path) for path in root.rglob("*.toml")]
-    near = get_close_matches(text, names, n=1, cutoff=0.6)
+    near = get_close_matches(text[:MAX_SUGGESTED_CHARS], names, n=1, cutoff=0.6)
     return f", such as {near[0]}" if near else ""
 
 
@@ -175,21 +200,69 @@ def display_path(path: Path) -> str:
 # ---------------------------------------------------------------------------------------------------- files
 
 
-def _read_layers(path: Path, chain: tuple[Path, ...]) -> _Layer:
-    """The file over its bases; `chain` holds the files that led here, to refuse cycles."""
-    path = path.resolve()
-    shown = display_path(path)
-    if path in chain:
-        circle = " -> ".join(display_path(p) for p in (*chain[chain.index(path) :], path))
-        raise RecipeError("recipes extend each other in a circle", where=circle, fix="remove one of these `extends`")
-    own = _read_toml(path)
-    extends, unset = _names(own, "extends", shown), _names(own, "unset", shown)
-    layer = _Layer()
-    for name in extends:
-        layer.merge(_read_layers(_find_base(name, path), (*chain, path)))
-    _unset(layer, unset, shown)
-    layer.merge(_layer_of(own, shown))
-    return layer
+class _Files:
+    """The files of one recipe: each is read once, however often it is extended, and all of them within bounds."""
+
+    def __init__(self) -> None:
+        self.known: dict[Path, _Layer] = {}
+        self.num_bytes = self.num_values = self.num_keys = 0
+
+    def layers(self, path: Path, chain: tuple[Path, ...] = ()) -> _Layer:
+        """The file over its bases; `chain` holds the files that led here, to refuse circles."""
+        path = path.resolve()
+        shown = display_path(path)
+        if path in chain:
+            circle = " -> ".join(display_path(p) for p in (*chain[chain.index(path) :], path))
+            fix = "remove one of these `extends`"
+            raise RecipeError("recipes extend each other in a circle", where=circle, fix=fix)
+        if path in self.known:
+            return self.known[path]
+        if len(chain) >= MAX_EXTENDS_DEPTH:
+            raise _beyond(f"recipes extend each other more than {MAX_EXTENDS_DEPTH} deep", shown)
+        own = self._read(path, shown)
+        extends, unset = _names(own, "extends", shown), _names(own, "unset", shown)
+        layer = _Layer()
+        for name in dict.fromkeys(extends):
+            layer.merge(self.layers(_find_base(name, path), (*chain, path)))
+        _unset(layer, unset, shown)
+        layer.merge(_layer_of(own, shown))
+        self.known[path] = layer
+        if len(self.known) > MAX_FILES:
+            raise _beyond(f"the recipe consists of more than {MAX_FILES} files", shown)
+        return layer
+
+    def _read(self, path: Path, shown: str) -> dict[str, Any]:
+        """One file's table, added to what all files together may hold."""
+        text = _read_text(path, shown)
+        self.num_bytes += len(text)
+        table = _parse_toml(text, shown)
+        keys, values = _count(table, shown)
+        self.num_keys, self.num_values = self.num_keys + keys, self.num_values + values
+        if self.num_bytes > MAX_BYTES or self.num_keys > MAX_KEYS or self.num_values > MAX_VALUES:
+            raise _beyond(
+                f"the recipe's files hold {self.num_bytes} bytes, {self.num_keys} keys and {self.num_values} values",
+                shown,
+                expected=f"at most {MAX_BYTES}, {MAX_KEYS} and {MAX_VALUES}",
+            )
+        return table
+
+
+def _count(table: dict[str, Any], shown: str) -> tuple[int, int]:
+    """(keys, values of arrays), counted level by level. Raises: RecipeError for what is nested too deep."""
+    keys = values = 0
+    level: list[Any] = [table]
+    for _ in range(MAX_DEPTH):
+        keys += sum(len(item) for item in level if isinstance(item, dict))
+        values += sum(len(item) for item in level if isinstance(item, list))
+        inside = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [value for item in inside for value in item if isinstance(value, dict | list)]
+        if not level:
+            return keys, values
+    raise _beyond(f"the recipe is nested more than {MAX_DEPTH} deep", shown)
+
+
+def _beyond(what: str, where: str, expected: str | None = None) -> RecipeError:
+    return RecipeError(what, where=where, expected=expected, fix="docs/limits.md says what a recipe may hold")
 
 
 def _layer_of(table: dict[str, Any], origin: str) -> _Layer:
@@ -207,20 +280,23 @@ def note_renamed(origin: str, old: str, new: str) -> None:
     log.info("%s: %s is called %s now", origin, old, new)
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
-    shown = display_path(path)
+def _read_text(path: Path, shown: str) -> str:
     try:
-        # utf-8-sig: editors on Windows put a byte-order mark in front, which TOML forbids
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return read_regular_text(path, MAX_BYTES)
+    except UnicodeDecodeError as error:
+        raise RecipeError("not UTF-8 text, which TOML must be", where=f"{shown}, byte {error.start}") from error
+    except OSError as error:
+        raise RecipeError(f"the recipe cannot be read: {error.strerror}", where=shown) from error
+
+
+def _parse_toml(text: str, shown: str) -> dict[str, Any]:
+    try:
+        return parse_toml(text)
     except tomllib.TOMLDecodeError as error:
         message, _, place = str(error).rpartition(" (at ")
         line = place.removeprefix("line ").partition(",")[0] if message else "end"
         where = f"{shown}, line {line}" if line.isdigit() else f"{shown}, end of file"
         raise RecipeError(f"not valid TOML: {message or error}", where=where) from error
-    except UnicodeDecodeError as error:
-        raise RecipeError("not UTF-8 text, which TOML must be", where=f"{shown}, byte {error.start}") from error
-    except OSError as error:
-        raise RecipeError(f"the recipe cannot be read: {error.strerror}", where=shown) from error
 
 
 def _names(table: dict[str, Any], key: str, where: str) -> list[str]:
@@ -243,7 +319,7 @@ def _find_base(name: str, child: Path) -> Path:
         expected = "a .toml path relative to this file, or a shipped recipe" + suggest_recipe(name)
     else:
         path = child.parent / name
-        found = path if path.is_file() else None
+        found = path if is_regular(path) else None
         expected = f"a file at {display_path(path)}"
     if found is None:
         raise RecipeError(f"extends = {name!r} is not there", where=display_path(child), expected=expected)
@@ -262,8 +338,8 @@ def _unset(layer: _Layer, keys: Sequence[str], where: str) -> None:
             for part in parents:
                 table = table[part]
             del table[last]
-        except (KeyError, TypeError, tomllib.TOMLDecodeError):
-            near = get_close_matches(key, list(flatten(layer.table)), n=1)
+        except (KeyError, TypeError, ValueError):
+            near = get_close_matches(key[:MAX_SUGGESTED_CHARS], list(flatten(layer.table)), n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             layer.problems.append(f"{where}: unset = [{format_value(key)}] names a key that no base sets{hint}")
     kept = flatten(layer.table)
@@ -305,7 +381,7 @@ def _read_overrides(overrides: Sequence[str]) -> _Layer:
         try:
             *parents, last = _key_path(key.strip())
             text.encode("utf-8")
-        except (tomllib.TOMLDecodeError, UnicodeEncodeError) as error:
+        except ValueError as error:
             raise _bad_override(text) from error
         if key.strip() == "extends":
             raise UsageError("--set extends= has no effect", fix="write a recipe file that extends both")
@@ -327,7 +403,7 @@ def _bad_override(text: str) -> UsageError:
 def _override_value(text: str) -> Any:
     """The text as a TOML value, else as a string: `1e-3`, `true`, `[1, 2]` and `"x"`, but also plain `runs/x`."""
     try:
-        parsed = tomllib.loads(f"value = {text}")
+        parsed = parse_toml(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
     # A line break in the text could smuggle in a second key, and TOML reads 2024-01-01 as a date: both are strings.
@@ -336,8 +412,8 @@ def _override_value(text: str) -> Any:
 
 
 def _key_path(key: str) -> tuple[str, ...]:
-    """A dotted TOML key as its parts. Raises: tomllib.TOMLDecodeError."""
-    table: Any = tomllib.loads(f"{key} = 0")
+    """A dotted TOML key as its parts. Raises: ValueError."""
+    table: Any = parse_toml(f"{key} = 0")
     parts: list[str] = []
     while isinstance(table, dict):
         ((part, table),) = table.items()
@@ -383,8 +459,8 @@ def _recipe_model(layer: _Layer, top: str, stage: str | None) -> type[schema.Rec
     if seen is None:
         example = stage or "train-clip"
         raise RecipeError("the recipe names no stage", where=top, fix=f'add `stage = "{example}"` at its top')
-    if seen not in schema.RECIPES:
-        near = get_close_matches(str(seen), list(schema.RECIPES), n=1)
+    if not isinstance(seen, str) or seen not in schema.RECIPES:
+        near = get_close_matches(str(seen)[:MAX_SUGGESTED_CHARS], list(schema.RECIPES), n=1)
         raise RecipeError(
             f"{dotted(('stage',))} = {format_value(seen)} is no stage",
             where=origin,

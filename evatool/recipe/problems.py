@@ -15,6 +15,9 @@ from pydantic import ValidationError
 from evatool.recipe import schema
 from evatool.recipe.write import dotted, flatten, format_value
 
+MAX_DESCRIBED = 50
+"""Problems that get a line of their own."""
+
 Path = tuple[str, ...]
 
 
@@ -37,7 +40,7 @@ def describe(
         origins: dotted key -> file or `--set`; what is missing is put down to `top`, the recipe that was asked for.
     """
     lines = []
-    for item in error.errors():
+    for item in error.errors()[:MAX_DESCRIBED]:
         path, index = strip_union_tags(item["loc"], model)
         kind, given, context = item["type"], item["input"], item.get("ctx", {})
         if kind in ("union_tag_invalid", "union_tag_not_found"):
@@ -57,6 +60,8 @@ def describe(
                 lines.append(f"{shown}: {context['error']}")
             case _:
                 lines.append(f"{shown} = {format_value(given)}: {_expected(kind, item['msg'], given, context)}")
+    if error.error_count() > MAX_DESCRIBED:
+        lines.append(f"and {error.error_count() - MAX_DESCRIBED} more")
     return lines
 
 

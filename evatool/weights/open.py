@@ -5,17 +5,20 @@ No pickle is ever executed: `formats/torch_pickle.py` parses torch archives with
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
+from evatool.core.bounded_json import read_json
 from evatool.core.errors import CheckpointError
+from evatool.core.regular_files import is_regular, open_regular
 from evatool.formats.deepspeed_checkpoint import deepspeed_folder, open_deepspeed
 from evatool.formats.safetensors import SafetensorsMap
 from evatool.formats.torch_pickle import open_torch_archive
 from evatool.weights.mapped_tensors import MergedMap
+
+_MAX_INDEX_BYTES = 32 * 2**20
 
 # Names of a folder's only weight file, in the order in which libraries prefer them.
 _SINGLE_FILES = (
@@ -40,8 +43,11 @@ def open_weights(path: Path) -> Mapping[str, Tensor]:
         return _open_folder(path)
     if not path.exists():
         raise CheckpointError("there is no such file", where=str(path))
-    with path.open("rb") as file:
-        head = file.read(9)
+    try:
+        with open_regular(path) as file:
+            head = file.read(9)
+    except OSError as error:
+        raise CheckpointError(f"the weights cannot be read: {error.strerror}", where=str(path)) from error
     if not head:
         raise CheckpointError("the file is empty", where=str(path), fix="copy or download the file again")
     if path.name.endswith(".index.json"):
@@ -85,15 +91,20 @@ def _open_folder(path: Path) -> Mapping[str, Tensor]:
 
 def _open_index(index: Path) -> MergedMap:
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map: dict[str, str] = read_json(index, _MAX_INDEX_BYTES)["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError("the index of shards cannot be read", where=str(index)) from error
-    outside = [name for name in names if Path(name).name != name]
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if outside or missing:
+        outside = [name for name in names if Path(name).name != name or name.endswith(".index.json")]
+        missing = [name for name in names if not is_regular(index.parent / name)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{len(outside or missing)} of {len(names)} shards are not in the folder: {', '.join(outside or missing)}",
+            f"the index of shards cannot be read: {str(error)[:300]}",
+            where=str(index),
+            expected='a JSON object whose "weight_map" has a file beside the index for each tensor',
+        ) from error
+    if outside or missing:
+        some = ", ".join(name[:100] for name in (outside or missing)[:4])
+        raise CheckpointError(
+            f"{len(outside or missing)} of {len(names)} shards are not in the folder: {some}",
             where=str(index),
             fix="download the missing shards beside the index",
         )

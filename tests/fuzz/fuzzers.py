@@ -85,8 +85,8 @@ def image_seeds(folder: Path) -> Sequence[bytes]:
 
 def read_image(data: bytes, folder: Path) -> None:
     """Every way in: the judgement before packing, training in each mode, evaluation in both."""
-    from evatool.data.image.decode import decode_eval_image, decode_image
-    from evatool.data.image.header import BadImage, decode_rgb
+    from evatool.data.image.decode import decode_eval_image, decode_image, decode_rgb
+    from evatool.data.image.header import BadImage
     from evatool.data.image.nonstandard import nonstandard_cause
 
     refused = 0

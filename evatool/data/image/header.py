@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from evatool.data.image.announced import excess, without_exif
+
 MAX_PIXELS = 89_478_485
 """Pillow's own warning limit; the default of `shards.max_pixels`."""
 
@@ -49,6 +51,13 @@ PLAIN_MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa",
 
 HEADER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error)
 """Exceptions that Pillow raises at damaged headers."""
+
+FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "AVIF", "PPM"})
+"""Formats that are read at all, by Pillow's name; some of the others it hands to other programs."""
+
+JPEG_START = b"\xff\xd8\xff"
+_STRIP_PIXELS = 2**20
+_NAMED_BYTES = 2**20
 
 _limit_lock = threading.Lock()
 
@@ -90,18 +99,6 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
         return _judge(image, data)
 
 
-def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """An encoded picture as uint8 (H, W, 3), after the same judgement as `read_header`.
-
-    Alpha is dropped as `Image.convert("RGB")` does, which is what open_clip and clip-benchmark see.
-    Raises: BadImage with the cause.
-    """
-    with open_image(data) as image:
-        check_size(*image.size, max_pixels)
-        _judge(image, data)
-        return converted_pixels(image)
-
-
 def encode_png(pixels: np.ndarray) -> bytes:
     """uint8 (H, W, 3) as a PNG file."""
     out = io.BytesIO()
@@ -117,6 +114,11 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
     """
     if not data:
         raise BadImage("zero-byte")
+    reason = excess(data)
+    if reason is not None:
+        raise BadImage("too-large", reason)
+    if data[:3] == JPEG_START:
+        data = without_exif(data)
     try:
         image = _open_without_limit(data)
     except UnidentifiedImageError as err:
@@ -133,10 +135,23 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
         raise BadImage("too-large", f"{width} x {height} pixels, limit {max_pixels}")
 
 
-def converted_pixels(image: Image.Image) -> np.ndarray:
-    """The first frame as uint8 (H, W, 3), as `Image.convert("RGB")` makes it. Raises: BadImage."""
+def converted_pixels(image: Image.Image, reduce: int = 1) -> np.ndarray:
+    """The first frame as uint8 (H, W, 3), as `Image.convert("RGB")` makes it; strip by strip, to hold it only once.
+
+    Args:
+        reduce: each pixel is the mean of a square of this side; H and W are divided by it, rounded up.
+    Raises: BadImage.
+    """
     try:
-        return np.array(image.convert("RGB"))
+        image.load()
+        width, height = image.size
+        rows = max(1, _STRIP_PIXELS // width // reduce) * reduce
+        pixels = np.empty((-(-height // reduce), -(-width // reduce), 3), np.uint8)
+        for top in range(0, height, rows):
+            strip = image if rows >= height else image.crop((0, top, width, min(top + rows, height)))
+            strip = strip.convert("RGB") if strip.mode != "RGB" else strip
+            pixels[top // reduce : (top + rows) // reduce] = np.asarray(strip.reduce(reduce) if reduce > 1 else strip)
+        return pixels
     except Exception as err:  # damaged pixel data make Pillow's decoders raise nearly anything
         raise BadImage("truncated", _one_line(err)) from err
 
@@ -148,18 +163,20 @@ def _open_without_limit(data: bytes) -> Image.Image:
         warnings.simplefilter("ignore")  # e.g. corrupt EXIF: no reason to refuse
         saved, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            return Image.open(io.BytesIO(data))
+            # Small files of any format, so that it can be named; of large ones only those whose opening is bounded.
+            formats = None if len(data) <= _NAMED_BYTES else sorted(FORMATS - {"MPO"})  # Pillow opens MPO as JPEG
+            return Image.open(io.BytesIO(data), formats=formats)
         finally:
             Image.MAX_IMAGE_PIXELS = saved
 
 
 def _judge(image: Image.Image, data: bytes) -> ImageHeader:
     try:
-        frames = getattr(image, "n_frames", 1)
+        is_animated = getattr(image, "is_animated", False)  # `n_frames` would look at each of a million
     except HEADER_ERRORS as err:
         raise BadImage("truncated", _one_line(err)) from err
-    if frames > 1:
-        raise BadImage("animated", f"{image.format} with {frames} frames")
+    if is_animated:
+        raise BadImage("animated", f"{image.format} with more than one frame")
     if image.mode == "CMYK":
         raise BadImage("cmyk", f"{image.format} in CMYK")
     if image.mode.startswith(WIDE_MODES) or png_bit_depth(data) > 8:

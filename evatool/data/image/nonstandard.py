@@ -11,9 +11,12 @@ from typing import Literal
 
 import numpy as np
 
-from evatool.data.image.decode import FORMATS, Mode, decode_image
+from evatool.data.image.announced import jpeg_frame
+from evatool.data.image.decode import Mode, decode_image
 from evatool.data.image.header import (
+    FORMATS,
     HEADER_ERRORS,
+    JPEG_START,
     PLAIN_MODES,
     WIDE_MODES,
     BadImage,
@@ -24,9 +27,6 @@ from evatool.data.image.header import (
 
 NonstandardPolicy = Literal["convert", "skip"]
 
-_JPEG_START = b"\xff\xd8\xff"
-_FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15; the three others are tables
-_WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xDA)})
 _BITS_PER_SAMPLE = 258  # TIFF's tag
 
 
@@ -62,8 +62,9 @@ def nonstandard_cause(data: bytes, max_pixels: int) -> tuple[str, str] | None:
     phone pictures with a second one behind the first (MPO). What has no header is left to the decoder to name.
     Raises: BadImage for more pixels than the limit.
     """
-    if data[:3] == _JPEG_START:
-        return ("cmyk", "JPEG in CMYK") if _jpeg_components(data) == 4 else None
+    if data[:3] == JPEG_START:
+        frame = jpeg_frame(data)
+        return ("cmyk", "JPEG in CMYK") if frame is not None and frame.components == 4 else None
     try:
         with open_image(data) as image:
             if image.format not in FORMATS:
@@ -86,21 +87,3 @@ def nonstandard_cause(data: bytes, max_pixels: int) -> tuple[str, str] | None:
         return None
     except HEADER_ERRORS:
         return None
-
-
-def _jpeg_components(data: bytes) -> int:
-    """Colour components by the frame header; 0 where there is none. A few microseconds: most pictures pass here."""
-    at = 2
-    while at + 4 <= len(data):
-        if data[at] != 0xFF:
-            return 0
-        marker = data[at + 1]
-        if marker == 0xFF:  # fill byte
-            at += 1
-        elif marker in _WITHOUT_LENGTH:
-            at += 2
-        elif marker in _FRAME_HEADERS:
-            return data[at + 9] if at + 9 < len(data) else 0
-        else:
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return 0

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from evatool.core.errors import DataError
-from evatool.data.image.header import BadImage, decode_rgb, read_header
+from evatool.data.image.decode import decode_rgb
+from evatool.data.image.header import BadImage, read_header
 from evatool.data.prepare.captions import CaptionRow, read_captions
 from evatool.data.prepare.skipped import SkippedFiles
 from evatool.data.tar.writer import Sample, json_member
