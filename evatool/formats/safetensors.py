@@ -154,8 +154,8 @@ def _parsed_header(raw: bytes, path: Path) -> tuple[dict[str, str], dict[str, _E
         metadata = header.pop("__metadata__", {})
         for name, found in header.items():
             entries[name] = _entry(name, found, path)
-        places = sorted((entry.start, entry.end) for entry in entries.values())
-        if any(end != start for (_, end), (start, _) in zip([(0, 0), *places], places, strict=False)):
+        spans = sorted((entry.start, entry.end) for entry in entries.values())
+        if any(end != start for (_, end), (start, _) in zip([(0, 0), *spans], spans, strict=False)):
             raise CheckpointError("the header lets tensors overlap, or leaves gaps", where=str(path), fix=_AGAIN)
         return {str(key): str(value) for key, value in metadata.items()}, entries
     except JsonBoundError as error:

@@ -340,7 +340,7 @@ class LegacyArchive(Archive):
     """A file of torch before 1.6: magic number, protocol, machine, object and the storages' keys, each a pickle; then
     the storages, each behind its number of elements.
 
-    Source: torch/serialization.py, `_legacy_save`.
+    It is what `_legacy_save` in torch/serialization.py writes.
     """
 
     def __init__(self, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 Pillow reads every tag of a TIFF, every text of a PNG and every comment of a GIF on opening, each as long as it says,
 and some of them again for each place that names them. Here they are added up first. See docs/limits.md.
-Source: ITU-T T.81 annex B; TIFF 6.0 section 2; PNG (third edition) section 5; GIF89a sections 18 to 25.
+The layouts are those of ITU-T T.81 annex B, TIFF 6.0 section 2, PNG section 5 and GIF89a sections 18 to 25.
 """
 
 from __future__ import annotations

@@ -26,11 +26,7 @@ def expand_braces(spec: str) -> Iterator[str]:
     Raises: DataError where there are more than `MAX_EXPANDED` names, with their number.
     """
     if len(spec) > MAX_PATTERN_CHARS:
-        raise DataError(
-            f"a pattern of {len(spec)} characters is too long",
-            where=display_url(f"{spec[:100]}..."),
-            expected=f"at most {MAX_PATTERN_CHARS} characters",
-        )
+        raise too_long(spec)
     pattern = _Pattern(spec)
     if pattern.count > MAX_EXPANDED or pattern.count * len(spec) > _MAX_EXPANDED_CHARS:
         raise too_many(spec, str(pattern.count) if pattern.count < 10**30 else "more than 10^30")
@@ -115,4 +111,13 @@ def too_many(spec: str, count: str) -> DataError:
         where=display_url(spec),
         expected=f"at most {MAX_EXPANDED}",
         fix="correct the pattern, or name the folder or manifest of the shards",
+    )
+
+
+def too_long(spec: str) -> DataError:
+    """The refusal of a pattern for its length, or for its stars."""
+    return DataError(
+        f"a pattern of {len(spec)} characters with {spec.count('*')} stars is too long",
+        where=display_url(f"{spec[:100]}..."),
+        expected=f"at most {MAX_PATTERN_CHARS} characters and 20 stars",
     )

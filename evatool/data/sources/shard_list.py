@@ -7,13 +7,14 @@ plain tars come from a `sizes.json` beside them, else every tar is scanned once 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from glob import escape, glob, has_magic
+from glob import escape, has_magic, iglob
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import numpy as np
 from evatool.core.bounded_json import parse_json
 from evatool.core.errors import BadDataLimitError, DataError
 from evatool.data.image.header import MAX_PIXELS
+from evatool.data.sources.braces import MAX_EXPANDED, MAX_PATTERN_CHARS, expand_braces, too_long, too_many
 from evatool.data.sources.cache import ShardCache
 from evatool.data.sources.fetch import FetchError, Patience, display_url, fetch_bytes, is_remote, local_path
 from evatool.data.sources.plain_tars import count_samples
@@ -34,10 +36,11 @@ MAX_LOOKED_AT = 10_000
 MAX_NAMED = 100
 """Shards of a source that get a line of their own in the log when it is opened."""
 
+MAX_STARS = 20
+"""Stars in a pattern."""
+
 _COMPRESSED = re.compile(r"\.(?:tar\.|t)(gz|bz2|bz|xz|zst|lz4|lzma|Z)$")
 _UNPACK = {"gz": "gzip -d", "bz2": "bzip2 -d", "xz": "xz -d", "zst": "zstd -d"}
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 @dataclass
@@ -171,8 +174,10 @@ def check_protocol(url: str) -> None:
 def expand(spec: str) -> list[str]:
     """URLs that a pattern names: `{000..123}` and `{a,b}` first, then globs (`?` only in local ones). Sorted by glob.
 
-    Raises: DataError where a glob cannot be listed.
+    Raises: DataError where a glob cannot be listed, or the pattern names more than `MAX_EXPANDED` shards.
     """
+    if len(spec) > MAX_PATTERN_CHARS:
+        raise too_long(spec)
     if not is_remote(spec):
         return _expand_local(str(local_path(spec)))
     check_protocol(spec)
@@ -191,8 +196,16 @@ def _expand_local(spec: str) -> list[str]:
         if not has_magic(magic):
             urls.append(os.path.join(path, magic) if magic else path)
         else:
-            urls += sorted(glob(os.path.join(escape(path), magic)))
+            urls += _sorted_glob(os.path.join(escape(path), magic))
+        if len(urls) > MAX_EXPANDED:
+            raise too_many(spec, f"more than {MAX_EXPANDED}")
     return urls
+
+
+def _sorted_glob(pattern: str) -> list[str]:
+    if pattern.count("*") > MAX_STARS:  # each star in a name multiplies the ways to match it
+        raise too_long(pattern)
+    return sorted(itertools.islice(iglob(pattern), MAX_EXPANDED + 1))
 
 
 def _existing_part(path: str) -> tuple[str, str]:
@@ -203,24 +216,6 @@ def _existing_part(path: str) -> tuple[str, str]:
         if os.path.lexists(beginning):
             return beginning, "/".join(parts[count:])
     return "", path
-
-
-def expand_braces(spec: str) -> Iterator[str]:
-    found = _BRACES.search(spec)
-    if not found:
-        yield spec
-        return
-    before, after = spec[: found.start()], spec[found.end() :]
-    numbers = _RANGE.fullmatch(found[1])
-    if numbers:
-        first, last = numbers.groups()
-        step = 1 if int(first) <= int(last) else -1
-        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
-        choices = [str(n).zfill(width) for n in range(int(first), int(last) + step, step)]
-    else:
-        choices = found[1].split(",")
-    for choice in choices:
-        yield from expand_braces(before + choice + after)
 
 
 def _remote_glob(pattern: str) -> list[str]:

@@ -26,9 +26,10 @@ from typing import IO, Any
 
 from evatool.core.errors import DataError
 from evatool.data.sources.base import Fields, SequentialSource, UnreadableSample
+from evatool.data.sources.braces import expand_braces
 from evatool.data.sources.cache import ShardCache
 from evatool.data.sources.fetch import FetchError, display_url, is_remote, local_path
-from evatool.data.sources.shard_list import expand, expand_braces
+from evatool.data.sources.shard_list import expand
 from evatool.data.sources.tar_source import MAX_MEMBER_BYTES
 from evatool.data.tar.index import split_name
 from evatool.data.tar.open_files import open_for_reading
