@@ -39,7 +39,7 @@ PAGE = re.compile(
 )
 TEST_PATH = re.compile(r"(?<![\w/.-])(?:tests/)(?:\w+/)*test_\w+\.py\b")
 OWN_PATH = re.compile(r"(?<![\w/.-])evatool/(?:\w+/)*\w+\.(?:py|toml)\b")
-FAULT_ROWS = re.compile(r"((?:R\d+[ ,]*(?:and|to)?[ ,]*)+)of docs/reference/faults\.md")
+FAULT_ROWS = re.compile(r"((?:R\d+[ ,]*(?:and|to)?[ ,]*)+)of docs/faults\.md")
 LABEL = re.compile(r"(?<![\w.`])(Source|Parity):")
 # A label's text ends with its paragraph, with the next label, or with the docstring.
 LABEL_END = re.compile(
@@ -94,7 +94,7 @@ def path_problems(text: str) -> Iterator[str]:
         if not (ROOT / named).is_file():
             yield f"{named} does not exist"
     for rows in FAULT_ROWS.findall(unwrapped(text)):
-        known = anchors(ROOT / "docs/reference/faults.md")
+        known = anchors(ROOT / "docs/faults.md")
         yield from (f"faults.md has no row {row}" for row in re.findall(r"R\d+", rows) if row.lower() not in known)
 
 
@@ -145,7 +145,7 @@ def test_there_are_citations() -> None:
         "See docs/no-such-page.md.",
         "Held by tests/optim/test_no_such.py.",
         "Counted in evatool/no_such.py.",
-        "Rows R4 and R99 of docs/reference/faults.md.",
+        "Rows R4 and R99 of docs/faults.md.",
         "Source: the paper.",
         "Source: some docstring.\n    Parity: tests/test_citations.py",
         "Parity: by hand.",
@@ -159,7 +159,7 @@ def test_what_leads_nowhere_is_found(text: str) -> None:
     "text",
     [
         "See docs/reference/eva.md#lamb, #masks and\n    #mim-loss.",
-        "Rows R4, R6 and R10 of docs/reference/faults.md.",
+        "Rows R4, R6 and R10 of docs/faults.md.",
         "Source: EVA (arXiv 2211.07636, section 2). Parity: tests/test_citations.py.",
         "Source: EVA-02/asuka/rope.py, as run.",
         "Source: allenai/OLMo-core: src/olmo_core/train/trainer.py.",

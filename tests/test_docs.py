@@ -79,3 +79,15 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
         links = re.findall(r"\]\((?!https?:|#)([^)#]+\.md)", page.read_text(encoding="utf-8"))
         todo += [(page.parent / link).resolve() for link in links]
     assert [page.name for page in PAGES if page not in seen] == []
+
+
+def test_the_tests_of_faults_exist() -> None:
+    """Each row of docs/faults.md names tests that are there, by file and function; only R30 has none."""
+    page = (ROOT / "docs/faults.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page)
+    assert len(named) > 60
+    texts = {file: (ROOT / file).read_text(encoding="utf-8") for file, _ in named}
+    assert [f"{file}::{test}" for file, test in named if test and f"def {test}(" not in texts[file]] == []
+    rows = re.findall(r'^\| <a id="r(\d+)"></a>R(\d+) \|.*\| ([^|]+) \|$', page, re.MULTILINE)
+    assert [int(number) for _, number, _ in rows] == list(range(1, 33))
+    assert all(number == anchor and ("`tests/" in tests or number == "30") for anchor, number, tests in rows)

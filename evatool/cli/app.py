@@ -13,12 +13,13 @@ import evatool
 from evatool.cli import options as opt
 from evatool.cli import stage_commands as stages
 from evatool.cli.compare import compare
-from evatool.cli.console import answer_usage_error, open_closed_streams
+from evatool.cli.console import answer_usage_error
 from evatool.cli.demo import demo
 from evatool.cli.factory import command
 from evatool.cli.plan import plan
 from evatool.cli.recipe import recipe_app
 from evatool.cli.store_features import store_features
+from evatool.cli.streams import keep_streams
 from evatool.cli.suites import suites_app
 from evatool.core.errors import ExitCode
 
@@ -46,7 +47,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the `evatool` script, of `python -m evatool` and of `torchrun -m evatool`."""
-    open_closed_streams()
+    keep_streams()
     # Looking for pydantic's plugins reads the metadata of every installed package: a sixth of what --dry-run costs.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:

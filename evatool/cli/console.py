@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import sys
 import traceback
@@ -14,7 +13,9 @@ from typing import IO, Any
 
 import typer
 
+from evatool.cli.streams import send_nowhere
 from evatool.core import logging as logs
+from evatool.core.disk import disk_trouble
 from evatool.core.errors import EvatoolError, ExitCode, RecipeError, UsageError
 from evatool.core.secrets import mask_secrets, mask_values
 from evatool.core.shown_text import json_text, shown, shown_lines, shown_page
@@ -30,6 +31,8 @@ class Report:
     table: list[list[str]] = field(default_factory=list)
     """Header row first."""
     lines: list[str] = field(default_factory=list)
+    is_kept: bool = False
+    """True if a run folder holds the same, so that nothing is lost where it cannot be printed."""
     failure: CommandFailure | None = None
     """Why the command fails although it has this to say: printed after the report, and decides the exit code."""
 
@@ -90,13 +93,15 @@ def execute(action: Callable[[], Report], *, json_output: bool, debug: bool, go_
             _print_failure(failure)
         try:
             _print_result(report, failure, json_output)
-        except BrokenPipeError:
-            raise  # whoever read the output has seen enough: Typer ends the command without a word
-        except OSError as error:  # `> file` on a full disk: a script must not take half an object for the whole
-            failure = explain(error, "run the same command again")
-            failure.details = {"where": "standard output"} | failure.details
-            _print_failure(failure)
-            _discard_stdout()
+        except BrokenPipeError:  # whoever read the output has seen enough
+            send_nowhere(sys.stdout)
+        except OSError as error:  # `> file` on a full disk
+            unprinted = explain(error, "run the same command again")
+            unprinted.details = {"where": "standard output"} | unprinted.details
+            _print_failure(unprinted)
+            send_nowhere(sys.stdout)  # Python writes what is still buffered at its end: that would fail again
+            if report is None or not report.is_kept:
+                failure = failure or unprinted  # a script must not take half an object for the whole
     raise typer.Exit(int(failure.exit_code) if failure else ExitCode.DONE)
 
 
@@ -107,26 +112,12 @@ def answer_usage_error(arguments: Sequence[str]) -> None:
         _print_result(None, failure, json_output=True)
 
 
-def open_closed_streams() -> None:
-    """Give a process that was started without stdout or stderr (`>&-`) one that goes nowhere."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, it stays open as long as the process
-
-
 def _print_result(report: Report | None, failure: CommandFailure | None, json_output: bool) -> None:
     if json_output:
         data = (report.data if report else {}) | (failure.to_json() if failure else {})
         _write_line(sys.stdout, json_text(mask_values(data)))
     elif report is not None:
         _print_report(report)
-
-
-def _discard_stdout() -> None:
-    """Python writes what is still buffered at its end: that would fail again, with an exit code of its own."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
 
 
 def explain(error: BaseException, go_on: str = GO_ON) -> CommandFailure:
@@ -138,10 +129,11 @@ def explain(error: BaseException, go_on: str = GO_ON) -> CommandFailure:
         )
     if isinstance(error, KeyboardInterrupt):
         return CommandFailure("Interrupted", "stopped by Ctrl-C", ExitCode.INTERRUPTED, details={"next": go_on})
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    trouble = disk_trouble(error)
+    if trouble is not None and isinstance(error, OSError):
         where = {"where": str(error.filename)} if error.filename else {}
         advice = {"next": f"free some space, then {go_on}"}
-        return CommandFailure("OSError", "the disk is full", ExitCode.FAILED, details=where | advice)
+        return CommandFailure("OSError", trouble, ExitCode.TRANSIENT, details=where | advice)
     if isinstance(error, OSError) and error.filename:
         message = (error.strerror or str(error)).lower()
         return CommandFailure("OSError", message, ExitCode.FAILED, details={"where": str(error.filename)})

@@ -23,7 +23,7 @@ def result_report(result: Result) -> Report:
     lines += [f"  {name}: {path}" for name, path in result.outputs.items()]
     if result.next_command:
         lines.append(f"next: {result.next_command}")
-    return Report(data=result_to_json(result), table=table, lines=lines)
+    return Report(data=result_to_json(result), table=table, lines=lines, is_kept=True)
 
 
 def recipe_report(resolved: Resolved, docs: bool = False) -> Report:

@@ -5,9 +5,11 @@ Records hold names and messages from outside: `ShownFormatter` makes them safe t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
+import sys
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -71,8 +73,39 @@ class _ConsoleHandler(logging.Handler):
             style = next((style for level, style in self._STYLES if record.levelno >= level), "dim")
             line = Text.assemble((f"{record.levelname.lower():8}", style), self.format(record))
             stderr_console().print(line, soft_wrap=True, highlight=False)
+        except OSError:
+            pass  # a terminal that is gone, or a full disk behind stderr: the run's own log has the record
         except Exception:
             self.handleError(record)
+
+
+class _FileHandler(logging.FileHandler):
+    """A log file that a full disk does not turn into a trace for every record: it is said once, until it works again.
+
+    What the file did not take stays in its buffer, and is written first once there is room.
+    """
+
+    _has_failed = _failed_now = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._failed_now = False
+        super().emit(record)
+        self._has_failed = self._failed_now
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        self._failed_now = True
+        if not self._has_failed:
+            # Not through this logger, whose handler this is.
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write(f"the log {self.baseFilename} cannot be written: {error.strerror}\n")
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # said before
+            super().close()
 
 
 def configure(rank: int = 0, debug: bool = False) -> None:
@@ -91,7 +124,7 @@ def configure(rank: int = 0, debug: bool = False) -> None:
 def add_file(folder: Path, rank: int = 0) -> logging.Handler:
     """Also write this rank's records to `folder/rank_00000.log`; returns the handler so that a stage can drop it."""
     folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"rank_{rank:05d}.log", encoding="utf-8")
+    handler = _FileHandler(folder / f"rank_{rank:05d}.log", encoding="utf-8")
     handler.setFormatter(ShownFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.setLevel(logging.DEBUG)
     logging.getLogger("evatool").addHandler(handler)

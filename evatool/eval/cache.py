@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from evatool.core.atomic_io import write_bytes_atomically
+from evatool.core.disk import can_wait
 
 _FINGERPRINTS = "fingerprints.json"
 
@@ -45,15 +46,15 @@ class TensorCache:
         return torch.from_numpy(np.load(io.BytesIO(body), allow_pickle=False))
 
     def put(self, key: str, value: Tensor) -> None:
-        """Keep it; complete or not there."""
+        """Keep it; complete or not there. A full disk is a warning: what is kept saves time only."""
         if not self._writes:
             return
         buffer = io.BytesIO()
         np.save(buffer, value.detach().cpu().contiguous().numpy(), allow_pickle=False)
         body = buffer.getvalue()
-        write_bytes_atomically(
-            self._path(key), hashlib.sha256(body).hexdigest().encode() + b"\n" + body, make_parents=True
-        )
+        content = hashlib.sha256(body).hexdigest().encode() + b"\n" + body
+        with can_wait(f"{self._folder}: this part of the cache"):
+            write_bytes_atomically(self._path(key), content, make_parents=True)
 
     def _path(self, key: str) -> Path:
         digest = hashlib.sha256(json.dumps([*self._origin, key]).encode()).hexdigest()
@@ -74,7 +75,8 @@ class FingerprintCache:
     def put(self, fingerprint: str, files: list[Path], *about: str) -> None:
         """Remember it."""
         known = self._read() | {self._key(files, about): fingerprint}
-        write_bytes_atomically(self._path, json.dumps(known, indent=1).encode(), make_parents=True)
+        with can_wait(f"{self._path}: the cache of fingerprints"):
+            write_bytes_atomically(self._path, json.dumps(known, indent=1).encode(), make_parents=True)
 
     def _read(self) -> dict[str, object]:
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from evatool.core.atomic_io import sync_folder
-from evatool.core.errors import EvatoolError, UsageError
+from evatool.core.disk import disk_error
+from evatool.core.errors import UsageError
 
 _PARTIAL = ".export-"
 
@@ -54,7 +54,7 @@ def staged_folder(target: Target, files: Sequence[str], *, optional: Sequence[st
     Args:
         optional: files that move as well, before the others, if they were written.
 
-    Raises: UsageError if one of `files` is already there; EvatoolError on a full disk.
+    Raises: UsageError if one of `files` is already there; TransientError on a full disk.
     """
     out = target.folder
     present = [name for name in files if (out / name).exists()]
@@ -79,6 +79,8 @@ def staged_folder(target: Target, files: Sequence[str], *, optional: Sequence[st
             moved.append(out / name)
         sync_folder(out)
     except BaseException as error:
+        # Looked at before anything is removed: what is written part by part may only say that it failed.
+        in_words = disk_error(error, out, "run the same command again, or choose another disk with --out")
         for path in moved:
             path.unlink(missing_ok=True)
         if work is not None:
@@ -87,12 +89,8 @@ def staged_folder(target: Target, files: Sequence[str], *, optional: Sequence[st
             shutil.rmtree(out, ignore_errors=True)
         if isinstance(error, OSError):
             target.check_owner()  # whoever took the folder over has removed `work`: that is the cause then
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise EvatoolError(
-                f"the disk is full: {error.strerror}",
-                where=str(out),
-                fix="make room, or choose another disk with --out",
-            ) from error
+        if in_words is not None:
+            raise in_words from error
         raise
     _remove_leftovers(out)
 

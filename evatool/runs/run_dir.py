@@ -8,7 +8,6 @@ No torch here: the command line reads finished runs without it.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from evatool.core import logging as logs
 from evatool.core.atomic_io import write_json_atomically, write_text_atomically
+from evatool.core.disk import can_wait, disk_trouble
 from evatool.core.errors import CheckpointError, ExitCode, RunFolderTakenError, UsageError
 from evatool.core.secrets import holds_secrets, mask_secrets
 from evatool.recipe.schema import Recipe
@@ -97,7 +97,8 @@ class RunDir:
     def refresh_status(self) -> None:
         """Say in status.json how far the running run has come. Raises: as `check_owner`."""
         self.check_owner()
-        write_status(self.path, "running", None, None)
+        with can_wait("status.json"):
+            write_status(self.path, "running", None, None)
 
     def finish(self, result: Result) -> None:
         """Write result.json and the final status; the run counts as done from here on. Raises: as `check_owner`."""
@@ -163,9 +164,9 @@ def open_run_dir(recipe: Recipe, options: RunOptions, rank: int = 0) -> RunDir:
     try:
         run_dir = _begin(recipe, options, lease, used)
     except BaseException:
-        lease.release()
+        if options.opened is None or options.opened.lease is not lease:  # else a failure is still to be written there
+            lease.release()
         raise
-    options.opened = run_dir
     return run_dir
 
 
@@ -174,7 +175,7 @@ def _own(path: Path) -> Lease:
         path.mkdir(parents=True, exist_ok=True)
         return take_lease(path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if disk_trouble(error) is not None:
             raise
         raise UsageError(
             f"the run folder cannot be made or written: {error.strerror}",
@@ -200,8 +201,8 @@ def _begin(recipe: Recipe, options: RunOptions, lease: Lease, used: bool) -> Run
     write_text_atomically(path / "resolved.toml", resolved, permissions=permissions)
     warn_of_other_versions(path / "environment.json")
     write_json_atomically(path / "environment.json", environment(options.command))
+    run_dir = options.opened = RunDir(path, resumed=used, lease=lease, token=lease.token)
     write_status(path, "running", None, None)
-    run_dir = RunDir(path, resumed=used, lease=lease, token=lease.token)
     run_dir.handlers.append(logs.add_file(run_dir.logs))
     if options.resume and not used:
         log.info("nothing to resume in %s: the run starts from the beginning", path)

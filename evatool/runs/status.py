@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 from evatool.core.atomic_io import write_json_atomically
+from evatool.core.disk import disk_trouble
 from evatool.core.errors import ExitCode
 from evatool.core.secrets import mask_secrets
 
+_MAX_MESSAGE = 900  # characters: with its escapes still within the 4 kB of one block
+
 
 def write_status(path: Path, state: str, exit_code: int | None, message: str | None) -> None:
-    """Write `status.json`: state, exit code, reason, the last step that was logged or saved, and the time."""
+    """Write `status.json`: state, exit code, reason, the last step that was logged or saved, and the time.
+
+    Raises: OSError where even the status that is there cannot be written over.
+    """
     status = {
         "state": state,
         "exit_code": None if exit_code is None else int(exit_code),
@@ -21,7 +28,35 @@ def write_status(path: Path, state: str, exit_code: int | None, message: str | N
         "step": _last_step(path),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    write_json_atomically(path / "status.json", status)
+    file = path / "status.json"
+    try:
+        write_json_atomically(file, status)
+    except OSError as error:
+        if disk_trouble(error) is None:
+            raise
+        _write_in_place(file, status, error)
+
+
+def _write_in_place(file: Path, status: dict[str, Any], why: OSError) -> None:
+    """Put a status over the one that is there: a file's own blocks can be written where no new ones can be had.
+
+    A reader at that very moment may find a half of it. The message is cut so that the file does not grow by a block.
+    """
+    if status["message"] is not None:
+        status = status | {"message": status["message"][:_MAX_MESSAGE]}
+    data = (json.dumps(status, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise why from None
+    try:
+        written = 0
+        while written < len(data):
+            written += os.pwrite(descriptor, data[written:], written)
+        os.ftruncate(descriptor, len(data))  # only now: what is shorter gives room away
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def first_failure(path: Path) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import signal
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from evatool.core import logging as logs
+from evatool.core.disk import disk_error
 from evatool.core.errors import EvatoolError, ExitCode, Preempted
 from evatool.recipe.load import Resolved
 from evatool.runs.result import Result
@@ -42,6 +42,8 @@ def run_stage(resolved: Resolved, options: RunOptions, task: str | None = None) 
     try:
         with _sigterm_raises(), _full_disk_in_words(run_path(recipe, options)):
             result: Result = stage.run(recipe, options)
+            if options.opened is not None:
+                options.opened.finish(result)
     except KeyboardInterrupt:
         _record_failure(options.opened, ExitCode.INTERRUPTED, "stopped by Ctrl-C")
         raise
@@ -51,8 +53,6 @@ def run_stage(resolved: Resolved, options: RunOptions, task: str | None = None) 
     except Exception as error:
         _record_failure(options.opened, ExitCode.FAILED, f"{type(error).__name__}: {error}")
         raise
-    if options.opened is not None:
-        options.opened.finish(result)
     return result
 
 
@@ -68,17 +68,14 @@ def _record_failure(run_dir: RunDir | None, exit_code: int, message: str) -> Non
 
 @contextmanager
 def _full_disk_in_words(path: Path) -> Iterator[None]:
-    """A full disk, wherever a stage meets it, as an error that says where and what to do."""
+    """A full or failing disk, wherever a stage meets it, as an error that says where and what to do (exit code 76)."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        in_words = disk_error(error, path, "run the same command with --resume")
+        if in_words is None:
             raise
-        raise EvatoolError(
-            "the disk is full",
-            where=str(error.filename or path),
-            fix="free some space, then run the same command with --resume",
-        ) from error
+        raise in_words from error
 
 
 @contextmanager

@@ -7,7 +7,6 @@ Everything is made in a hidden folder beside and moved into place at the end, th
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -17,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from evatool.core.atomic_io import sync_folder, write_bytes_atomically
-from evatool.core.errors import EvatoolError
+from evatool.core.disk import disk_trouble
+from evatool.core.errors import TransientError
 from evatool.core.progress import progress
 from evatool.data.prepare.contact_sheet import draw_contact_sheet
 from evatool.data.prepare.pack import Packed, pack_drawings, pack_folder
@@ -64,11 +64,12 @@ def _work_folder(run_dir: RunDir) -> Iterator[Path]:
         yield work
     except OSError as err:
         run_dir.check_owner()  # whoever took the folder over has removed `work`: that is the cause then
-        if err.errno not in (errno.ENOSPC, errno.EDQUOT):
+        trouble = disk_trouble(err)
+        if trouble is None:
             raise
         free = shutil.disk_usage(path).free
-        raise EvatoolError(
-            f"the disk is full: {err.strerror}, {free / 2**20:.0f} MiB free",
+        raise TransientError(
+            f"{trouble}: {err.strerror}, {free / 2**20:.0f} MiB free",
             where=str(path),
             expected="room for the pictures once more, plus a tenth",
             fix="make room and run the same command again, or choose another disk with --run-dir",

@@ -20,7 +20,7 @@ class SpikeGate:
     Args:
         sigma: None never closes, and exchanges nothing.
         recent: the window where a resumed run left it.
-    Source: OLMo-core `SkipStepOptimizer` (6 sigma of 128 losses); docs/reference/faults.md#r13.
+    Source: OLMo-core `SkipStepOptimizer` (6 sigma of 128 losses); docs/faults.md#r13.
     """
 
     def __init__(self, sigma: float | None = 6.0, window: int = 128, recent: Sequence[float] = ()) -> None:

@@ -6,6 +6,8 @@ import logging
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,11 +27,22 @@ SAVE, END, HOOK, STOP_FILE = "save", "end", "a hook of another rank", "the STOP 
 _NAMES = [None, SAVE, END, HOOK, STOP_FILE, *REASONS.values()]
 
 
+STOP_WAITING_AFTER_SEC = 10.0
+"""Seconds after a request to stop that a rank among several goes on waiting for its batch."""
+
+
+class StopWhileWaiting(BaseException):
+    """Raised by a signal's handler where the training process waits for a batch: no step is under way.
+
+    Not an `Exception`, so that nothing that reads data takes it for a sample that cannot be read.
+    """
+
+
 class StopRequests:
     """While entered, the first Ctrl-C, SIGTERM or SIGUSR1 asks for a stop after the step; a second Ctrl-C is not held.
 
     Signal handlers belong to the main thread: entered elsewhere, this catches none. Rank 0 also looks for a file and
-    at the clock.
+    at the clock. Within `waiting_for_data` a stop does not wait for a step that may never be made.
 
     Args:
         stop_file: its appearing asks for a stop; it is removed then, so that the run can be resumed.
@@ -46,6 +59,9 @@ class StopRequests:
         self._last_save = time.monotonic()
         self._wants_save = self._wants_end = False  # of this rank's hooks
         self._hook_reason: str | None = None
+        self._is_waiting = False  # for data
+        self._give_up_at: float | None = None
+        self._timer: threading.Timer | None = None  # comes back to the handler then
 
     def __enter__(self) -> StopRequests:
         self._last_save = time.monotonic()
@@ -57,6 +73,36 @@ class StopRequests:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Around the wait for a batch.
+
+        Raises: StopWhileWaiting once a stop is asked for: at once where this is the only rank; else after
+            `STOP_WAITING_AFTER_SEC`, since all ranks stop after the same step where they can.
+        """
+        self._is_waiting = True
+        try:
+            if self._reason is not None and self._before:
+                self._stop_waiting()
+            yield
+        finally:
+            self._is_waiting, self._give_up_at = False, None
+            if self._timer is not None:
+                self._timer.cancel()
+
+    def _stop_waiting(self) -> None:
+        now = time.monotonic()
+        if world_size() == 1 or (self._give_up_at is not None and now >= self._give_up_at):
+            raise StopWhileWaiting
+        if self._give_up_at is None:
+            self._give_up_at = now + STOP_WAITING_AFTER_SEC
+            main_thread = threading.get_ident()
+            self._timer = threading.Timer(
+                STOP_WAITING_AFTER_SEC + 0.1, lambda: signal.pthread_kill(main_thread, signal.SIGTERM)
+            )
+            self._timer.daemon = True
+            self._timer.start()
+
     def _ask(self, number: int, frame: FrameType | None) -> None:
         reason = REASONS[signal.Signals(number)]
         if reason == "Ctrl-C" and self._reason is not None:
@@ -65,6 +111,13 @@ class StopRequests:
             again = "; press again to stop at once, without saving" if reason == "Ctrl-C" else ""
             log.warning("%s: stopping after this step and saving%s", reason, again)
         self._reason = self._reason or reason
+        if self._is_waiting:
+            self._stop_waiting()
+
+    @property
+    def reason(self) -> str | None:
+        """The signal that this process was sent, or the STOP file; None while it was asked for nothing."""
+        return self._reason
 
     def request_save(self) -> None:
         """Have all ranks save after a step soon; one rank may ask alone."""

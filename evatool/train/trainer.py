@@ -16,14 +16,14 @@ from evatool.core.errors import Interrupted, NumericalError, Preempted
 from evatool.core.loader import BatchList, Loader
 from evatool.core.param_group import ParamGroup
 from evatool.core.step import StepContext
-from evatool.distributed.collectives import all_reduce_mean, gather_objects, rank, waited_sec
+from evatool.distributed.collectives import all_reduce_mean, gather_objects, rank, waited_sec, world_size
 from evatool.distributed.engines.base import Engine
 from evatool.objective.base import Objective
 from evatool.train.control import RunSnapshot, StepResult, TrainerConfig, TrainerControl
 from evatool.train.grad_cache import forward_backward
 from evatool.train.hooks.base import Hook
 from evatool.train.loss_spike import SpikeGate
-from evatool.train.signals import END, SAVE, StopRequests
+from evatool.train.signals import END, SAVE, StopRequests, StopWhileWaiting
 from evatool.train.state import SavedRun, TrainState, describe_groups, resume_from
 from evatool.train.throughput import Throughput, Work, peak_memory_bytes
 from evatool.train.tower_norms import TowerNorms
@@ -99,30 +99,43 @@ class Trainer(TrainerControl):
             for hook in self.hooks:
                 stack.callback(hook.close)
                 hook.at_start(self)
-            batches = iter(self.loader)
             self._throughput = Throughput(self._work)
-            asked: str | None = None
-            while self.state.step < self.config.num_steps and asked != END:
-                self._make_step(batches)
-                if self._rollback is not None:
-                    del batches  # ends the loader's processes
-                    self._roll_back()
-                    batches = iter(self.loader)
-                asked = requests.agreed() if self.state.step < self.config.num_steps else None
-                if asked == SAVE:
-                    for hook in self.hooks:
-                        hook.on_save(self)
-                elif asked is not None and asked != END:
-                    self._stop(asked)
+            try:
+                self._train(requests)
+            except StopWhileWaiting:
+                self._stop_between_steps(requests)
+            except RuntimeError as error:
+                if world_size() == 1 or requests.reason is None:
+                    raise
+                # Another rank has stopped without this one: an exchange between them was cut off.
+                raise self._stopped(requests.reason, " without a save") from error
             for hook in self.hooks:
                 hook.at_end(self)
         return self.state
+
+    def _train(self, requests: StopRequests) -> None:
+        """Step by step to the end of the run, or until it is to end early."""
+        batches = iter(self.loader)
+        asked: str | None = None
+        while self.state.step < self.config.num_steps and asked != END:
+            self._make_step(batches)
+            if self._rollback is not None:
+                del batches  # ends the loader's processes
+                self._roll_back()
+                batches = iter(self.loader)
+            asked = requests.agreed() if self.state.step < self.config.num_steps else None
+            if asked == SAVE:
+                for hook in self.hooks:
+                    hook.on_save(self)
+            elif asked is not None and asked != END:
+                self._stop(asked)
 
     # ------------------------------------------------------------------------------------------------- one step
 
     def _make_step(self, batches: Iterator[Batch]) -> None:
         start, waited = time.perf_counter(), waited_sec()
-        batch = next(batches)
+        with self._requests.waiting_for_data():
+            batch = next(batches)
         data_wait_sec = time.perf_counter() - start
         state, engine, config = self.state, self.engine, self.config
         context = StepContext(state.step, state.samples_seen, config.num_steps)
@@ -265,10 +278,24 @@ class Trainer(TrainerControl):
     def _stop(self, asked: str) -> None:
         for hook in self.hooks:
             hook.on_stop(self)
-        reason = self._requests.reason_of(asked)
-        what = f"stopped by {reason} after step {self.state.step} of {self.config.num_steps}"
+        raise self._stopped(asked)
+
+    def _stop_between_steps(self, requests: StopRequests) -> None:
+        """A stop while this rank waited for data. One rank alone saves what it has; several could not all take part."""
+        assert requests.reason is not None
+        if world_size() > 1:
+            log.warning("no batch came: this rank stops without a save, since the others wait for it inside a step")
+            raise self._stopped(requests.reason, " without a save")
+        if self.state.step == 0:
+            raise self._stopped(requests.reason, "; there is nothing to save")
+        self._stop(requests.reason)
+
+    def _stopped(self, asked: str, how: str = "") -> Interrupted | Preempted:
+        reason, state = self._requests.reason_of(asked), self.state
+        what = f"stopped by {reason} after step {state.step} of {self.config.num_steps}{how}"
         kind = Interrupted if asked == "Ctrl-C" else Preempted
-        raise kind(what, fix="run the same command with --resume to go on from there")
+        there = "the last save" if how else "there"
+        return kind(what, fix=f"run the same command with --resume to go on from {there}")
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

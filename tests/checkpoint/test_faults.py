@@ -1,6 +1,6 @@
 """Crashes, full disks and damaged files: the newest whole checkpoint is always found, nothing damaged is loaded.
 
-The rows R4, R6, R7 and R8 of docs/reference/faults.md as far as one process shows them.
+The rows R4, R6, R7 and R8 of docs/faults.md as far as one process shows them.
 """
 
 from __future__ import annotations

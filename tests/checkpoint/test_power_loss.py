@@ -1,5 +1,5 @@
 """Power loss at every moment of a save: what was not flushed is gone, zeroed or there (row R5 of
-docs/reference/faults.md).
+docs/faults.md).
 """
 
 from __future__ import annotations

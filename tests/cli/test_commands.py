@@ -100,7 +100,7 @@ FAILURES = [
     (NumericalError("not finite"), 80, "failed", "not finite"),
     (Preempted("stopped by SIGTERM"), 75, "preempted", "stopped by SIGTERM"),
     (KeyboardInterrupt(), 130, "interrupted", "stopped by Ctrl-C"),
-    (OSError(errno.ENOSPC, "No space left on device", "runs/x/00001.tar"), 1, "failed", "the disk is full"),
+    (OSError(errno.ENOSPC, "No space left on device", "runs/x/00001.tar"), 76, "failed", "the disk is full"),
     (PermissionError(errno.EACCES, "Permission denied", "secret"), 1, "failed", "permission denied"),
     (ValueError("a bug\nwith details"), 1, "failed", "internal error: ValueError: a bug"),
 ]

@@ -89,7 +89,7 @@ def test_nothing_from_outside_acts_on_the_terminal(arguments: list[str]) -> None
 
 def test_a_full_disk_says_so() -> None:
     failure = explain(OSError(errno.ENOSPC, "No space left on device", "runs/x/0.tar"), go_on="go on")
-    assert (failure.message, failure.exit_code) == ("the disk is full", ExitCode.FAILED)
+    assert (failure.message, failure.exit_code) == ("the disk is full", ExitCode.TRANSIENT)
     assert failure.details == {"where": "runs/x/0.tar", "next": "free some space, then go on"}
 
 
@@ -116,7 +116,7 @@ def run_cli(redirection: str, *, script: str = "recipe list --json") -> subproce
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_behind_stdout_fails_in_words() -> None:
     result = run_cli("> /dev/full")
-    assert result.returncode == 1
+    assert result.returncode == 76
     assert result.stderr.splitlines()[:2] == ["error: the disk is full", "where: standard output"]
     assert "Traceback" not in result.stderr
 
@@ -126,6 +126,41 @@ def test_a_closed_stream_is_no_failure(redirection: str) -> None:
     result = run_cli(redirection)
     assert (result.returncode, result.stderr) == (0, "")
     assert bool(result.stdout) == (redirection == "2>&-")
+
+
+STEADY = """
+import logging, os, subprocess, sys, time
+from evatool.cli.console import Report, execute
+from evatool.cli.streams import keep_streams
+
+keep_streams()
+
+def action():
+    for number in range(200):
+        logging.getLogger("evatool").info("line %d", number)
+        print("from python")
+        os.system("echo from a child >&2")
+        time.sleep(0.001)
+    print("all done", file=open(sys.argv[1], "w"))
+    return Report(data={"done": True}, table=[["name"], ["x"]], lines=["next: y"] * 5, is_kept=True)
+
+try:
+    execute(action, json_output="--json" in sys.argv, debug=False)
+except BaseException as stop:
+    print(getattr(stop, "exit_code", stop), file=open(sys.argv[1], "a"))
+"""
+
+
+@pytest.mark.parametrize(
+    "redirection", ["2>&1 | head -1", "2>/dev/null | true", ">/dev/full 2>/dev/full", ">&- 2>&-", "--json | true"]
+)
+def test_a_run_outlives_whoever_reads_it(redirection: str, tmp_path: Path) -> None:
+    """`| head`, a full disk behind both streams, and none at all: the action ends, with its own exit code."""
+    (tmp_path / "program.py").write_text(STEADY)
+    line = f'"{sys.executable}" program.py said {redirection}'
+    done = subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (tmp_path / "said").read_text() == "all done\n0\n", done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["eval", "--json"], ["train-clip", "x.toml", "--json", "--no-such-flag"]])

@@ -1,4 +1,4 @@
-"""Rows R19 and R20 of docs/reference/faults.md: odd members are used, converted or replaced, each by a stated rule."""
+"""Rows R19 and R20 of docs/faults.md: odd members are used, converted or replaced, each by a stated rule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows R17, R18 and R32 of docs/reference/faults.md: counted, named, replaced the same way everywhere, never a hang."""
+"""Rows R17, R18 and R32 of docs/faults.md: counted, named, replaced the same way everywhere, never a hang."""
 
 from __future__ import annotations
 

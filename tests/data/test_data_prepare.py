@@ -83,7 +83,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, writes: int, mon
         fail_after(writes, OSError(errno.ENOSPC, "No space left on device"), patch)
         with pytest.raises(EvatoolError, match="the disk is full") as caught:
             prepare(tmp_path / "run", TINY)
-    assert caught.value.exit_code == 1
+    assert caught.value.exit_code == 76
     assert str(tmp_path / "run") in str(caught.value)
     assert names(tmp_path / "run") <= BOOKKEEPING
     assert status(tmp_path / "run")["state"] == "failed"

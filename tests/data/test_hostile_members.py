@@ -1,4 +1,4 @@
-"""Rows R21 to R23 of docs/reference/faults.md: hostile tars, code and texts in members."""
+"""Rows R21 to R23 of docs/faults.md: hostile tars, code and texts in members."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Row R28 of docs/reference/faults.md: loader processes that die or hang."""
+"""Row R28 of docs/faults.md: loader processes that die or hang."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing.util
 import os
 import re
 import signal
@@ -12,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from faulty_server import Server, at_most
+from small_disk import need_small_disks, run_on_small_disk
 from tiny_shards import loader, take, write_prepared
 
 from evatool.core.errors import TransientError
+from evatool.data.train.transfer import PackingDataset
 
 QUICK = {"attempts": 3, "timeout_sec": 0.4, "backoff_sec": 0.01}
 
@@ -96,6 +100,87 @@ def test_r28_dying_twice_at_one_batch_is_an_error(tmp_path: Path, monkeypatch: p
         seen.extend(batch.position for batch in found)
     assert caught.value.exit_code == 76
     assert seen == [16, 32, 48][: len(seen)]  # made ahead of the batch that kills, some may be lost with it
+
+
+NO_ROOM = """
+import json, logging, os, sys, time
+logging.basicConfig()
+from tiny_shards import loader, take
+from evatool.core.errors import EvatoolError
+start = time.monotonic()
+try:
+    found = [(b.keys, b.image.sum().item()) for b in take(loader({"train": sys.argv[1], "num_workers": 2}), 6)]
+except EvatoolError as err:
+    print(json.dumps({"code": err.exit_code, "text": str(err), "sec": time.monotonic() - start}))
+else:
+    print(json.dumps({"found": found, "sec": time.monotonic() - start}))
+"""
+
+
+def run_without_room(folder: Path, size: str) -> tuple[dict[str, Any], str]:
+    done = run_on_small_disk([sys.executable, "-c", NO_ROOM, folder], Path("/dev/shm"), size, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_r28_a_small_shared_memory_is_worked_round(tmp_path: Path) -> None:
+    need_small_disks()
+    folder = write_prepared(tmp_path / "set", 64, 8)
+    found, log = run_without_room(folder, "64k")
+    assert found["found"] == [[b.keys, int(b.image.sum())] for b in take(loader({"train": folder}), 6)]
+    assert found["sec"] < 60
+    assert log.count("/dev/shm has") == 1
+    assert "No space left on device" in log
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_r28_a_shared_memory_without_room_for_semaphores_is_named(tmp_path: Path) -> None:
+    need_small_disks()
+    found, log = run_without_room(write_prepared(tmp_path / "set", 64, 8), "4k")
+    assert found["code"] == 2
+    assert "/dev/shm" in found["text"]
+    assert "data.num_workers = 0" in found["text"]
+    assert "Traceback" not in log
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_r28_a_long_temporary_folder_is_worked_round(tmp_path: Path) -> None:
+    """A Unix socket's address holds 107 bytes, and the sockets of loader processes are in TMPDIR."""
+    folder = write_prepared(tmp_path / "set", 64, 8)
+    long = tmp_path / "long-scratch-folder" / ("x" * 100)
+    long.mkdir(parents=True)
+    done = subprocess.run(
+        [sys.executable, "-c", NO_ROOM, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"TMPDIR": str(long)},
+    )
+    assert done.returncode == 0, done.stderr
+    expected = [[b.keys, int(b.image.sum())] for b in take(loader({"train": folder}), 6)]
+    assert json.loads(done.stdout.splitlines()[-1])["found"] == expected
+    assert "go through pipes" not in done.stderr, "short sockets, and shared memory as ever"
+    assert list(long.glob("pymp-*")) == []
+
+
+def test_a_batch_that_cannot_be_shared_travels_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_prepared(tmp_path / "set", 64, 8)
+    dataset = loader({"train": folder}).dataset
+    packing = PackingDataset(dataset)
+    with monkeypatch.context() as patch:
+        patch.setattr(multiprocessing.util, "get_temp_dir", lambda: str(tmp_path / ("x" * 120)))
+        packed = packing[0]
+    made, expected = packed.open(), dataset[0]
+    assert "AF_UNIX path too long" in packed.trouble
+    assert made.batch is not None
+    assert expected.batch is not None
+    assert torch.equal(made.batch.image, expected.batch.image)
+    assert made.batch.keys == expected.batch.keys
+    made.batch.image.zero_()  # writable, as what comes through shared memory is
 
 
 def test_an_error_in_a_worker_is_not_taken_for_a_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,5 @@
 """kill -9 while a checkpoint is written beside the training, on each rank (rows R4 and R10 of
-docs/reference/faults.md).
+docs/faults.md).
 """
 
 from __future__ import annotations

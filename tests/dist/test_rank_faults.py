@@ -1,4 +1,4 @@
-"""Faults of single ranks: overflow, flipped bits, hangs, kill -9 (rows R3, R12, R14, R15 of docs/reference/faults.md).
+"""Faults of single ranks: overflow, flipped bits, hangs, kill -9 (rows R3, R12, R14, R15 of docs/faults.md).
 """
 
 from __future__ import annotations

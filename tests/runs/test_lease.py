@@ -1,4 +1,4 @@
-"""One owner a folder, among real processes: killed, frozen, racing, elsewhere (R25 of docs/reference/faults.md)."""
+"""One owner a folder, among real processes: killed, frozen, racing, elsewhere (R25 of docs/faults.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run folders that were killed early, damaged, moved or finished (rows R24 to R26 of docs/reference/faults.md)."""
+"""Run folders that were killed early, damaged, moved or finished (rows R24 to R26 of docs/faults.md)."""
 
 from __future__ import annotations
 

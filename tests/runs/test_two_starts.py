@@ -1,4 +1,4 @@
-"""Two starts of a real stage in one folder, killed and frozen owners (row R25 of docs/reference/faults.md)."""
+"""Two starts of a real stage in one folder, killed and frozen owners (row R25 of docs/faults.md)."""
 
 from __future__ import annotations
 

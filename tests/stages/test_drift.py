@@ -1,4 +1,4 @@
-"""A run that is resumed with another recipe, or other versions (rows R26 and R31 of docs/reference/faults.md)."""
+"""A run that is resumed with another recipe, or other versions (rows R26 and R31 of docs/faults.md)."""
 
 from __future__ import annotations
 

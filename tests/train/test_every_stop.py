@@ -1,5 +1,5 @@
 """Stopped after any of twenty steps and resumed, a run is the uninterrupted one, bit for bit (R1 of
-docs/reference/faults.md).
+docs/faults.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A save that fails does not end a run at once (row R6 of docs/reference/faults.md)."""
+"""A save that fails does not end a run at once (row R6 of docs/faults.md)."""
 
 from __future__ import annotations
 

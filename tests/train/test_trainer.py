@@ -17,7 +17,7 @@ from PIL import Image
 from toy_run import NUM_STEPS, B, ToyObjective, let_saves_end, make_trainer, toy_engine, toy_groups, toy_optim
 
 from evatool.checkpoint.load import latest_checkpoint, load_checkpoint
-from evatool.core.errors import CheckpointError, ExitCode, Interrupted, Preempted
+from evatool.core.errors import CheckpointError, ExitCode, Interrupted, Preempted, TransientError
 from evatool.train.hooks.base import Hook
 from evatool.train.hooks.log import read_metrics
 from evatool.train.hooks.loss_curve import LossCurve, draw_loss_curve, smoothed
@@ -165,9 +165,9 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path):
 
 def test_full_disk_ends_the_run_with_the_old_checkpoint_intact(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, hooks=[FillDisk(8, monkeypatch)])
-    with pytest.raises(CheckpointError, match="disk is full") as raised:
+    with pytest.raises(TransientError, match="disk is full") as raised:
         trainer.fit()
-    assert raised.value.exit_code == ExitCode.FAILED
+    assert raised.value.exit_code == ExitCode.TRANSIENT
     monkeypatch.undo()
     assert load_checkpoint(latest_checkpoint(tmp_path)).step == 5
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000005"]

@@ -15,6 +15,14 @@ from torch.utils.data import DataLoader, Sampler
 
 from evatool.core.errors import TransientError
 from evatool.data.train.dataset import Made, StepDataset
+from evatool.data.train.transfer import (
+    SHARED_MEMORY,
+    PackedBatch,
+    PackingDataset,
+    keep_sockets_short,
+    saying_what_is_missing,
+    warn_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +45,20 @@ def iterate_batches(
         positions: makes the sampler of the positions that are still due; called again after a restart.
         num_workers: loader processes; with 0 items are made in this one.
         max_wait_sec: longest wait for one item.
-    Raises: TransientError where processes die twice at one batch or hang; whatever the dataset raises.
+    Raises: TransientError where processes die twice at one batch or hang; UsageError where they cannot be started;
+        whatever the dataset raises.
     """
-    has_failed = False
+    has_failed = has_warned = False
+    if num_workers:
+        keep_sockets_short()
     while True:
-        attempt = _Attempt(dataset, positions(), num_workers, max_wait_sec)
+        with saying_what_is_missing(num_workers):
+            attempt = _Attempt(dataset, positions(), num_workers, max_wait_sec)
         try:
             for made in attempt:
+                if attempt.trouble and not has_warned:
+                    has_warned = True
+                    warn_of(attempt.trouble, made)
                 yield made
                 has_failed = False
             return
@@ -60,7 +75,8 @@ def iterate_batches(
                     expected="a batch within data.max_wait_sec"
                     if attempt.has_hung
                     else "processes that live; the system kills them when memory runs out",
-                    fix="run the same command with --resume; fewer data.num_workers need less memory",
+                    fix="run the same command with --resume; fewer data.num_workers need less memory"
+                    + (f", and {SHARED_MEMORY} may be too small" if "Bus error" in what else ""),
                 ) from err
             log.warning("%s: the loader processes are started again at the batch that is due", what)
             has_failed = True
@@ -69,13 +85,19 @@ def iterate_batches(
 
 
 class _Attempt:
-    """One set of loader processes. `pids` of them; `has_hung` once they were ended for taking too long."""
+    """One set of loader processes.
+
+    Attributes:
+        pids: theirs.
+        has_hung: True once they were ended for taking too long.
+        trouble: why a batch could not come through shared memory; empty while all did.
+    """
 
     def __init__(self, dataset: StepDataset, positions: Sampler[int], num_workers: int, max_wait_sec: float) -> None:
         before = set(multiprocessing.active_children())
         self._iterator = iter(
             DataLoader(
-                dataset,
+                PackingDataset(dataset) if num_workers else dataset,
                 batch_size=None,
                 sampler=positions,
                 num_workers=num_workers,
@@ -90,7 +112,8 @@ class _Attempt:
             set(multiprocessing.active_children()) - before, key=lambda process: process.pid or 0
         )
         self.pids = [process.pid for process in self._processes]
-        self.has_hung = False
+        self.has_hung = self._is_cut_off = False
+        self.trouble = ""
         self._waiting_since: float | None = None
         self._is_over = threading.Event()
         if self._processes:
@@ -100,11 +123,17 @@ class _Attempt:
         while True:
             self._waiting_since = time.monotonic()
             try:
-                made = next(self._iterator)
+                found = next(self._iterator)
+                made = found.open() if isinstance(found, PackedBatch) else found
             except StopIteration:
                 return
+            except BaseException as error:
+                self._is_cut_off = not isinstance(error, Exception)
+                raise
             finally:
                 self._waiting_since = None
+            if isinstance(found, PackedBatch):
+                self.trouble = self.trouble or found.trouble
             yield made
 
     def is_death(self, err: BaseException) -> bool:
@@ -118,6 +147,8 @@ class _Attempt:
     def close(self) -> None:
         """End the processes."""
         self._is_over.set()
+        if self._is_cut_off:  # one of them may be stuck: the DataLoader would wait five seconds for each
+            self._kill()
         del self._iterator
 
     def _watch(self, max_wait_sec: float) -> None:
@@ -126,9 +157,12 @@ class _Attempt:
             if since is not None and time.monotonic() - since > max_wait_sec:
                 # The loader waits for its processes as long as they live.
                 self.has_hung = True
-                for process in self._processes:
-                    process.kill()
+                self._kill()
                 return
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
 
 
 def _leave_children_to_the_loader() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from evatool.core.batch import Batch
+from evatool.core.disk import can_wait
 from evatool.data.feature_store.spec import StoreSpec, Views
 from evatool.data.train.loader import TrainLoader, build_train_loader
 from evatool.distributed.collectives import all_reduce_sum
@@ -37,10 +38,11 @@ class ImageSheets(Hook):
         every = self._section.every_steps
         if every is not None and result.step % every == 0:
             folder = self._job.run_dir.path / "pictures"
-            with trainer.engine.summon_full_weights():
-                self.draw(folder / f"step_{result.step:08d}.png")
-            if self._job.world.is_main:
-                save_image_page(folder, self._job.options.name)
+            with can_wait("the sheet of pictures"):
+                with trainer.engine.summon_full_weights():
+                    self.draw(folder / f"step_{result.step:08d}.png")
+                if self._job.world.is_main:
+                    save_image_page(folder, self._job.options.name)
 
     def draw(self, path: Path) -> Path:
         """The run's first pictures as they are now; every rank calls it, within whole weights."""

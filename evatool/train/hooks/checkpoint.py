@@ -118,8 +118,8 @@ class Checkpoints(Hook):
     A save that fails on any rank (a full disk) is a warning, and another is made as soon as that is known: earlier
     checkpoints are intact.
 
-    Raises: TransientError (exit code 76), on every rank, after `MAX_FAILED_SAVES` in a row; CheckpointError where the
-        last save of a run fails.
+    Raises: TransientError (exit code 76), on every rank, after `MAX_FAILED_SAVES` in a row, and where the last save of
+        a run fails.
     """
 
     def __init__(self, save: Callable[..., Path], every_steps: int | None = None) -> None:
@@ -172,12 +172,7 @@ class Checkpoints(Hook):
         except CheckpointError as error:  # the same on every rank
             self._failures += 1
             if self._failures >= MAX_FAILED_SAVES:
-                raise TransientError(
-                    f"{self._failures} saves in a row failed; the last: {error.what}",
-                    where=error.where,
-                    expected=error.expected,
-                    fix=error.fix,
-                ) from error
+                raise _transient(error, f"{self._failures} saves in a row failed; the last: {error.what}") from error
             log.warning("training goes on, and the state is saved again: %s", error)
 
     def _conclude(self) -> None:
@@ -192,4 +187,11 @@ class Checkpoints(Hook):
         except CheckpointError as error:
             log.warning("the state is saved again: %s", error)
         self._begin(trainer)
-        self._conclude()
+        try:
+            self._conclude()
+        except CheckpointError as error:
+            raise _transient(error, error.what) from error
+
+
+def _transient(error: CheckpointError, what: str) -> TransientError:
+    return TransientError(what, where=error.where, expected=error.expected, fix=error.fix)

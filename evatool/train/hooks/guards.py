@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from evatool.core.disk import LineFile
 from evatool.core.errors import NumericalError
 from evatool.distributed.collectives import all_reduce_mean, gather_objects, rank
 from evatool.train.control import StepResult, TrainerControl
@@ -43,7 +44,8 @@ class NonFiniteGuard(Hook):
         journal: Path | None = None,
     ) -> None:
         self._budget = budget if policy == "skip" else 0
-        self._window, self._policy, self._journal = window, policy, journal
+        self._window, self._policy = window, policy
+        self._journal = None if journal is None else LineFile(journal)
         self._unread: list[tuple[int, Tensor, Tensor, Tensor | None, list[str]]] = []
 
     def after_step(self, result: StepResult, trainer: TrainerControl) -> None:
@@ -108,8 +110,11 @@ class NonFiniteGuard(Hook):
 
     def _note(self, event: dict[str, Any]) -> None:
         if self._journal is not None and rank() == 0:
-            with self._journal.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(event) + "\n")
+            self._journal.append(json.dumps(event))
+
+    def close(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
 
 
 class StuckAtStart(Hook):

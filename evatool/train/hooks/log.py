@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from evatool.core.atomic_io import write_text_atomically
+from evatool.core.disk import LineFile
 from evatool.core.progress import ProgressBar, progress
 from evatool.distributed.collectives import rank
 from evatool.train.control import StepResult, TrainerControl
@@ -99,12 +100,14 @@ class MetricsFile(Hook):
     """Writes the metrics of each logged step as one line of JSON; values that are not finite become null.
 
     Opened again by a resumed run, lines of steps that the checkpoint does not have are dropped first, so each step
-    stands once.
+    stands once. Lines that a full disk does not take are kept and written later.
+
+    Raises: OSError at the end of a run whose last lines still cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file: IO[str] | None = None
+        self._file: LineFile | None = None
 
     def on_rollback(self, trainer: TrainerControl) -> None:
         self.close()
@@ -116,20 +119,22 @@ class MetricsFile(Hook):
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path.exists():
             kept = [r for r in read_metrics(self._path) if r["step"] <= trainer.state.step]
-            shorter = self._path.with_name(f".{self._path.name}.tmp")
-            shorter.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-            os.replace(shorter, self._path)
-        self._file = self._path.open("a", encoding="utf-8")
+            write_text_atomically(self._path, "".join(json.dumps(r) + "\n" for r in kept))
+        self._file = LineFile(self._path)
 
     def after_step(self, result: StepResult, trainer: TrainerControl) -> None:
         if self._file is not None and result.is_logged:
             finite = {key: value if math.isfinite(value) else None for key, value in result.metrics.items()}
-            self._file.write(json.dumps(finite) + "\n")
-            self._file.flush()
+            self._file.append(json.dumps(finite))
+
+    def at_end(self, trainer: TrainerControl) -> None:
+        if self._file is not None:
+            self._file.settle()
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+            self._file = None
 
 
 class StatusFile(Hook):

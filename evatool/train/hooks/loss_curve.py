@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import io
 import time
 from pathlib import Path
 from typing import Any
 
+from evatool.core.atomic_io import write_bytes_atomically
+from evatool.core.disk import can_wait
 from evatool.distributed.collectives import rank
 from evatool.train.control import StepResult, TrainerControl
 from evatool.train.hooks.base import Hook
@@ -39,11 +41,13 @@ class LossCurve(Hook):
 
     def after_step(self, result: StepResult, trainer: TrainerControl) -> None:
         if result.is_logged and time.monotonic() - self._last >= self._every_sec:
-            self._draw()
+            with can_wait("the loss curve"):
+                self._draw()
             self._last = time.monotonic()
 
     def on_stop(self, trainer: TrainerControl) -> None:
-        self._draw()
+        with can_wait("the loss curve"):
+            self._draw()
 
     def at_end(self, trainer: TrainerControl) -> None:
         self._draw()
@@ -98,9 +102,9 @@ def draw_loss_curve(
         axes.grid(color=GRID)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    part = image.with_name(f".{image.name}.tmp")
-    FigureCanvasAgg(figure).print_png(part)
-    os.replace(part, image)
+    png = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(png)
+    write_bytes_atomically(image, png.getvalue())
 
 
 def smoothed(values: list[float], share: float = 0.05) -> list[float]:

@@ -22,7 +22,7 @@ class Stragglers(Hook):
 
     Args:
         factor, least_sec: a rank is slow from this multiple of the median on, if it also is this much slower a step.
-    Test: tests/dist/test_stragglers.py (docs/reference/faults.md#r16).
+    Test: tests/dist/test_stragglers.py (docs/faults.md#r16).
     """
 
     every = 25

@@ -1,0 +1,84 @@
+"""Whole stages whose disk is full from some write on (row R6 of docs/faults.md): real small disks, all sizes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import short_runs
+from small_disk import need_small_disks, run_on_small_disk
+
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
+
+PROGRAM = [sys.executable, short_runs.__file__, "1"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, the recipe of a short run that saves every two steps, and that run, uninterrupted."""
+    need_small_disks()
+    folder = tmp_path_factory.mktemp("full")
+    evatool(folder, "data-prepare", *short_runs.DATA_PREPARE, "--run-dir", "data")
+    evatool(folder, *command(folder), "--run-dir", "whole")
+    return folder
+
+
+def command(folder: Path) -> list[str]:
+    return [*short_runs.write_recipe("train-clip", folder), "--set", "checkpoint.every_steps=2"]
+
+
+def evatool(folder: Path, *arguments: str) -> None:
+    done = subprocess.run(
+        [*PROGRAM, *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kilobytes", [8, 24, 40, 80, 180, 280, 400])
+def test_a_run_on_a_small_disk_ends_with_76_and_goes_on_later(work: Path, kilobytes: int) -> None:
+    """From a disk that takes no recipe to one that takes two checkpoints and no third."""
+    small, kept = work / "small", work / f"kept{kilobytes}"
+    small.mkdir(exist_ok=True)
+    done = run_on_small_disk(
+        [*PROGRAM, *command(work), "--run-dir", "small/run"],
+        small,
+        f"{kilobytes}k",
+        after=f"cp -r small/run {kept.name}",
+        cwd=work,
+    )
+    assert done.returncode == 76, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "disk is full" in done.stderr
+    status = json.loads((kept / "status.json").read_text()) if (kept / "status.json").exists() else None
+    if status is not None:
+        assert (status["state"], status["exit_code"]) == ("failed", 76)
+        assert "disk is full" in status["message"]
+    evatool(work, *command(work), "--run-dir", kept.name, "--resume")
+    assert short_runs.contents_of(kept) == short_runs.contents_of(work / "whole")
+    assert short_runs.records_of(kept) == short_runs.records_of(work / "whole")
+    shutil.rmtree(kept)
+
+
+@pytest.mark.parametrize("kilobytes", [8, 60, 150])
+def test_data_prepare_on_a_small_disk(work: Path, kilobytes: int) -> None:
+    small = work / "small"
+    small.mkdir(exist_ok=True)
+    arguments = ["data-prepare", *short_runs.DATA_PREPARE, "--run-dir", "small/run"]
+    done = run_on_small_disk(
+        [*PROGRAM, *arguments], small, f"{kilobytes}k", after="cat small/run/status.json || true", cwd=work
+    )
+    assert done.returncode == 76, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "disk is full" in done.stderr
+    if done.stdout:
+        assert json.loads(done.stdout)["exit_code"] == 76
