@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from evatool.checkpoint import layout
+from evatool.core.bounded_json import read_json
 from evatool.core.errors import CheckpointError
 from evatool.formats.safetensors import SafetensorsMap, TensorMap
 
@@ -197,8 +197,8 @@ def _open_tensors(path: Path) -> SafetensorsMap:
 
 def _read_json(path: Path) -> Any:
     try:
-        value: Mapping[str, Any] | list[Any] = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        value: Mapping[str, Any] | list[Any] = read_json(path, 256 * 2**20, memory_per_byte=20)
+    except (OSError, ValueError) as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
         raise CheckpointError(f"{path.name} {reason}", where=str(path.parent), fix=_RESTORE) from error
     return value

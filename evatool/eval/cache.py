@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from evatool.core.atomic_io import write_bytes_atomically
+from evatool.core.bounded_json import read_json
 from evatool.core.disk import can_wait
 
 _FINGERPRINTS = "fingerprints.json"
@@ -80,7 +81,7 @@ class FingerprintCache:
 
     def _read(self) -> dict[str, object]:
         try:
-            known = json.loads(self._path.read_text(encoding="utf-8"))
+            known = read_json(self._path, 256 * 2**20, memory_per_byte=20)
         except (OSError, ValueError):
             return {}
         return known if isinstance(known, dict) else {}

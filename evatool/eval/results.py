@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evatool.core.atomic_io import write_bytes_atomically
+from evatool.core.bounded_json import read_json
 from evatool.core.errors import DataError
 from evatool.core.shown_text import json_text
 from evatool.eval.intervals import LEVEL, Interval
@@ -205,7 +205,7 @@ def read_results(path: Path) -> EvalResults:
     Raises: DataError if the file is missing, not JSON, or of another schema.
     """
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = read_json(path, 256 * 2**20, memory_per_byte=20)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read evaluation results: {error}", where=str(path), fix="run evatool eval") from error
     if not isinstance(table, dict) or table.get("schema") not in _READABLE:

@@ -6,6 +6,7 @@ import json
 import tempfile
 from pathlib import Path
 
+from evatool.core.bounded_json import read_json
 from evatool.core.errors import DependencyError, EvatoolError, UsageError
 from evatool.export.folder import Exported
 from evatool.weights.source import OPEN_CLIP_CONFIG
@@ -62,7 +63,7 @@ def push_to_hub(exported: Exported, repository: str) -> str:
 
 
 def _for_the_hub(config: Path, repository: str, scratch: Path) -> Path:
-    table = json.loads(config.read_text(encoding="utf-8"))
+    table = read_json(config)
     vision = table["model_cfg"]["vision_cfg"]
     if str(vision.get("timm_model_name", "")).startswith("local-dir:"):
         vision["timm_model_name"] = f"hf-hub:{repository}"

@@ -181,6 +181,8 @@ class ModelConfig:
     @classmethod
     def from_json(cls, table: Mapping[str, Any], name: str | None = None) -> ModelConfig:
         """A configuration from our JSON or from a JSON file of BAAI's. Raises RecipeError naming every bad key."""
+        if not isinstance(table, Mapping):  # it comes from a file
+            raise RecipeError("a model configuration is a JSON object, and this is none", fix="see docs/models.md")
         unknown = set(table) - {"name", "task", "embed_dim", "vision_cfg", "text_cfg", "predict_dim", "decoder"}
         unknown -= {"custom_text", "quick_gelu"}  # open_clip's: every model of ours has the first
         problems = [f"unknown key {key!r}" for key in sorted(unknown)]

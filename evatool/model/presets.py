@@ -7,12 +7,12 @@ Widths, depths and ratios of the released models: docs/reference/eva.md#image-to
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from evatool.core.bounded_json import read_json
 from evatool.core.errors import RecipeError
 from evatool.model.config import ModelConfig, mim_config
 
@@ -225,7 +225,7 @@ def resolve_config(given: ModelConfig | Mapping[str, Any] | str | Path) -> Model
     if path.suffix != ".json":
         return resolve_preset(str(given))
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = read_json(path)
     except (OSError, ValueError) as error:
         raise RecipeError(f"the model configuration cannot be read: {error}", where=str(path)) from error
     return ModelConfig.from_json(table, name=path.stem)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from evatool.core.batch_shares import samples_per_rank
-from evatool.core.errors import EvatoolError, RecipeError, UsageError
+from evatool.core.bounded_json import read_json
+from evatool.core.errors import CheckpointError, EvatoolError, RecipeError, UsageError
 from evatool.model.config import ModelConfig, mim_config
 from evatool.model.presets import resolve_preset
 from evatool.plan.costs import Stage, StepWork, TeacherModel, joint_tower
@@ -247,9 +248,11 @@ def teacher_config(name: str) -> tuple[ModelConfig | None, str | None]:
     path = Path(name)
     found = sorted(path.glob("checkpoints/step_*/model_config.json")) + sorted(path.glob("model_config.json"))
     if found:
-        import json
-
-        return ModelConfig.from_json(json.loads(found[-1].read_text(encoding="utf-8"))), None
+        try:
+            return ModelConfig.from_json(read_json(found[-1])), None
+        except (OSError, ValueError) as error:
+            what = f"the teacher's {found[-1].name} cannot be read: {error}"
+            raise CheckpointError(what, where=str(found[-1])) from error
     for spelling in (path.stem if path.suffix else name, *_published_names(path.name)):
         try:
             return resolve_preset(spelling), None

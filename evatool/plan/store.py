@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
+from evatool.core.bounded_json import read_json
 from evatool.model.presets import resolve_preset
 from evatool.plan.job import teacher_config
 from evatool.recipe.schema import (
@@ -100,7 +100,7 @@ def _shards(recipe: _Taught) -> tuple[int, int] | None:
         return None
     manifest = Path(train) if Path(train).suffix == ".json" else Path(train) / "manifest.json"
     try:
-        shards = json.loads(manifest.read_text(encoding="utf-8"))["shards"]
+        shards = read_json(manifest, 2**30, memory_per_byte=20)["shards"]
         return sum(s["num_samples"] for s in shards), max(1, sum(s["bytes"] for s in shards))
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import evatool
+from evatool.core.bounded_json import read_json
 from evatool.core.secrets import mask_arguments
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def _git_commit() -> str | None:
 def warn_of_other_versions(before: Path) -> None:
     """Say so where a resumed run started with another Python or other packages: its numbers may differ a little."""
     try:
-        old = json.loads(before.read_text(encoding="utf-8"))
+        old = read_json(before)
         packages = old["packages"] | {"python": old["python"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return  # a new run, or one that was killed before it could write this

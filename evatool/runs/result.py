@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evatool.core.atomic_io import write_json_atomically
+from evatool.core.bounded_json import read_json
 from evatool.core.errors import CheckpointError
 
 RESULT = "result.json"
@@ -46,7 +46,7 @@ def read_result(path: Path) -> Result:
     """
     file = path / RESULT
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        stored = read_json(file)
         return _restored(stored, path)
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
@@ -56,7 +56,7 @@ def read_result(path: Path) -> Result:
 
 def is_moved(path: Path) -> bool:
     """True where the readable result in folder `path` was written under another path."""
-    stored = json.loads((path / RESULT).read_text(encoding="utf-8"))
+    stored = read_json(path / RESULT)
     return bool(stored["run_dir"] != str(path))
 
 

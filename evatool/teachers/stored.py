@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from evatool.core.atomic_io import write_json_atomically
+from evatool.core.bounded_json import read_json
 from evatool.core.own_folder import expand_user
 from evatool.distributed.collectives import gather_objects
 from evatool.distributed.engines.blocks import compile_blocks
@@ -82,7 +83,7 @@ def _reproducibly(read: Callable[[torch.device, Precision], Any], device: torch.
 def _remembered(folder: Path, stamp: list[Any]) -> TeacherFacts | None:
     """The teacher that a store was last used with, if its files have not changed since."""
     try:
-        found = json.loads((folder / _SEEN).read_text(encoding="utf-8"))
+        found = read_json(folder / _SEEN)
         if found["stamp"] != json.loads(json.dumps(stamp)) or None in stamp:
             return None
         facts = found["facts"]

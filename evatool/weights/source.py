@@ -11,7 +11,6 @@ released     a weight file, a folder of the Hugging Face hub (open_clip,  shapes
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from evatool.checkpoint.layout import AVERAGE, MANIFEST, MODEL, MODEL_CONFIG, TRAIN_STATE
 from evatool.checkpoint.load import latest_checkpoint, verify
+from evatool.core.bounded_json import read_json
 from evatool.core.errors import CheckpointError
 from evatool.core.own_folder import expand_user
 from evatool.model.config import ModelConfig
@@ -105,7 +105,12 @@ def _read_open_clip(folder: Path) -> SourceWeights:
     weights = folder / OPEN_CLIP_WEIGHTS
     if not weights.is_file():
         raise CheckpointError(f"{OPEN_CLIP_WEIGHTS} is missing", where=str(folder), fix="export the model again")
-    config = ModelConfig.from_json(_read_json(folder / OPEN_CLIP_CONFIG)["evatool"]["model"])
+    record = _read_json(folder / OPEN_CLIP_CONFIG)["evatool"]
+    if not isinstance(record, dict) or not isinstance(record.get("model"), dict):
+        raise CheckpointError(
+            f"our record in {OPEN_CLIP_CONFIG} is damaged", where=str(folder), fix="export the model again"
+        )
+    config = ModelConfig.from_json(record["model"])
     return SourceWeights(open_weights(weights), [config], str(folder))
 
 
@@ -128,17 +133,18 @@ def tells_quick_gelu(path: Path, state: Mapping[str, Tensor]) -> bool | None:
         return True
     folder = path if path.is_dir() else path.parent
     if (folder / OPEN_CLIP_CONFIG).is_file():
-        model_cfg = _read_json(folder / OPEN_CLIP_CONFIG).get("model_cfg", {})
-        return bool(model_cfg.get("quick_gelu", False))
+        model_cfg = _read_json(folder / OPEN_CLIP_CONFIG).get("model_cfg")
+        return isinstance(model_cfg, dict) and bool(model_cfg.get("quick_gelu", False))
     if (folder / "config.json").is_file():
-        activation = _read_json(folder / "config.json").get("text_config", {}).get("hidden_act")
+        text_config = _read_json(folder / "config.json").get("text_config")
+        activation = text_config.get("hidden_act") if isinstance(text_config, dict) else None
         return None if activation is None else activation == "quick_gelu"
     return None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path.name} cannot be read: {error}", where=str(path)) from error
     if not isinstance(table, dict):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evatool.core.atomic_io import write_bytes_atomically
+from evatool.core.bounded_json import read_json
 from evatool.core.errors import DataError
 from evatool.data.feature_store.spec import StoreSpec, own_folder, saying_where
 
@@ -42,7 +43,7 @@ def read_store_header(path: Path) -> dict[str, Any] | None:
     """The contents of `store.json`; None where there is no store. Raises: DataError where it cannot be read."""
     file = path / HEADER
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:

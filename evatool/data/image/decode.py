@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_webp
 
 from evatool.data.image.announced import JpegFrame, jpeg_frame, png_ends_early
 from evatool.data.image.header import (
@@ -139,6 +138,8 @@ def _is_short_png(data: bytes) -> bool:
 
 def _decode_large_webp(data: bytes) -> np.ndarray:
     """The pixels by torchvision, which holds them once; Pillow keeps four copies of a WebP's."""
+    from torchvision.io import ImageReadMode, decode_webp  # here: its models take a second to import
+
     try:
         decoded = decode_webp(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
     except RuntimeError as err:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from evatool.core.atomic_io import write_bytes_atomically
+from evatool.core.bounded_json import read_json
 from evatool.core.errors import DataError
 from evatool.core.renamed_keys import GALLERY_KEYS, rename
 from evatool.core.shown_text import json_text
@@ -171,7 +171,7 @@ def read_gallery(path: Path) -> Gallery:
     Raises: DataError if the file is missing or has another layout.
     """
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = read_json(path, 256 * 2**20, memory_per_byte=20)
         best, worst = ([_retrieval(row) for row in table[key]] for key in ("best", "worst"))
         return Gallery(table["model"], table["set"], best, worst)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

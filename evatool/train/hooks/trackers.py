@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import os
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evatool.core.atomic_io import write_json_atomically
+from evatool.core.bounded_json import read_json
 from evatool.core.errors import DependencyError
 from evatool.core.secrets import mask_values
 from evatool.distributed.collectives import rank
@@ -107,7 +107,7 @@ class Tracker(Hook):
         asked = self._asked_id or of_environment
         path = self._folder / IDENTITY
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
+            kept = read_json(path)
         except (OSError, ValueError):
             kept = {}
         known = kept.get(self._kind) if isinstance(kept, dict) else None
