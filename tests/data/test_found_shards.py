@@ -63,7 +63,7 @@ PARTS = st.sampled_from(["a", "b", ".", "_", "__", "/", "é", "jpg", "TXT"])
 
 @pytest.mark.parity
 @given(names=st.lists(st.lists(PARTS, min_size=1, max_size=7).map("".join), max_size=10))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_any_names_make_the_samples_that_webdataset_makes(names: list[str], tmp_path_factory: Any) -> None:
     # Left out: names that are unsafe or folders, and webdataset's sample `d/` of macOS's `d/._a` (see tar/index.py).
     names = [n for n in names if not n.startswith("/") and ".." not in n.split("/") and not n.endswith("/")]
@@ -199,7 +199,7 @@ def test_no_flipped_bit_of_an_index_loses_a_sample(tmp_path: Path, kind: str) ->
     whole = index.read_bytes()
     expected = take(loader({"train": train, "max_bad_fraction": 0.0}), 1)[0]
     rng = random.Random(0)
-    for _ in range(15):
+    for _ in range(8):
         damaged = bytearray(whole)
         damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
         index.write_bytes(damaged)
@@ -310,23 +310,24 @@ def test_all_sources_of_a_process_share_the_files_that_may_be_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(open_files, "MAX_OPEN", 10)
-    section = four_sources(tmp_path, 12)
+    section = four_sources(tmp_path, 8)
     before = len(os.listdir("/proc/self/fd"))
-    found = loader(section, global_batch_size=48)
-    assert len(set(keys(take(found, 2)))) == 48
+    found = loader(section, global_batch_size=32)
+    assert len(set(keys(take(found, 2)))) == 32
     assert len(os.listdir("/proc/self/fd")) - before <= 11
     del found
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_where_the_process_may_open_no_more_files_some_are_closed(
-    tmp_path: Path, few_files: Callable[[int], None]
+    tmp_path: Path, few_files: Callable[[int], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    section = four_sources(tmp_path, 12)
-    found = loader(section, global_batch_size=48)
-    few_files(5)  # and `most_open` counts on more
-    assert len(set(keys(take(found, 3)))) == 48
+    section = four_sources(tmp_path, 8)
+    found = loader(section, global_batch_size=32)
+    few_files(2)  # a tar and its index; `most_open` counts on more
+    assert len(set(keys(take(found, 3)))) == 32
     assert not found.bad
+    assert "cannot be used" not in caplog.text  # no index is taken for a damaged one
 
 
 def test_too_few_files_for_a_single_tar_are_named_with_the_way_to_have_more(

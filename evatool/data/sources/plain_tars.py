@@ -21,6 +21,7 @@ from evatool.core.bounded_json import parse_json, read_json
 from evatool.data.sources.cache import ShardCache
 from evatool.data.sources.fetch import FetchError, Patience, display_url, fetch_bytes, is_remote, local_path
 from evatool.data.tar.index import WHOLE_TAR, ShardMembers, index_json, read_index, read_index_head, scan_file
+from evatool.data.tar.open_files import is_too_many
 from evatool.data.tar.scan import CAUSES
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,8 @@ def read_members(tar: Path, index: str | None, is_kept: bool) -> ShardMembers:
         except FileNotFoundError:
             log.info("%s: its index is gone, the tar is scanned", tar.name)
         except (OSError, ValueError) as err:
+            if is_too_many(err):
+                raise  # the index is as good as before: whoever asks makes room
             log.warning("%s: its index cannot be used, the tar is scanned: %s", tar.name, err)
     members = scan_file(tar)
     if index is not None and is_kept:
