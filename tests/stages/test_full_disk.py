@@ -82,3 +82,43 @@ def test_data_prepare_on_a_small_disk(work: Path, kilobytes: int) -> None:
     assert "disk is full" in done.stderr
     if done.stdout:
         assert json.loads(done.stdout)["exit_code"] == 76
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kilobytes"),
+    [
+        (["export", "whole", "--to", "open_clip"], 60),
+        (["export", "whole", "--to", "torch-export"], 700),
+        (["eval", "whole", "--suite", "drawings", "--data", "data/eval", "--set", "eval.use_cache=false"], 40),
+    ],
+    ids=["open_clip", "torch-export", "eval"],
+)
+def test_export_and_eval_on_a_small_disk(work: Path, arguments: list[str], kilobytes: int) -> None:
+    """Torch says "failed writing file" of a full disk, and no more."""
+    small = work / "small"
+    small.mkdir(exist_ok=True)
+    done = run_on_small_disk(
+        [*PROGRAM, *arguments, "--run-dir", "small/run"],
+        small,
+        f"{kilobytes}k",
+        after="cat small/run/status.json",
+        cwd=work,
+    )
+    assert done.returncode == 76, done.stderr
+    assert "Traceback" not in done.stderr
+    status = json.loads(done.stdout)
+    assert (status["state"], status["exit_code"]) == ("failed", 76)
+    assert status["message"].startswith("the disk is full")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_reader_that_leaves_does_not_end_a_run(work: Path, processes: int) -> None:
+    """`evatool ... 2>&1 | head -2`: the ranks that the command starts have the same terminal."""
+    name = f"headless{processes}"
+    arguments = [*command(work), "--set", f"engine.processes={processes}", "--set", "model.preset=EVA02-CLIP-debug"]
+    program = f'"{sys.executable}" -m evatool {" ".join(arguments)} --run-dir {name}'
+    line = f'{program} 2>&1 | head -2; echo "${{PIPESTATUS[0]}}"'
+    done = subprocess.run(["bash", "-c", line], cwd=work, capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines()[-1] == "0", done.stdout
+    assert json.loads((work / name / "status.json").read_text())["state"] == "done"
+    assert "step 8/8" in (work / name / "logs" / "rank_00000.log").read_text()
