@@ -11,13 +11,16 @@ from typing import Any
 
 MAX_KEY_PARTS = 32
 
-_QUOTED = re.compile(r'"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'')
+_QUOTED = re.compile(r'"(?:[^"\\\n]++|\\.)*+"|\'[^\'\n]*+\'')  # possessive: nothing is kept to go back to
+_LONG_NUMBER = re.compile(r"[=\[,][ \t\n]*+[+-]?(?:0[xob])?[0-9a-f_]{10000}")
 _BETWEEN_KEYS = re.compile(r"[,=\[\]{}\n#]")
 _DOT = re.compile(r"[\w-][ \t]*\.(?=[ \t]*[\w-])")
 
 
 def parse_toml(text: str) -> dict[str, Any]:
     """The table of a TOML text. Raises: tomllib.TOMLDecodeError, also for what is nested too deep to be read."""
+    if _LONG_NUMBER.search(text):
+        raise tomllib.TOMLDecodeError("a number of more than 10000 digits")
     if text.count(".") > MAX_KEY_PARTS:
         for piece in _BETWEEN_KEYS.split(_QUOTED.sub("q", text)):
             if piece.count(".") > MAX_KEY_PARTS and sum(1 for _ in _DOT.finditer(piece)) > MAX_KEY_PARTS:

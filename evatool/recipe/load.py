@@ -25,7 +25,7 @@ from evatool.recipe.write import dotted, flatten, format_value, to_table
 
 log = logging.getLogger(__name__)
 
-MAX_BYTES = 4 * 2**20
+MAX_BYTES = 2 * 2**20
 """Limit for all files of a recipe together."""
 
 MAX_FILES = 100
@@ -328,7 +328,7 @@ def _find_base(name: str, child: Path) -> Path:
 
 def _unset(layer: _Layer, keys: Sequence[str], where: str) -> None:
     """Drop values of the bases. A key that no base sets is a problem: it would silently do nothing."""
-    for key in keys:
+    for key in (key[:MAX_SUGGESTED_CHARS] for key in keys):
         try:
             renamed = renamed_recipe_key(key)
             if renamed != key:
@@ -339,7 +339,7 @@ def _unset(layer: _Layer, keys: Sequence[str], where: str) -> None:
                 table = table[part]
             del table[last]
         except (KeyError, TypeError, ValueError):
-            near = get_close_matches(key[:MAX_SUGGESTED_CHARS], list(flatten(layer.table)), n=1)
+            near = get_close_matches(key, list(flatten(layer.table)), n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             layer.problems.append(f"{where}: unset = [{format_value(key)}] names a key that no base sets{hint}")
     kept = flatten(layer.table)
