@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 
 import torch
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Throughput:
     """
 
     def __init__(self, work: Work | None = None) -> None:
-        self._work = work
+        self._work, self._has_said_why = work, False
         self._start = time.perf_counter()
         self._samples = 0
         self._data_wait_sec = 0.0
@@ -44,9 +47,25 @@ class Throughput:
             "throughput/eta_sec": samples_left / speed if speed else 0.0,
         }
         if self._work is not None:
-            rates["throughput/mfu"] = speed * self._work.flops_per_sample / self._work.peak_flops
+            rates |= self._mfu(speed * self._work.flops_per_sample / self._work.peak_flops)
         self._start, self._samples, self._data_wait_sec = now, 0, 0.0
         return rates
+
+    def _mfu(self, mfu: float) -> dict[str, float]:
+        """The share of the peak as a figure, where it can be one.
+
+        Model FLOPs count every caption at its full length; the padding that a text tower leaves out is not computed.
+        Above 1 they say nothing of the hardware any more.
+        """
+        if mfu <= 1:
+            return {"throughput/mfu": mfu}
+        if not self._has_said_why:
+            self._has_said_why = True
+            log.info(
+                "no share of the peak (MFU) is shown while it would be above 100 %%: model FLOPs count the padding of "
+                "captions, which is not computed"
+            )
+        return {}
 
 
 def peak_memory_bytes(device: torch.device) -> int:
