@@ -10,6 +10,16 @@ of torch: a name is imported on first use.
 
 from __future__ import annotations
 
+import sys
+
+# `python -m evatool` puts the working folder first on the path, where a `typing.py` or `json.py` may lie that nobody
+# means to run. While Python looks for the module, `sys.argv[0]` is "-m"; what stands before the arguments names it.
+# In every other process the path is its owner's.
+if sys.argv[:1] == ["-m"] and not getattr(sys.flags, "safe_path", False):
+    _module = sys.orig_argv[len(sys.orig_argv) - len(sys.argv)]
+    if (_module.partition("m")[2] if _module[:1] == "-" else _module).partition(".")[0] == "evatool":
+        del sys.path[0]
+
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers and editors see; `_HOMES` below is the same list

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from evatool.cli.app import main
+from evatool.core.stop_signals import end_at_once
 
 if __name__ == "__main__":
+    end_at_once()  # the import of the command line takes its time, and nothing is made yet
+    from evatool.cli.app import main
+
     main()

@@ -36,7 +36,7 @@ ARROWS: dict[str, str] = {
     "stages": "core formats recipe distributed checkpoint data model weights teachers objective optim train eval "
     "export inference plan runs",
     "cli": "core recipe distributed model optim eval plan runs stages",
-    "__main__": "cli",
+    "__main__": "core cli",
 }
 TORCH_FREE = ("cli", "recipe", "plan")
 TORCH_FREE_FILES = (

@@ -47,7 +47,7 @@ PROMISED = [
 def seen_by_type_checkers() -> dict[str, str]:
     """Name -> module, of the imports under `if TYPE_CHECKING`."""
     tree = ast.parse((ROOT / "evatool" / "__init__.py").read_text(encoding="utf-8"))
-    block = next(node for node in tree.body if isinstance(node, ast.If))
+    block = next(node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
     return {
         alias.name: str(node.module) for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }

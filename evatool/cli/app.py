@@ -21,6 +21,7 @@ from evatool.cli.recipe import recipe_app
 from evatool.cli.store_features import store_features
 from evatool.cli.streams import keep_streams
 from evatool.cli.suites import suites_app
+from evatool.core import own_process, stop_signals
 from evatool.core.errors import ExitCode
 
 
@@ -47,6 +48,10 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the `evatool` script, of `python -m evatool` and of `torchrun -m evatool`."""
+    stop_signals.end_at_once()
+    own_process.prepare_own_process()
+    if own_process.is_launched():
+        own_process.end_with_parent(own_process.launcher_pid())
     keep_streams()
     # Looking for pydantic's plugins reads the metadata of every installed package: a sixth of what --dry-run costs.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
@@ -56,6 +61,8 @@ def main() -> None:
         if stop.code == ExitCode.USAGE:
             answer_usage_error(sys.argv[1:])
         raise
+    finally:
+        stop_signals.restore()
 
 
 def _show_version(wanted: bool) -> None:

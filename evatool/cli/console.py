@@ -15,6 +15,7 @@ import typer
 
 from evatool.cli.streams import send_nowhere
 from evatool.core import logging as logs
+from evatool.core import stop_signals
 from evatool.core.disk import disk_trouble
 from evatool.core.errors import EvatoolError, ExitCode, RecipeError, UsageError
 from evatool.core.secrets import mask_secrets, mask_values
@@ -74,18 +75,22 @@ def execute(action: Callable[[], Report], *, json_output: bool, debug: bool, go_
     """
     global _has_answered
     _has_answered = True
+    is_one_of_several = is_cut_off = False
     with contextlib.suppress(UsageError):  # the stage reads it again, and tells
-        read_environment()
+        is_one_of_several = read_environment().world_size > 1
+    if is_one_of_several:
+        stop_signals.end_if_unheard()
     rank = logs.env_rank()
     failure: CommandFailure | None = None
     report: Report | None = None
     with _stdout_kept_for_results():
         logs.configure(rank=rank, debug=debug)
         try:
-            report = action()
+            with stop_signals.raising():
+                report = action()
             failure = report.failure
-        except (KeyboardInterrupt, Exception) as error:
-            failure = explain(error, go_on)
+        except (KeyboardInterrupt, stop_signals.Terminated, Exception) as error:
+            failure, is_cut_off = explain(error, go_on), stop_signals.is_cut_off(error)
             if debug:
                 sys.stderr.write(mask_secrets(shown_page(traceback.format_exc())))
     if rank == 0:
@@ -102,6 +107,8 @@ def execute(action: Callable[[], Report], *, json_output: bool, debug: bool, go_
             send_nowhere(sys.stdout)  # Python writes what is still buffered at its end: that would fail again
             if report is None or not report.is_kept:
                 failure = failure or unprinted  # a script must not take half an object for the whole
+    if failure and is_one_of_several and (is_cut_off or failure.exit_code == ExitCode.TRANSIENT):
+        stop_signals.leave_at_once(failure.exit_code)
     raise typer.Exit(int(failure.exit_code) if failure else ExitCode.DONE)
 
 
@@ -129,6 +136,8 @@ def explain(error: BaseException, go_on: str = GO_ON) -> CommandFailure:
         )
     if isinstance(error, KeyboardInterrupt):
         return CommandFailure("Interrupted", "stopped by Ctrl-C", ExitCode.INTERRUPTED, details={"next": go_on})
+    if isinstance(error, stop_signals.Terminated):
+        return CommandFailure("Preempted", str(error), ExitCode.PREEMPTED, details={"next": go_on})
     trouble = disk_trouble(error)
     if trouble is not None and isinstance(error, OSError):
         where = {"where": str(error.filename)} if error.filename else {}

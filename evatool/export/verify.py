@@ -96,7 +96,7 @@ def foreign_outputs(
         given_path, made_path = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
         write_safetensors(given_path, inputs)
         arguments = [str(folder.resolve()), str(given_path), str(made_path), "yes" if needs_evatool else "no"]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = os.environ | {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
             [sys.executable, "-c", _PRELUDE + reader, *arguments],
             cwd=scratch,

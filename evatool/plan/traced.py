@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -88,7 +89,8 @@ def _cached(path: Path) -> TracedModel | None:
 def _traced(name: str, layer: int | None, image_size: int | None) -> TracedModel:
     log.info("timm's %s has no formula: a process counts what it costs, and the figures are kept", name)
     command = [sys.executable, "-m", TRACER, json.dumps([name, layer, image_size])]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONSAFEPATH": "1"}  # nothing of the working folder is imported
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     last = (ran.stdout.strip().splitlines() or [""])[-1]
     try:
         reply = json.loads(last)

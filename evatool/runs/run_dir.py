@@ -25,7 +25,7 @@ from evatool.runs.environment import environment, warn_of_other_versions
 from evatool.runs.lease import Lease, check_free, check_token, read_token, take_lease
 from evatool.runs.result import RESULT, Result, is_moved, read_result, write_result
 from evatool.runs.reuse import check_reuse, is_folder_used, remove_unwritten
-from evatool.runs.status import first_failure, is_status_damaged, read_status, write_status
+from evatool.runs.status import KILLED_ADVICE, first_failure, is_status_damaged, last_step, read_status, write_status
 
 log = logging.getLogger(__name__)
 
@@ -108,20 +108,22 @@ class RunDir:
             self._write_status(ExitCode.DONE, None)
         self.close()
 
-    def fail(self, exit_code: int, message: str) -> None:
+    def fail(self, exit_code: int, message: str, *, speaks_for_rank_0: bool = False) -> None:
         """Write the final status of a run that stopped early.
 
         When one rank fails, the others die of it a moment later (a closed connection, the launcher's SIGTERM). So
         ranks above 0 leave a note, and rank 0 reports the failure that came first. In a folder that another start has
         taken over nothing is written.
+
+        Args:
+            speaks_for_rank_0: rank 0 is gone, so that another rank writes the status in its place.
         """
         try:
             self.check_owner()
             if self.rank > 0:
-                write_json_atomically(
-                    self._note(), {"exit_code": int(exit_code), "message": mask_secrets(message), "rank": self.rank}
-                )
-            else:
+                note = {"exit_code": int(exit_code), "message": mask_secrets(message), "rank": self.rank}
+                write_json_atomically(self._note(self.rank), note)
+            if self.rank == 0 or (speaks_for_rank_0 and read_token(self.path) in (None, self.token)):
                 first = first_failure(self.path) or {"exit_code": int(exit_code), "message": message}
                 self._write_status(first["exit_code"], first["message"])
         except RunFolderTakenError as error:
@@ -139,8 +141,17 @@ class RunDir:
         if self.lease is not None:
             self.lease.release()
 
-    def _note(self) -> Path:
-        return self.logs / f"rank_{self.rank:05d}.failed.json"
+    def note_killed(self, rank: int, words: str, signal_name: str) -> None:
+        """Leave a note for a rank that a signal ended, which could leave none itself."""
+        step = last_step(self.path)
+        since = "before the first step" if step is None else f"after step {step}"
+        message = f"{words} {since}\nwhere: {self.logs}\nnext: {KILLED_ADVICE}"
+        note = {"exit_code": int(ExitCode.TRANSIENT), "message": message, "rank": rank, "signal": signal_name}
+        with contextlib.suppress(OSError):  # a full disk: the other ranks' own words remain
+            write_json_atomically(self._note(rank), note)
+
+    def _note(self, rank: int) -> Path:
+        return self.logs / f"rank_{rank:05d}.failed.json"
 
     def _write_status(self, exit_code: int, message: str | None) -> None:
         write_status(self.path, _STATES.get(ExitCode(exit_code), "failed"), exit_code, message)

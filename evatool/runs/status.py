@@ -13,6 +13,11 @@ from evatool.core.disk import disk_trouble
 from evatool.core.errors import ExitCode
 from evatool.core.secrets import mask_secrets
 
+CAUSES = (ExitCode.USAGE, ExitCode.BAD_DATA, ExitCode.UNHEALTHY_NODE, ExitCode.NUMERICAL_ABORT)
+"""Exit codes of failures that are a cause, and not what other ranks meet because of one."""
+
+
+KILLED_ADVICE = "run the same command with --resume; SIGKILL often comes from the system when memory runs out"
 _MAX_MESSAGE = 900  # characters: with its escapes still within the 4 kB of one block
 
 
@@ -25,7 +30,7 @@ def write_status(path: Path, state: str, exit_code: int | None, message: str | N
         "state": state,
         "exit_code": None if exit_code is None else int(exit_code),
         "message": None if message is None else mask_secrets(message),
-        "step": _last_step(path),
+        "step": last_step(path),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     file = path / "status.json"
@@ -60,11 +65,19 @@ def _write_in_place(file: Path, status: dict[str, Any], why: OSError) -> None:
 
 
 def first_failure(path: Path) -> dict[str, Any] | None:
-    """The note (exit_code, message, rank) of the rank above 0 that failed first in this start; None if none did."""
+    """The note (exit_code, message, rank) of the failure that came first in this start; None if none was noted.
+
+    What has a cause of its own goes before a rank that a signal killed, and that before what others met because of it.
+    """
     notes = sorted(path.glob("logs/rank_*.failed.json"), key=lambda note: note.stat().st_mtime_ns)
     found = [_read_table(note) for note in notes]
     stopped = (ExitCode.PREEMPTED, ExitCode.INTERRUPTED)  # ranks that were told to stop are not the cause
-    return next((note for note in found if note.get("exit_code", stopped[0]) not in stopped), None)
+    found = [note for note in found if note.get("exit_code", stopped[0]) not in stopped]
+    return min(found, key=_rank_of_cause, default=None)
+
+
+def _rank_of_cause(note: dict[str, Any]) -> int:
+    return 0 if note["exit_code"] in CAUSES else 1 if "signal" in note else 2
 
 
 def read_status(path: Path) -> dict[str, Any]:
@@ -91,7 +104,7 @@ def _read_table(file: Path) -> dict[str, Any]:
     return table if is_sound else {}
 
 
-def _last_step(path: Path) -> int | None:
+def last_step(path: Path) -> int | None:
     """The newest step that metrics.jsonl or a checkpoint tells of: a run told to stop saves between two log lines."""
     saved = [int(name) for p in path.glob("checkpoints/step_*") if (name := p.name.removeprefix("step_")).isdigit()]
     logged = _last_logged_step(path / "metrics.jsonl")

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from types import FrameType
 
 from evatool.core import logging as logs
+from evatool.core import stop_signals
 from evatool.core.disk import disk_error
 from evatool.core.errors import EvatoolError, ExitCode, Preempted
+from evatool.distributed import peers
 from evatool.recipe.load import Resolved
 from evatool.runs.result import Result
 from evatool.runs.run_dir import RunDir, RunOptions, check_run_dir, run_path, stored_result
@@ -38,21 +38,29 @@ def run_stage(resolved: Resolved, options: RunOptions, task: str | None = None) 
     options.opened = None
     if logs.env_rank() == 0:
         check_run_dir(recipe, options)  # before the seconds that importing torch takes
+    stop_signals.record_with(partial(_record_end, options))
+    peers.listen(partial(_note_death, options))
     stage = import_module("evatool.stages." + (task or recipe.stage).replace("-", "_"))
     try:
-        with _sigterm_raises(), _full_disk_in_words(run_path(recipe, options)):
+        with stop_signals.raising(), _full_disk_in_words(run_path(recipe, options)):
             result: Result = stage.run(recipe, options)
             if options.opened is not None:
                 options.opened.finish(result)
     except KeyboardInterrupt:
         _record_failure(options.opened, ExitCode.INTERRUPTED, "stopped by Ctrl-C")
         raise
+    except stop_signals.Terminated as stop:
+        _record_failure(options.opened, ExitCode.PREEMPTED, str(stop))
+        raise Preempted(str(stop), fix="run again with --resume: saved work is not repeated") from stop
     except EvatoolError as error:
         _record_failure(options.opened, error.exit_code, str(error))
         raise
     except Exception as error:
         _record_failure(options.opened, ExitCode.FAILED, f"{type(error).__name__}: {error}")
         raise
+    finally:
+        stop_signals.record_with(None)
+        peers.listen(None)
     return result
 
 
@@ -60,10 +68,22 @@ def _record_failure(run_dir: RunDir | None, exit_code: int, message: str) -> Non
     """Status and trace of a failed run; the terminal shows the message only, the run's log has the trace."""
     if run_dir is None:
         return
-    record = log.makeRecord(log.name, logging.ERROR, __file__, 0, "the stage failed", (), sys.exc_info())
-    for handler in run_dir.handlers:
-        handler.handle(record)
-    run_dir.fail(exit_code, message)
+    with stop_signals.deaf():
+        record = log.makeRecord(log.name, logging.ERROR, __file__, 0, "the stage failed", (), sys.exc_info())
+        for handler in run_dir.handlers:
+            handler.handle(record)
+        run_dir.fail(exit_code, message, speaks_for_rank_0=peers.is_gone(0))
+
+
+def _record_end(options: RunOptions, exit_code: int, message: str) -> None:
+    """Status of a run whose main thread waits for ever, told by another."""
+    if options.opened is not None:
+        options.opened.fail(exit_code, message, speaks_for_rank_0=peers.is_gone(0))
+
+
+def _note_death(options: RunOptions, death: peers.Death) -> None:
+    if options.opened is not None:
+        options.opened.note_killed(death.member.rank, str(death), death.signal)
 
 
 @contextmanager
@@ -76,22 +96,3 @@ def _full_disk_in_words(path: Path) -> Iterator[None]:
         if in_words is None:
             raise
         raise in_words from error
-
-
-@contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM outside the training loop, which has its own handler, ends the stage like an exception."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Preempted(
-            f"stopped by {signal.Signals(number).name}", fix="run again with --resume: saved work is not repeated"
-        )
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

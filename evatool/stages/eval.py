@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from evatool.distributed.world import close_world, init_world
+from evatool.distributed.world import joined_world
 from evatool.recipe.schema import EvalRecipe
 from evatool.runs.result import Result
 from evatool.runs.run_dir import RunOptions
@@ -23,10 +23,7 @@ def run(recipe: EvalRecipe, options: RunOptions) -> Result:
         EvatoolError: a set or model failed, after the results of the others were written.
     """
     request = check_request(recipe.eval)
-    world = init_world()
-    try:
+    with joined_world() as world:
         evaluation = start_evaluation(recipe, options, request, world)
         measure_models(evaluation)
         return write_outputs(evaluation)
-    finally:
-        close_world()

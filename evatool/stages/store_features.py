@@ -17,6 +17,7 @@ from evatool.data.feature_store.fill import missing_batches, num_rows
 from evatool.data.feature_store.store import FeatureStore
 from evatool.data.train.loader import TrainLoader
 from evatool.distributed.collectives import gather_objects
+from evatool.distributed.meeting import meet
 from evatool.recipe.schema import DistillRecipe, PretrainMimRecipe, TrainClipRecipe
 from evatool.runs.result import Result
 from evatool.runs.run_dir import RunOptions
@@ -56,6 +57,7 @@ def run(recipe: PretrainMimRecipe | DistillRecipe | TrainClipRecipe, run: RunOpt
                     bar.advance(recipe.train.global_batch_size)
                     if len(batch.keys):
                         made += _fill(work, batch.to(job.world.device))
+        meet("to fill its share of the stores")
         made, seconds = sum(gather_objects(made)), time.perf_counter() - started
         training = works[0].loader
         metrics: dict[str, float | int | str] = {

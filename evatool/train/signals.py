@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evatool.core import stop_signals
 from evatool.distributed.collectives import all_reduce_max, rank, world_size
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class StopRequests:
 
     def __enter__(self) -> StopRequests:
         self._last_save = time.monotonic()
+        stop_signals.hold(True)
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._ask) for number in REASONS}
         return self
@@ -72,6 +74,7 @@ class StopRequests:
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        stop_signals.hold(False)
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:

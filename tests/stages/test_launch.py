@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -82,6 +83,28 @@ def test_a_failed_rank_speaks_for_a_killed_rank_0(tmp_path: Path) -> None:
     RunDir(tmp_path, rank=1).fail(78, "rank 1: bad data")
     failure = launch._failure(tmp_path, "", is_status_new=True)
     assert (failure.exit_code, failure.what) == (78, "rank 1: bad data")
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "expected"),
+    [
+        ("running", None, 76),
+        ("failed", 1, 76),
+        ("preempted", 75, 76),
+        ("failed", 2, 2),
+        ("failed", 78, 78),
+        ("failed", 79, 79),
+        ("failed", 80, 80),
+    ],
+)
+def test_a_killed_rank_is_the_failure_unless_a_rank_had_a_cause_before(
+    tmp_path: Path, state: str, code: int | None, expected: int
+) -> None:
+    write_status(tmp_path, state, code, "rank 0 says")
+    failure = launch._failure(tmp_path, "", is_status_new=True, killed="rank 1 on here was killed by SIGKILL")
+    found = json.loads((tmp_path / "status.json").read_text())
+    assert failure.exit_code == found["exit_code"] == expected
+    assert found["message"].startswith("rank 1 on here was killed by SIGKILL" if expected == 76 else "rank 0 says")
 
 
 # What each rank runs in place of training: `-m evatool` finds this package first.
@@ -177,6 +200,5 @@ def test_ctrl_c_reaches_every_rank_once_and_they_may_save(start, tmp_path: Path)
 @pytest.mark.dist
 def test_a_killed_rank_is_named(start, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     out, err = start("killed").communicate(timeout=120)
-    assert out == "1 a process failed\n"
-    assert "rank 1 was killed by SIGKILL" in err
+    assert out == f"76 rank 1 on {platform.node()} was killed by SIGKILL before the first step\n"
     assert "Traceback" not in err

@@ -8,12 +8,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from multiprocessing.process import BaseProcess
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
 from evatool.core.errors import TransientError
+from evatool.core.own_process import end_with_parent
 from evatool.data.train.dataset import Made, StepDataset
 from evatool.data.train.transfer import (
     SHARED_MEMORY,
@@ -101,7 +103,7 @@ class _Attempt:
                 batch_size=None,
                 sampler=positions,
                 num_workers=num_workers,
-                worker_init_fn=_ignore_interrupts,
+                worker_init_fn=partial(_begin_process, _is_main_thread()),
                 generator=torch.Generator(),  # its draws must not come out of the training process's generator
                 pin_memory=torch.cuda.is_available(),  # so that `Batch.to` does not wait for the copy
             )
@@ -168,12 +170,18 @@ class _Attempt:
 def _leave_children_to_the_loader() -> None:
     # The DataLoader has installed a handler that raises in whatever the training process is doing when a worker dies.
     # Without it the death is noticed where the batch is waited for, every five seconds, and can be handled there.
-    if threading.current_thread() is threading.main_thread():
+    if _is_main_thread():
         handler = signal.getsignal(signal.SIGCHLD)
         if getattr(handler, "__module__", "") == "torch.utils.data._utils.signal_handling":
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def _ignore_interrupts(worker: int) -> None:
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _begin_process(ends_with_parent: bool, worker: int) -> None:
+    if ends_with_parent:  # with the thread that has started it, so only where that lives as long
+        end_with_parent()
     # Ctrl-C reaches the whole process group; the training process saves its state and ends the workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -15,6 +15,7 @@ import evatool
 from evatool.core.errors import DependencyError, RecipeError
 from evatool.core.own_folder import OwnFolder, user_cache_folder
 from evatool.distributed.collectives import gather_objects
+from evatool.distributed.meeting import meet
 from evatool.distributed.world import World
 from evatool.eval.results import EvalResults, file_name
 from evatool.eval.suite import Suite, SuiteSet, fetch_command, find_sets, load_suite
@@ -58,6 +59,7 @@ def start_evaluation(recipe: EvalRecipe, options: RunOptions, request: EvalReque
         for stale in _WRITTEN_AGAIN:  # of an earlier start that failed in part
             (run_dir.path / stale).unlink(missing_ok=True)
         folders = fetch_sets(section, folders, suite.sets) if section.fetch else folders
+    meet("to open the run folder and fetch what is missing")
     folders = gather_objects(folders)[0]  # rank 0 opens the run folder, the others follow
     if not world.is_main:
         run_dir = open_run_dir(recipe, options, world.rank)

@@ -28,8 +28,9 @@ from evatool.data.train.masking import MaskSpec
 from evatool.distributed.collectives import gather_objects
 from evatool.distributed.engines.build import Engine, build_engine, engine_kind, shards_weights
 from evatool.distributed.engines.meta_init import InitialWeights, MetaBuild
+from evatool.distributed.meeting import meet
 from evatool.distributed.versions import check_versions
-from evatool.distributed.world import World, close_world, init_world
+from evatool.distributed.world import World, joined_world
 from evatool.model.clip import build_clip
 from evatool.model.presets import ModelConfig, resolve_preset
 from evatool.model.vision import restore_buffers
@@ -83,8 +84,7 @@ def open_job(recipe: AnyTraining, options: RunOptions) -> Iterator[Job]:
 
     Raises: RecipeError, UsageError, CheckpointError, all before any data or model is touched.
     """
-    world = init_world()
-    try:
+    with joined_world() as world:
         check_world_size(recipe, world.world_size)
         check_versions()
         run_dir, newest = _open_folder(recipe, options, world)
@@ -100,8 +100,9 @@ def open_job(recipe: AnyTraining, options: RunOptions) -> Iterator[Job]:
             recipe.train.precision,
         )
         yield Job(recipe, options, world, run_dir, saved)
-    finally:
-        close_world()
+
+
+_OPENING = "to open the run folder"
 
 
 def _open_folder(recipe: AnyTraining, options: RunOptions, world: World) -> tuple[RunDir, Path | None]:
@@ -111,8 +112,10 @@ def _open_folder(recipe: AnyTraining, options: RunOptions, world: World) -> tupl
         newest = latest_checkpoint(run_dir.path) if run_dir.resumed else None
         for unfinished in unfinished_in(run_dir.checkpoints):  # of a start that was killed while it saved
             shutil.rmtree(unfinished, ignore_errors=True)
+        meet(_OPENING)
         gather_objects(newest)
         return run_dir, newest
+    meet(_OPENING)
     newest = gather_objects(None)[0]
     return open_run_dir(recipe, options, world.rank), newest
 

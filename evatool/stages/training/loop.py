@@ -14,6 +14,7 @@ from evatool.checkpoint.load import Checkpoint, latest_checkpoint, load_checkpoi
 from evatool.checkpoint.save import save_run
 from evatool.core.param_group import ParamGroup
 from evatool.data.train.loader import TrainLoader
+from evatool.distributed import peers
 from evatool.distributed.collectives import gather_objects
 from evatool.distributed.engines.build import Engine
 from evatool.model.config import ModelConfig
@@ -56,7 +57,7 @@ def build_hooks(
     train, run_dir = job.recipe.train, job.run_dir
     guard = train.guard
     hooks: list[Hook] = [
-        HangWatch(job.recipe.engine.hang_timeout_sec, run_dir.logs, run_dir.fail),
+        HangWatch(job.recipe.engine.hang_timeout_sec, run_dir.logs, partial(_record, run_dir)),
         NonFiniteGuard(guard.budget, guard.window, guard.policy, run_dir.journal),
     ]
     if contrastive_key is not None:
@@ -101,6 +102,10 @@ def build_hooks(
             reference=(math.log(train.global_batch_size), "ln(batch)") if contrastive_key == "loss" else None,
         ),
     ]
+
+
+def _record(run_dir: RunDir, exit_code: int, message: str) -> None:
+    run_dir.fail(exit_code, message, speaks_for_rank_0=peers.is_gone(0))
 
 
 def _model_hooks(

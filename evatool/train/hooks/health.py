@@ -17,6 +17,7 @@ from torch import Tensor
 
 from evatool.core.errors import ExitCode, UnhealthyNodeError
 from evatool.core.step import StepContext
+from evatool.distributed import peers
 from evatool.distributed.collectives import gather_objects, rank, world_size
 from evatool.train.control import StepResult, TrainerControl
 from evatool.train.hooks.base import Hook
@@ -28,7 +29,8 @@ class HangWatch(Hook):
     """Ends this process with exit code 76 where no step was done for `timeout_sec`, and saves where it was stuck.
 
     A rank that waits in an exchange for one that never comes cannot be told so: its stacks (of all threads) go to
-    `folder/stacks_rank_00000.txt`, and a thread ends the process. So do the other waiting ranks.
+    `folder/stacks_rank_00000.txt`, and a thread ends the process. So do the other waiting ranks. Where one rank gives
+    no sign of life, its process stopped or its machine gone, the others name it.
 
     Args:
         timeout_sec: longest step, its saves and evaluations included, and the wait for the first batch.
@@ -64,21 +66,27 @@ class HangWatch(Hook):
 
     def _end(self) -> None:
         path = self._folder / f"stacks_rank_{rank():05d}.txt"
-        message = (
-            f"rank {rank()} on {platform.node()} has done no step for {self._timeout_sec:g} s after step {self._step}: "
-            f"it hangs, or waits for a rank that does\nwhere: {path}\nnext: run the same command with --resume; if it "
-            "happens again, look at the rank whose stacks are missing or differ, or raise engine.hang_timeout_sec"
-        )
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with path.open("w", encoding="utf-8") as file:
                 file.write(f"after step {self._step}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
+            message = self._message(path, peers.missing())
             log.error("%s", message.replace("\n", "; "))
             self._record(int(ExitCode.TRANSIENT), message)
         finally:
             os._exit(int(ExitCode.TRANSIENT))  # the main thread may wait in native code for ever
+
+    def _message(self, stacks: Path, missing: list[str]) -> str:
+        waits = (
+            f"rank {rank()} on {platform.node()} has done no step for {self._timeout_sec:g} s after step {self._step}"
+        )
+        look = "look at the rank whose stacks are missing or differ, or raise engine.hang_timeout_sec"
+        what = f"{waits}: it hangs, or waits for a rank that does"
+        if missing:
+            what, look = f"{'; '.join(missing)}: {waits}", "look at that rank's machine"
+        return f"{what}\nwhere: {stacks}\nnext: run the same command with --resume; if it happens again, {look}"
 
 
 class ReplicaCheck(Hook):
