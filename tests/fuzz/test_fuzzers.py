@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz.fuzzers import FUZZERS
-from tests.fuzz.harness import Fuzzer, changed, fuzz, run_fuzzer
+from tests.fuzz.harness import Fuzzer, changed, fuzz, run_case, run_fuzzer
 
 SECONDS = float(os.environ.get("EVATOOL_FUZZ_SECONDS", "20"))
 
@@ -46,3 +46,10 @@ def test_memory_beyond_the_bound_is_found(tmp_path: Path) -> None:
 def test_changes_are_the_same_for_the_same_seed() -> None:
     made = [changed(b"some bytes", [b"others"], [b"word"], random.Random(5)) for _ in range(2)]
     assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("case", sorted((Path(__file__).parent / "found").glob("*.case")), ids=lambda path: path.stem)
+def test_what_was_once_found_stays_refused(case: Path, tmp_path: Path) -> None:
+    """The name of a case begins with that of its fuzzer."""
+    fuzzer = FUZZERS[case.stem.partition("-")[0]]
+    assert run_case(fuzzer, case.read_bytes(), tmp_path, None) in (None, "")

@@ -49,7 +49,7 @@ WIDE_MODES = ("I", "F")
 PLAIN_MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX"})
 """Pillow's modes of 8-bit grey, palette and RGB, with or without alpha."""
 
-HEADER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, struct.error)
+HEADER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, RuntimeError, struct.error)
 """Exceptions that Pillow raises at damaged headers."""
 
 FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "AVIF", "PPM"})
