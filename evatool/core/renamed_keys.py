@@ -17,6 +17,14 @@ RECIPE_KEYS = {
 }
 """Dotted recipe keys, a table before the keys in it: recipes, `--set`, `unset` and `resolved.toml` of older runs."""
 
+ADDED_RECIPE_KEYS: dict[str, Any] = {
+    "data.remote.allow_private_redirects": False,
+    "data.sources.sequential": False,
+    "data.sources.allow_pipe": False,
+    "train.tracking": {},
+}
+"""Keys with a default that recipes did not always have, and the value that stands for what was done before."""
+
 PREDICTION_ARRAYS = {"picture_of_text": "image_of_text"}
 """Arrays of the predictions that an evaluation keeps (`predictions/*/*.npz`)."""
 
@@ -72,3 +80,17 @@ def first_recipe_key(key: str) -> str:
         if key == new or key.startswith(f"{new}."):
             key = old + key[len(new) :]
     return key
+
+
+def without_added_keys(flat: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted recipe keys and their values without `ADDED_RECIPE_KEYS` at their defaults, in lists of tables too: a
+    digest of the rest is the same for recipes of before and after."""
+    kept: dict[str, Any] = {}
+    for key, value in flat.items():
+        name = f"{prefix}{key}"
+        if name in ADDED_RECIPE_KEYS and value == ADDED_RECIPE_KEYS[name]:
+            continue
+        if isinstance(value, list):
+            value = [without_added_keys(each, f"{name}.") if isinstance(each, dict) else each for each in value]
+        kept[key] = value
+    return kept

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ import platform
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -163,17 +165,20 @@ def take_lease(folder: Path, *, shared_by: str = "", task: str = "") -> Lease:
     watch = _Watch(folder)
     try:
         while True:
-            rival = path if path.exists() else _first_rival(path, holder)
-            if rival is not None:
-                watch.until_gone(rival)
-                continue
-            try:
-                lease = Lease(path, holder)
-            except FileExistsError:
-                continue  # another start was faster
-            if _first_rival(path, holder) is None:
-                return lease
-            lease.release()  # both were made at once: whoever sees the other steps back
+            with _alone(folder):
+                rival = path if path.exists() else _first_rival(path, holder)
+                if rival is None:
+                    try:
+                        lease = Lease(path, holder)
+                    except FileExistsError:
+                        continue  # another start was faster
+                    if _first_rival(path, holder) is None:
+                        return lease
+                    lease.release()  # both were made at once: whoever sees the other steps back
+                    continue
+                is_known = watch.look_at(rival)
+            if not is_known:
+                time.sleep(min(_POLL_SEC, STILL_SEC / 10))
     finally:
         # Only now: until there is a new lease, what is left of the old one shows that a run was here and was killed.
         for left in watch.moved_aside:
@@ -230,14 +235,15 @@ class _Watch:
         self._said = ""
         self.moved_aside: list[Path] = []
 
-    def until_gone(self, path: Path) -> None:
+    def look_at(self, path: Path) -> bool:
         """One look at a lease, after which the caller looks at the folder anew; the lease of one gone is moved aside.
 
-        Raises: RunFolderTakenError where its owner lives.
+        Returns: False where it cannot be told yet whether its owner lives.
+        Raises: RunFolderTakenError where it does.
         """
         text = _read(path)
         if text is None:
-            return
+            return True
         holder = _parse(text)
         alive = None if holder is None else holder.is_alive
         how = "which is gone"
@@ -245,11 +251,10 @@ class _Watch:
             alive, how = self._is_moving(text, holder), f"which has not moved its counter for {STILL_SEC:g} s"
         if alive and holder is not None:
             raise _in_use(self._folder, holder)
-        if alive is None:
-            time.sleep(min(_POLL_SEC, STILL_SEC / 10))
-        elif (aside := _move_aside(path, text)) is not None:
+        if alive is not None and (aside := _move_aside(path, text)) is not None:
             self.moved_aside.append(aside)
             log.info("%s: taken over from %s, %s", self._folder, holder or "an owner that cannot be read", how)
+        return alive is not None
 
     def _is_moving(self, text: bytes, holder: Holder | None) -> bool | None:
         """Whether the counter moves; False once it has stood still for long enough, None until then."""
@@ -291,6 +296,22 @@ def _taken_over(folder: Path, by: Holder | None) -> RunFolderTakenError:
 
 
 # ------------------------------------------------------------------------------------------------------- the file
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One start of this machine at a time: between a look at a lease and its move aside, another could take the folder.
+
+    The folder itself is locked, so that nothing is left behind. A storage that locks no folders, and another machine,
+    leave that moment open: whoever loses the folder in it finds out by `Lease.check` and stops before it writes.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _create(path: Path, holder: Holder) -> None:

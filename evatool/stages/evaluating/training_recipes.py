@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evatool.core.errors import EvatoolError
-from evatool.core.renamed_keys import first_recipe_key
+from evatool.core.renamed_keys import first_recipe_key, without_added_keys
 from evatool.recipe.load import load_recipe
 from evatool.recipe.schema import TrainingRecipe
 from evatool.recipe.write import flatten, to_table
@@ -37,7 +37,7 @@ def recipe_of(weights: str) -> dict[str, Any]:
         if not isinstance(recipe, TrainingRecipe):
             return {}
         flat = {k: v for k, v in flatten(to_table(recipe)).items() if k not in _NOT_COMPARED}
-        flat = {first_recipe_key(k): v for k, v in flat.items() if not _PLACES.fullmatch(k)}
+        flat = {first_recipe_key(k): v for k, v in without_added_keys(flat).items() if not _PLACES.fullmatch(k)}
         digest = hashlib.sha256(json.dumps(flat, sort_keys=True, default=str).encode()).hexdigest()
         return {"recipe": digest, "train_seed": recipe.train.seed}
     return {}
