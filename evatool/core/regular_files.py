@@ -14,6 +14,9 @@ from typing import BinaryIO
 MAX_SMALL_FILE_BYTES = 8 * 2**20
 """Limit for files that hold settings, notes or names rather than data."""
 
+MAX_IMAGE_FILE_BYTES = 2**30
+"""Limit for an image that lies in a file of its own."""
+
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a named pipe"),

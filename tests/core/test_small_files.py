@@ -19,7 +19,10 @@ from evatool.core.bounded_json import JsonBoundError, parse_json, read_json
 from evatool.core.bounded_toml import parse_toml
 from evatool.core.errors import CheckpointError, DataError, EvatoolError, RecipeError
 from evatool.core.regular_files import NotRegularFileError, open_regular, read_regular
+from evatool.data.eval.samples import FileSamples
 from evatool.data.sources.shard_list import expand
+from evatool.data.tar.index import read_index, read_index_head
+from evatool.eval.report.gallery import data_uri
 from evatool.eval.suite import load_suite
 from evatool.recipe.load import load_recipe
 from evatool.weights.open import open_weights
@@ -53,6 +56,22 @@ def test_a_pipe_in_place_of_a_file_is_refused(name: str, tmp_path: Path) -> None
     read = (lambda path: load_suite(str(path))) if name == "suite.toml" else read
     with pytest.raises(EvatoolError):
         read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path: FileSamples([path], [0], path.parent).image(0),
+        lambda path: read_index(path),
+        lambda path: read_index_head(path),
+        lambda path: data_uri(path),
+    ],
+    ids=["image of a set", "index of a tar", "head of an index", "picture of a report"],
+)
+def test_a_pipe_behind_a_list_of_files_is_refused(read: Callable[[Path], object], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")  # it was a file when it was listed
+    with pytest.raises((DataError, OSError), match="not a regular file but a named pipe"):
+        read(tmp_path / "pipe.png")
 
 
 def test_a_file_is_read_up_to_its_limit(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from functools import cache
 from importlib import resources
 from pathlib import Path
 
 from evatool.core.errors import DataError
+from evatool.core.regular_files import open_regular
 from evatool.data.eval.samples import FileSamples
 from evatool.data.eval.tars import read_lines
 
@@ -83,7 +85,7 @@ def open_birdsnap(folder: Path) -> Opened:
 
 
 def _table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with io.TextIOWrapper(open_regular(path), encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file, dialect="excel-tab")
         missing = [name for name in columns if name not in (reader.fieldnames or [])]
         if missing:

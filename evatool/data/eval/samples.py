@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from evatool.core.errors import DataError
+from evatool.core.regular_files import MAX_IMAGE_FILE_BYTES, read_regular
 from evatool.data.image.header import IMAGE_MEMBERS
 from evatool.data.tar.reader import TarReader
 
@@ -151,7 +152,7 @@ class FileSamples:
 
     def image(self, i: int) -> bytes:
         try:
-            return self.paths[i].read_bytes()
+            return read_regular(self.paths[i], MAX_IMAGE_FILE_BYTES)
         except OSError as err:
             raise DataError(f"picture {self.keys[i]} cannot be read: {err.strerror}", where=str(self.paths[i])) from err
 

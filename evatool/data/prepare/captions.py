@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -11,6 +12,7 @@ from typing import Any, TextIO
 
 from evatool.core.bounded_json import parse_json
 from evatool.core.errors import DataError
+from evatool.core.regular_files import open_regular
 from evatool.recipe.schema import FolderSource
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -54,7 +56,8 @@ def read_captions(section: FolderSource) -> list[CaptionRow]:
         )
     try:
         # Bytes that do not fit become lone surrogates where the encoding allows it, so that one bad row costs one row.
-        with path.open(encoding=_reading_encoding(section.encoding), errors="surrogateescape", newline="") as file:
+        encoding = _reading_encoding(section.encoding)
+        with io.TextIOWrapper(open_regular(path), encoding, errors="surrogateescape", newline="") as file:
             rows = list(_csv_rows(file, section, _DELIMITERS[suffix]) if suffix in _DELIMITERS else _json_rows(file))
     except (UnicodeError, LookupError) as err:
         raise _encoding_error(section, str(err)) from err
@@ -138,7 +141,7 @@ def _has_undecodable(text: str) -> bool:
 def _encoding_error(section: FolderSource, detail: str) -> DataError:
     start = b""
     if section.captions.is_file():
-        with section.captions.open("rb") as file:
+        with open_regular(section.captions) as file:
             start = file.read(4)
     marked = next((name for bom, name in _BOMS.items() if start.startswith(bom)), None)
     return DataError(

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from evatool.core.errors import DataError
+from evatool.core.regular_files import MAX_IMAGE_FILE_BYTES, read_regular
 from evatool.data.image.decode import decode_rgb
 from evatool.data.image.header import BadImage, read_header
 from evatool.data.prepare.captions import CaptionRow, read_captions
@@ -72,7 +73,7 @@ class ImageFolder:
         Raises: BadDataLimitError beyond the limit.
         """
         try:
-            data = (self.section.images / image.file).read_bytes()
+            data = read_regular(self.section.images / image.file, MAX_IMAGE_FILE_BYTES)
             header = read_header(data, self.max_pixels)
             pixels = decode_rgb(data, self.max_pixels)
         except OSError as err:

@@ -13,6 +13,7 @@ import numpy as np
 
 from evatool.core.errors import DataError
 from evatool.core.progress import ProgressBar
+from evatool.core.regular_files import open_regular
 from evatool.data.prepare.contact_sheet import Entry, thumbnail
 from evatool.data.prepare.drawings import SETS, TEMPLATES, TRAIN_SETS, Drawings, Tile
 from evatool.data.prepare.eval_layout import write_eval_set
@@ -116,10 +117,12 @@ def pack_folder(section: FolderSource, shards: ShardSection, folder: Path, progr
             raise DataError("no picture is left to train on", where=str(section.images), expected="at least one")
         train = writer.finish(max_pixels=shards.max_pixels)
     source.bad.report()
+    with open_regular(section.captions) as file:
+        captions_sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # BinaryIO
     credit = {
         "name": shown_name(str(section.images)),
         "captions": shown_name(str(section.captions)),
-        "captions_sha256": hashlib.sha256(section.captions.read_bytes()).hexdigest(),
+        "captions_sha256": captions_sha256,
         "caption_rows": source.num_rows,
         "license": section.license,
         "train_samples": train["num_samples"],

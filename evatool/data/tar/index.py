@@ -31,6 +31,7 @@ from typing import NamedTuple
 import numpy as np
 
 from evatool.core.bounded_json import parse_json
+from evatool.core.regular_files import open_regular, read_regular
 from evatool.data.tar.open_files import open_for_reading
 from evatool.data.tar.scan import CAUSES, TarProblem, TarScan, scan_tar
 
@@ -180,7 +181,7 @@ class IndexHead(NamedTuple):
 
 def read_index_head(path: Path) -> IndexHead | None:
     """The head of an index, by its first bytes; None where it is damaged or of another version. Raises: OSError."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         head = _HEAD.match(file.read(_MAX_HEAD_BYTES))
     if head is None or zlib.crc32(head[1]) != int(head["head_crc32"]):
         return None
@@ -189,9 +190,7 @@ def read_index_head(path: Path) -> IndexHead | None:
 
 def read_index(path: Path) -> ShardMembers:
     """The index of a tar. Raises: OSError, ValueError where it is none, damaged or of another version."""
-    if path.stat().st_size > _MAX_INDEX_BYTES:
-        raise ValueError(f"{path} is not an index of a tar (more than {_MAX_INDEX_BYTES} bytes)")
-    data = path.read_bytes()
+    data = read_regular(path, _MAX_INDEX_BYTES)
     head = _HEAD.match(data)
     if head is not None:
         if zlib.crc32(head[1]) != int(head["head_crc32"]) or zlib.crc32(data[head.end() :]) != int(head["body_crc32"]):

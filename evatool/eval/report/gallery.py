@@ -16,6 +16,7 @@ from PIL import Image
 from evatool.core.atomic_io import write_bytes_atomically
 from evatool.core.bounded_json import read_json
 from evatool.core.errors import DataError
+from evatool.core.regular_files import MAX_IMAGE_FILE_BYTES, read_regular
 from evatool.core.renamed_keys import GALLERY_KEYS, rename
 from evatool.core.shown_text import json_text
 
@@ -92,7 +93,7 @@ def data_uri(image: ImageSource) -> str:
         return image
     where = str(image) if isinstance(image, str | Path) else "picture in memory"
     try:
-        content = image if isinstance(image, bytes) else Path(image).read_bytes()
+        content = image if isinstance(image, bytes) else read_regular(image, MAX_IMAGE_FILE_BYTES)
     except OSError as error:
         raise DataError(f"cannot read a picture of the report: {error}", where=where) from error
     kind = next((mime for magic, mime in _MAGIC.items() if content.startswith(magic)), None)
