@@ -64,6 +64,10 @@ _RECORDS = {
     ("pathlib", "PurePosixPath"),
     ("pathlib", "WindowsPath"),
     ("easydict", "EasyDict"),
+    ("lightning.fabric.utilities.data", "AttributeDict"),
+    ("lightning_fabric.utilities.data", "AttributeDict"),
+    ("pytorch_lightning.utilities.parsing", "AttributeDict"),
+    ("lightning.pytorch.utilities.parsing", "AttributeDict"),
     ("numpy", "dtype"),
     ("numpy", "ndarray"),
     ("numpy.core.multiarray", "scalar"),
@@ -173,8 +177,8 @@ _DAMAGE = (
 
 
 def open_torch_archive(path: Path) -> Mapping[str, Tensor]:
-    """The state dict in a torch file. Raises CheckpointError for damage, for unknown classes (by name) and for
-    files without tensors."""
+    """The tensors in a torch file by their paths in it. Raises CheckpointError for damage, for unknown classes (by
+    name) and for files without tensors."""
     root, reader = read_archive(path)
     return state_from(root, reader, path)
 
@@ -197,14 +201,9 @@ def read_archive(path: Path) -> tuple[Any, Archive]:
 
 
 def state_from(root: Any, reader: Archive, path: Path) -> Mapping[str, Tensor]:
-    """The state dict inside an object tree, in EVA's order of wrappers: model, module, state_dict, else flat."""
-    tree = root.state if isinstance(root, Record) else root
-    for wrapper in ("model_ema", "model", "module", "state_dict"):
-        if isinstance(tree, Mapping) and isinstance(tree.get(wrapper), Mapping):
-            tree = tree[wrapper]
-            break
+    """The tensors of an object tree: each is named by the keys on the way to it."""
     names = _Names(path)
-    names.add(tree, "", 0)
+    names.add(root, "", 0)
     if not names.tensors:
         raise CheckpointError("there are no tensors in this file", where=str(path))
     return ArchiveMap(path, names.tensors, reader, names.scalars)

@@ -17,6 +17,7 @@ from evatool.model.clip import PROJECTION, TOWER
 from evatool.model.config import TowerKind
 from evatool.weights.key_mapping_hf import is_transformers, transformers_origins
 from evatool.weights.mapped_tensors import MappedTensors, TensorOrigin
+from evatool.weights.wrappers import unwrapped
 
 MIM_PARTS = ("mask_token", "lm_head.weight", "lm_head.bias")
 
@@ -48,16 +49,17 @@ def canonical_state(state: Mapping[str, Tensor], where: str = "state dict") -> M
     """
     if isinstance(state, MappedTensors):
         return state
-    keys = [key for key in state if not _RECOMPUTED.search(_without_wrapper(key))]
-    names = {_without_wrapper(key) for key in keys}
+    state = unwrapped(state, where)
+    names = {name for name in state if not _RECOMPUTED.search(name)}
+    keys = [name for name in state if name in names]
     if is_transformers(names):
-        return MappedTensors(state, *transformers_origins({_without_wrapper(key): key for key in keys}))
+        return MappedTensors(state, *transformers_origins({key: key for key in keys}))
     is_vit = names >= _VIT_PARTS
     tower: TowerKind = "clip-vit" if is_vit else "eva"
     rename: Callable[[str], str] = _shared_name if is_vit else _EvaNames(names, where)
     origins: dict[str, TensorOrigin] = {}
     for key in keys:
-        ours = rename(_without_wrapper(key))
+        ours = rename(key)
         if ours in origins:
             raise CheckpointError(
                 f"{key} and {origins[ours].keys[0]} are both {ours}", where=where, expected="one tensor a parameter"
@@ -69,19 +71,15 @@ def canonical_state(state: Mapping[str, Tensor], where: str = "state dict") -> M
 def mae_state(state: Mapping[str, Tensor]) -> MappedTensors:
     """EVA-L's weights under our names, from BAAI's file (MAE's names) or our checkpoint, without fixed positions."""
     origins = {}
+    state = unwrapped(state)
     for key in state:
-        name = _without_wrapper(key)
+        name = key
         if name in ("pos_embed", "decoder_pos_embed"):
             continue
         name = name.replace("decoder_pred.", "lm_head.")
         is_shared = name == "mask_token" or name.startswith(("decoder_", "lm_head.", "visual."))
         origins[name if is_shared else f"visual.{name}"] = TensorOrigin((key,))
     return MappedTensors(state, origins)
-
-
-def _without_wrapper(key: str) -> str:
-    """Without the prefixes that DataParallel and torch.compile add."""
-    return re.sub(r"^(module\.|_orig_mod\.)+", "", key)
 
 
 def _shared_name(name: str) -> str:

@@ -17,6 +17,7 @@ from evatool.formats.deepspeed_checkpoint import deepspeed_folder, open_deepspee
 from evatool.formats.safetensors import SafetensorsMap
 from evatool.formats.torch_pickle import open_torch_archive
 from evatool.weights.mapped_tensors import MergedMap
+from evatool.weights.wrappers import unwrapped
 
 _MAX_INDEX_BYTES = 32 * 2**20
 
@@ -31,14 +32,21 @@ _SINGLE_FILES = (
 )
 
 
-def open_weights(path: Path) -> Mapping[str, Tensor]:
-    """The tensors at `path`, by content and not by name.
+def open_weights(path: Path, weights: str | None = None) -> Mapping[str, Tensor]:
+    """The tensors of the model at `path`, by content and not by name, without what training put around their names.
 
     A file: safetensors, any torch archive, or the index of a sharded model. A folder: a DeepSpeed checkpoint, or a
     model in one file or in shards with an index, as the Hugging Face hub has them.
 
+    Args:
+        weights: which of several models in a file, as in `unwrapped`.
     Raises: CheckpointError for what is neither, incomplete, damaged, or holds objects that are not plain data.
     """
+    return unwrapped(_open_all(path), str(path), weights)
+
+
+def _open_all(path: Path) -> Mapping[str, Tensor]:
+    """Every tensor at `path` under the name that it has there."""
     if path.is_dir():
         return _open_folder(path)
     if not path.exists():
@@ -86,7 +94,7 @@ def _open_folder(path: Path) -> Mapping[str, Tensor]:
             where=str(path),
             expected="a DeepSpeed checkpoint, an index of shards, or one of " + ", ".join(_SINGLE_FILES),
         )
-    return open_deepspeed(found) if found.is_dir() else open_weights(found)
+    return open_deepspeed(found) if found.is_dir() else _open_all(found)
 
 
 def _open_index(index: Path) -> MergedMap:
@@ -108,7 +116,7 @@ def _open_index(index: Path) -> MergedMap:
             where=str(index),
             fix="download the missing shards beside the index",
         )
-    shards = {name: open_weights(index.parent / name) for name in names}
+    shards = {name: _open_all(index.parent / name) for name in names}
     lost = [tensor for tensor, name in weight_map.items() if tensor not in shards[name]]
     if lost:
         raise CheckpointError(
