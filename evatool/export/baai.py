@@ -35,6 +35,13 @@ def baai_state(tensors: Mapping[str, Tensor], config: ModelConfig) -> TensorMap:
             where="export.format",
             fix="export it as open_clip",
         )
+    if config.init_logit_bias is not None and "logit_bias" in tensors:
+        raise RecipeError(
+            f"{config.name} was trained with the sigmoid loss: EVA-CLIP's code has no place for its logit_bias",
+            where="export.format",
+            expected="a format with a bias: open_clip, safetensors, transformers or onnx",
+            fix="export it as open_clip, or one tower alone (export.tower), which has none",
+        )
     vision = config.vision
     swiglu = vision["naiveswiglu"] or vision["swiglu"]
     names = {baai_name(name, separate_qkv=vision["subln"], swiglu=swiglu): name for name in tensors}

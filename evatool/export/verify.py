@@ -47,6 +47,7 @@ with torch.no_grad():
         "text_features": model.encode_text(given["tokens"]).contiguous(),
         "logit_scale": model.logit_scale.exp().reshape(1),
         "preprocessed": preprocess(picture).contiguous(),
+        **({} if model.logit_bias is None else {"logit_bias": model.logit_bias.reshape(1)}),
     }, outputs)
 """
 
@@ -75,7 +76,9 @@ def fixed_inputs(image_size: int, context_length: int, vocab_size: int) -> dict[
 
 def our_outputs(clip: LoadedClip, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Outputs of the model itself for `fixed_inputs`, under the names that the readers use."""
-    return {
+    bias = clip.model.logit_bias
+    outputs = {} if bias is None else {"logit_bias": bias.detach().reshape(1)}
+    return outputs | {
         "image_features": clip.encode_image(inputs["image"]),
         "text_features": clip.encode_text(inputs["tokens"]),
         "logit_scale": clip.model.logit_scale.detach().exp().reshape(1),

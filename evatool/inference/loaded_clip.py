@@ -79,6 +79,28 @@ class LoadedClip:
         """The temperature's inverse, exponentiated."""
         return float(self.model.logit_scale.float().exp())
 
+    @cached_property
+    def logit_bias(self) -> float | None:
+        """The bias on scaled similarities of a model trained with the sigmoid loss; None for any other."""
+        bias = self.model.logit_bias
+        return None if bias is None else float(bias.float())
+
+    @torch.no_grad()
+    def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """Scaled similarities (B images, N texts) of features of any length, with a sigmoid model's bias added."""
+        cosines = _unit(image_features, True) @ _unit(text_features, True).T
+        return self.logit_scale * cosines + (self.logit_bias or 0.0)
+
+    @torch.no_grad()
+    def probabilities(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """Probabilities (B images, N texts) as the model was trained to give them.
+
+        Of a sigmoid model each is that of one pair by itself; of any other those of an image add up to 1 over the
+        texts.
+        """
+        logits = self.logits(image_features, text_features)
+        return logits.softmax(dim=-1) if self.logit_bias is None else logits.sigmoid()
+
     @torch.no_grad()
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """Image features (B, E) in float32.
@@ -86,6 +108,7 @@ class LoadedClip:
         Args:
             image: (B, 3, S, S) uint8, or float that `preprocess` or `normalize_images` has normalised; any device.
             normalize: to unit length.
+        Raises: UsageError for another shape or dtype, or no image.
         """
         return _unit(self.model.encode_image(self._pixels(image)), normalize)
 
@@ -96,7 +119,10 @@ class LoadedClip:
         Args:
             tokens: (B, L) int64, L at most the context length; shorter rows are padded with zeros.
             normalize: to unit length.
+        Raises: UsageError for longer rows, which may hold the end-of-text token where it is cut off, for ids outside
+            the vocabulary, another dtype, or no row.
         """
+        check_tokens(tokens, self.context_length, self.model.vocab_size)
         tokens = F.pad(tokens, (0, self.context_length - tokens.shape[1])).to(self.device)
         return _unit(self.model.encode_text(tokens), normalize)
 
@@ -111,6 +137,7 @@ class LoadedClip:
         return weights_fingerprint(fingerprint_text(self.config), sorted(self.model.state_dict().items()))
 
     def _pixels(self, image: Tensor) -> Tensor:
+        check_images(image, self.image_size)
         dtype = next(self.model.visual.parameters()).dtype
         return normalize_images(image.to(self.device), dtype=dtype)
 
@@ -124,6 +151,7 @@ def load_clip(
     image_size: int | None = None,
     patch_size: int | None = None,
     patch_resize: PatchResize = "bicubic",
+    weights: str | None = None,
 ) -> LoadedClip:
     """A CLIP model from what `source` names, in eval mode.
 
@@ -136,12 +164,22 @@ def load_clip(
         precision: arithmetic and storage of the weights; temperature, RoPE and RMSNorm stay float32.
         image_size, patch_size: sides in pixels where they differ from the model's; positions and the patch kernel are
             resized on loading (`patch_resize`: as EVA's scripts do, or FlexiViT's pseudo-inverse).
+        weights: which of several models in one source: `raw`, `ema` for the moving average, or the prefix of its names.
+            By default the raw weights of a checkpoint of ours, and elsewhere the average, as timm takes it, with a
+            warning; two models that are no such pair are an error that names both.
 
     Raises: CheckpointError if the weights are missing, damaged or of another model; UsageError if `source` is neither
     a path nor a preset.
     """
     if expand_user(source).exists():
-        found = find_clip(source, model_config, image_size=image_size, patch_size=patch_size, patch_resize=patch_resize)
+        found = find_clip(
+            source,
+            model_config,
+            image_size=image_size,
+            patch_size=patch_size,
+            patch_resize=patch_resize,
+            weights=weights,
+        )
         clip, config = found.load(DTYPES[precision]), found.config
         origin, stored_dtype = found.source, found.stored_dtype
     else:
@@ -184,6 +222,43 @@ def _random_clip(config: ModelConfig, dtype: torch.dtype) -> CustomTextCLIP:
             if name not in SCALARS:
                 parameter.data = parameter.data.to(dtype)
     return clip
+
+
+def check_images(image: Tensor, side: int) -> None:
+    """Raises: UsageError unless `image` is (B, 3, side, side), uint8 or floating point, with at least one image."""
+    wanted = f"(B, 3, {side}, {side}), uint8 in 0..255, or floating point as clip.preprocess gives it"
+    is_known = image.dtype == torch.uint8 or image.is_floating_point()
+    if image.ndim != 4 or tuple(image.shape[1:]) != (3, side, side) or not is_known:
+        raise UsageError(
+            f"images of shape {tuple(image.shape)} and dtype {_dtype_name(image)} are no input of this model",
+            where="encode_image",
+            expected=wanted,
+            fix="use clip.preprocess(picture)[None], or resize and convert them first",
+        )
+    if len(image) == 0:
+        raise UsageError(
+            "the batch holds no image", where="encode_image", expected=wanted, fix="leave out empty batches"
+        )
+
+
+def check_tokens(tokens: Tensor, context_length: int, vocab_size: int) -> None:
+    """Raises: UsageError unless `tokens` is (B, L) of whole numbers below `vocab_size`, B > 0, L <= context."""
+    wanted = f"(B, L) int64 with L from 1 to {context_length} and ids from 0 to {vocab_size - 1}"
+    problem, fix = None, "use clip.tokenizer, which cuts longer captions and keeps the end-of-text token"
+    if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        problem = f"tokens of shape {tuple(tokens.shape)} and dtype {_dtype_name(tokens)} are no input of this model"
+    elif tokens.numel() == 0:
+        problem, fix = "the batch holds no token", "leave out empty batches"
+    elif tokens.shape[1] > context_length:
+        problem = f"token rows of {tokens.shape[1]} are longer than the context of {context_length}"
+    elif int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size:
+        problem = f"token ids from {int(tokens.min())} to {int(tokens.max())} are not all in the vocabulary"
+    if problem is not None:
+        raise UsageError(problem, where="encode_text", expected=wanted, fix=fix)
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _unit(features: Tensor, normalize: bool) -> Tensor:

@@ -42,15 +42,16 @@ def open_clip_model_config(config: ModelConfig) -> dict[str, Any]:
         vision = {key: config.vision[key] for key in ("image_size", "patch_size", "layers", "width", "head_width")}
         vision["mlp_ratio"] = config.vision["mlp_ratio"]
     table = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text, "custom_text": True}
-    return table | ({"quick_gelu": True} if config.quick_gelu else {})
+    table |= {"quick_gelu": True} if config.quick_gelu else {}
+    return table | ({} if config.init_logit_bias is None else {"init_logit_bias": config.init_logit_bias})
 
 
 def build_clip(config: ModelConfig, *, patch_dropout: float = 0.0, drop_path_rate: float = 0.0) -> CustomTextCLIP:
     """A CLIP model with the released initialisation, on the current default device (also `meta`).
 
-    Parameters are named as open_clip names them: `visual.trunk.*`, `text.*` and `logit_scale` of shape (1,), which
-    every engine can shard. `visual(image (B, 3, S, S)) -> (B, E)`, `text(tokens (B, L)) -> (B, E)`; neither output
-    is normalised.
+    Parameters are named as open_clip names them: `visual.trunk.*`, `text.*`, `logit_scale` of shape (1,), which every
+    engine can shard, and `logit_bias` of that shape where `config` has one. `visual(image (B, 3, S, S)) -> (B, E)`,
+    `text(tokens (B, L)) -> (B, E)`; neither output is normalised.
 
     Args:
         patch_dropout: share of patches dropped in training mode; the class token always stays.

@@ -63,6 +63,10 @@ INERT_TEXT_KEYS = frozenset({"xattn", "fusedLN"})
 MIM_ARGUMENTS = {"img_size": "image_size", "embed_dim": "width", "depth": "layers"}
 
 
+DEFAULT_LOGIT_BIAS = -10.0
+"""First bias of SigLIP (arXiv 2303.15343), where a source has a bias and states no first value."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """One model. `vision` and `text` hold every key of their defaults, so that a stored config stays readable.
@@ -74,6 +78,8 @@ class ModelConfig:
         predict_dim: outputs of the prediction head of a MIM model.
         decoder: the decoder of an MAE-style MIM model (EVA-L): `width`, `layers`, `heads`.
         quick_gelu: x sigmoid(1.702 x) instead of the exact GELU, as OpenAI trained; only with a clip-vit tower.
+        init_logit_bias: first value of the bias on similarities of a model trained with the sigmoid loss; None for a
+            model without one.
     """
 
     name: str
@@ -83,6 +89,7 @@ class ModelConfig:
     predict_dim: int | None = None
     decoder: dict[str, int] | None = None
     quick_gelu: bool = False
+    init_logit_bias: float | None = None
 
     @property
     def task(self) -> Task:
@@ -162,6 +169,12 @@ class ModelConfig:
             return _checked(replace(self, vision={**self.vision, "patch_size": patch_size, "image_size": image_size}))
         return self.with_image_size(image_size).with_patch_size(patch_size)
 
+    def with_logit_bias(self, has_bias: bool) -> ModelConfig:
+        """This model with a bias on its similarities, or without one; a value that it states stays."""
+        if has_bias == (self.init_logit_bias is not None):
+            return self
+        return replace(self, init_logit_bias=DEFAULT_LOGIT_BIAS if has_bias else None)
+
     def with_depth(self, layers: int) -> ModelConfig:
         """This model with another number of blocks in its image tower."""
         return replace(self, vision={**self.vision, "layers": layers})
@@ -175,6 +188,7 @@ class ModelConfig:
             "predict_dim": self.predict_dim,
             "decoder": self.decoder and dict(self.decoder),
             "quick_gelu": self.quick_gelu or None,
+            "init_logit_bias": self.init_logit_bias,
         }
         return table | {key: value for key, value in optional.items() if value is not None}
 
@@ -184,7 +198,8 @@ class ModelConfig:
         if not isinstance(table, Mapping):  # it comes from a file
             raise RecipeError("a model configuration is a JSON object, and this is none", fix="see docs/models.md")
         unknown = set(table) - {"name", "task", "embed_dim", "vision_cfg", "text_cfg", "predict_dim", "decoder"}
-        unknown -= {"custom_text", "quick_gelu"}  # open_clip's: every model of ours has the first
+        # open_clip's: every model of ours has the first; the scale's first value is the training recipe's
+        unknown -= {"custom_text", "quick_gelu", "init_logit_bias", "init_logit_scale"}
         problems = [f"unknown key {key!r}" for key in sorted(unknown)]
         if not isinstance(table.get("vision_cfg"), Mapping):
             problems.append("vision_cfg is missing")
@@ -194,6 +209,9 @@ class ModelConfig:
         text = None if text_cfg is None else _filled(text_cfg, TEXT_DEFAULTS, INERT_TEXT_KEYS, "text_cfg", problems)
         if text is not None and "embed_dim" not in table:
             problems.append("embed_dim is missing")
+        bias = table.get("init_logit_bias")
+        if bias is not None and (isinstance(bias, bool) or not isinstance(bias, int | float)):
+            problems.append(f"init_logit_bias is {bias!r}, not a number")
         if problems:
             raise RecipeError("this model configuration cannot be used", problems=problems, fix="see docs/models.md")
         return _checked(
@@ -205,6 +223,7 @@ class ModelConfig:
                 predict_dim=table.get("predict_dim"),
                 decoder=table.get("decoder"),
                 quick_gelu=bool(table.get("quick_gelu", False)),
+                init_logit_bias=None if bias is None else float(bias),
             )
         )
 
@@ -301,5 +320,7 @@ def fingerprint_text(config: ModelConfig) -> str:
     """A canonical text of what `config` builds, without its name and its first weights."""
     table = config.to_json()
     table.pop("name")
+    if config.init_logit_bias is not None:
+        table["init_logit_bias"] = True  # its value is among the weights
     table["vision_cfg"] = {k: v for k, v in config.vision.items() if k not in NOT_ARCHITECTURE}
     return json.dumps(table, sort_keys=True)

@@ -90,6 +90,7 @@ def find_model(section: ExportSection) -> UnloadedClip:
         image_size=section.image_size,
         patch_size=section.patch_size,
         patch_resize=section.patch_resize or "bicubic",
+        weights=section.weights,
     )
 
 
@@ -101,6 +102,7 @@ def load_model(section: ExportSection) -> LoadedClip:
         image_size=section.image_size,
         patch_size=section.patch_size,
         patch_resize=section.patch_resize or "bicubic",
+        weights=section.weights,
     )
 
 

@@ -84,20 +84,24 @@ def find_clip(
     image_size: int | None = None,
     patch_size: int | None = None,
     patch_resize: PatchResize = "bicubic",
+    weights: str | None = None,
 ) -> UnloadedClip:
     """The CLIP model that is on disk at `source`, without its weights in memory; arguments as `load_clip`'s.
 
     Raises: CheckpointError if the weights are missing, damaged or of another model.
     """
     register()
-    weights = read_weights(source)
-    config = _only_config(weights) if model_config is None else resolve_config(model_config)
-    config = clip_only(config.with_sides(image_size, patch_size), weights.source)
+    found = read_weights(source, weights)
+    config = _only_config(found) if model_config is None else resolve_config(model_config)
+    config = clip_only(config.with_sides(image_size, patch_size), found.source)
+    state = canonical_state(found.state, found.source)
+    if "logit_bias" in state:  # only the weights of a model that was trained with the sigmoid loss have it
+        config = config.with_logit_bias(True)
     with torch.device("meta"):
         skeleton = build_clip(config)
-    with _suggesting_presets(weights, config):
-        fitted = fit_clip_weights(skeleton, weights.state, where=weights.source, patch_resize=patch_resize)
-    return UnloadedClip(fitted, config, weights.source, _stored_dtype(weights), skeleton)
+    with _suggesting_presets(found, config):
+        fitted = fit_clip_weights(skeleton, state, where=found.source, patch_resize=patch_resize)
+    return UnloadedClip(fitted, config, found.source, _stored_dtype(found), skeleton)
 
 
 def clip_only(config: ModelConfig, where: str) -> ModelConfig:

@@ -66,6 +66,10 @@ class MappedTensors(TensorMap):
         """Dtype in the base."""
         return dtype_of(self._base, self._origins[name].keys[0])
 
+    def without(self, name: str) -> MappedTensors:
+        """These tensors less one."""
+        return MappedTensors(self._base, {n: o for n, o in self._origins.items() if n != name}, self.tower)
+
     def renamed(self, names: Mapping[str, str]) -> MappedTensors:
         """These tensors under other names; `names` maps old to new, and names that it leaves out stay."""
         return MappedTensors(self._base, {names.get(n, n): origin for n, origin in self._origins.items()}, self.tower)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from evatool.checkpoint.layout import AVERAGE, MANIFEST, MODEL, MODEL_CONFIG, TRAIN_STATE
+from evatool.checkpoint.layout import AVERAGE, EXTRA, MANIFEST, MODEL, MODEL_CONFIG, TRAIN_STATE
 from evatool.checkpoint.load import latest_checkpoint, verify
 from evatool.core.bounded_json import read_json
 from evatool.core.errors import CheckpointError
@@ -26,6 +26,7 @@ from evatool.core.own_folder import expand_user
 from evatool.model.config import ModelConfig
 from evatool.weights.detect_preset import fitting_presets
 from evatool.weights.key_mapping import canonical_state
+from evatool.weights.mapped_tensors import MergedMap
 from evatool.weights.open import open_weights, weights_in
 
 OPEN_CLIP_WEIGHTS, OPEN_CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
@@ -46,24 +47,26 @@ class SourceWeights:
     """The file or folder that was read."""
 
 
-def read_weights(source: str | Path) -> SourceWeights:
+def read_weights(source: str | Path, weights: str | None = None) -> SourceWeights:
     """The weights of a CLIP or MIM model from anything on disk that `load_clip` reads; no tensor is read yet.
 
+    Args:
+        weights: which of several models in a file, as in `unwrapped`; of a checkpoint of ours, `raw` or `ema`.
     Raises: CheckpointError where there are none, or where they are damaged.
     """
     kind, path = locate_weights(expand_user(source))
     match kind:
         case "checkpoint":
-            return _read_checkpoint(path, MODEL, str(path))
+            return _read_checkpoint(path, _checkpoint_file(path, weights), str(path))
         case "average":
             return _read_checkpoint(path.parent, AVERAGE, str(path))
         case "described":
             config = ModelConfig.from_json(_read_json(path / MODEL_CONFIG))
-            return SourceWeights(open_weights(path), [config], str(path))
+            return SourceWeights(open_weights(path, weights), [config], str(path))
         case "open_clip":
             return _read_open_clip(path)
         case "released":
-            return _read_released(path)
+            return _read_released(path, weights)
 
 
 def locate_weights(path: Path) -> tuple[SourceKind, Path]:
@@ -98,7 +101,30 @@ def locate_weights(path: Path) -> tuple[SourceKind, Path]:
 def _read_checkpoint(folder: Path, file: str, source: str) -> SourceWeights:
     verify(folder)
     config = ModelConfig.from_json(_read_json(folder / MODEL_CONFIG))
-    return SourceWeights(open_weights(folder / file), [config], source)
+    state = open_weights(folder / file)
+    # The bias of a model trained with the sigmoid loss lies among what the objective keeps.
+    extra = open_weights(folder / EXTRA) if config.task == "clip" and (folder / EXTRA).is_file() else {}
+    bias = {name: extra for name in extra if name == "logit_bias"}
+    if bias:
+        state = MergedMap(dict.fromkeys(state, state) | bias)
+    return SourceWeights(state, [config], source)
+
+
+def _checkpoint_file(folder: Path, weights: str | None) -> str:
+    """The file of a checkpoint of ours that `weights` names: the raw weights when None."""
+    if weights not in (None, "raw", "ema"):
+        raise CheckpointError(
+            f"weights = {weights!r}", where=str(folder), expected="'raw' or 'ema'", fix="a checkpoint has no other"
+        )
+    if weights != "ema":
+        return MODEL
+    if not (folder / AVERAGE).is_file():
+        raise CheckpointError(
+            "weights = 'ema', but the run of this checkpoint kept no average",
+            where=str(folder),
+            fix="leave weights out, or train with train.ema",
+        )
+    return AVERAGE
 
 
 def _read_open_clip(folder: Path) -> SourceWeights:
@@ -114,9 +140,9 @@ def _read_open_clip(folder: Path) -> SourceWeights:
     return SourceWeights(open_weights(weights), [config], str(folder))
 
 
-def _read_released(path: Path) -> SourceWeights:
+def _read_released(path: Path, weights: str | None = None) -> SourceWeights:
     """Weights that do not say what they are: every preset of their shapes and, where something tells, activation."""
-    state = open_weights(path)
+    state = open_weights(path, weights)
     configs = fitting_presets(canonical_state(state, str(path)))
     quick_gelu = tells_quick_gelu(path, state)
     if quick_gelu is not None and len(configs) > 1:

@@ -21,7 +21,9 @@ from evatool.formats.safetensors import TensorMap, dtype_of, shape_of
 log = logging.getLogger(__name__)
 
 # Beside weights in training files: numbers of an optimiser under the weights' names, and a counter of torch's average.
-_NO_WEIGHTS = re.compile(r"(^|\.)(optim\w*|scaler|lr_scheduler\w*)\.|\.(exp_avg\w*|momentum_buffer|step)$|(^|\.)n_averaged$")
+_NO_WEIGHTS = re.compile(
+    r"(^|\.)(optim\w*|scaler|lr_scheduler\w*)\.|\.(exp_avg\w*|momentum_buffer|step)$|(^|\.)n_averaged$"
+)
 _AVERAGE = re.compile(r"(^|[._])(ema|swa|avg|average|averaged|shadow)([._]|$)")
 # First parts of the names inside a model: a root below another root and one of these is a piece of that model.
 _PIECES = ("visual", "text", "vision_model", "text_model", "trunk")

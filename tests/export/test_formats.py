@@ -316,6 +316,16 @@ def test_onnx_without_its_packages_names_the_install_line(weights, tmp_path, mon
     assert not (tmp_path / "out").exists()
 
 
+def test_a_sigmoid_models_bias_has_no_place_in_evas_format(weights, tmp_path):
+    state = load_file(weights) | {"logit_bias": torch.tensor(-9.5)}
+    save_file(state, tmp_path / "sigmoid.safetensors")
+    with pytest.raises(RecipeError, match="no place for its logit_bias"):
+        export(tmp_path / "sigmoid.safetensors", tmp_path / "out", format="baai")
+    assert export(tmp_path / "sigmoid.safetensors", tmp_path / "tower", format="baai", tower="image")[1].files
+    export(tmp_path / "sigmoid.safetensors", tmp_path / "ours", format="safetensors")
+    assert load_clip(tmp_path / "ours").logit_bias == -9.5
+
+
 @pytest.mark.parametrize("form", ["baai", "timm"])
 def test_openais_image_tower_has_no_place_in_evas_formats(form, tmp_path):
     asked = section("x", format=form)

@@ -175,14 +175,17 @@ def test_no_number_and_another_shape_are_differences(bad, tmp_path):
         pytest.param("eva02-clip-bige14", marks=pytest.mark.slow),
     ],
 )
-def test_tiny_towers_of_the_other_families(name, tmp_path):
+def test_tiny_towers_of_the_other_families_with_a_sigmoid_models_bias(name, tmp_path):
     golden = read_golden(name)
-    torch.save(golden.state, tmp_path / "weights.pt")
+    torch.save(golden.state | {"logit_bias": torch.tensor(-9.5)}, tmp_path / "weights.pt")
     clip = load_clip(tmp_path / "weights.pt", model_config=golden.config)
     done = export(clip, tmp_path / "out")
     assert done.difference <= 1e-5
     again = load_clip(tmp_path / "out")
     assert relative(again.encode_image(golden.inputs["image"]), golden.expected["image_features"]) <= 1e-5
+    # open_clip had the bias too: it is among the outputs that were compared
+    assert again.logit_bias == clip.logit_bias == -9.5
+    assert json.loads((tmp_path / "out" / "open_clip_config.json").read_text())["model_cfg"]["init_logit_bias"] < 0
 
 
 @pytest.mark.parametrize(

@@ -179,3 +179,89 @@ def test_open_clip_and_timm_know_the_presets():
         trunk = timm.create_model("eva_8b_patch14_clip_448")
     assert sum(p.numel() for p in clip.parameters()) == 18_325_482_241
     assert trunk.patch_embed.grid_size == (32, 32)
+
+
+# ---------------------------------------------------------------------------------------------- sigmoid models
+
+
+@pytest.mark.parametrize("shape", [(), (1,)], ids=["scalar", "of one"])
+def test_a_model_trained_with_the_sigmoid_loss_keeps_its_bias(clip, tmp_path, shape):
+    state = dict(clip.state_dict()) | {"logit_scale": torch.full(shape, 4.6), "logit_bias": torch.full(shape, -9.5)}
+    torch.save({"state_dict": {f"module.{name}": t for name, t in state.items()}, "epoch": 1}, tmp_path / "siglip.pt")
+    loaded = evatool.load_clip(tmp_path / "siglip.pt")
+    assert loaded.logit_bias == -9.5
+    image, text = loaded.encode_image(images()), loaded.encode_text(loaded.tokenizer(["a cat", "dogs", "sea"]))
+    cosines = torch.nn.functional.cosine_similarity(image[:, None], text[None], dim=-1)
+    torch.testing.assert_close(loaded.probabilities(image, text), torch.sigmoid(cosines * 99.4843 - 9.5))
+    plain = evatool.load_clip(DEBUG.name)
+    assert plain.logit_bias is None
+    assert plain.fingerprint != loaded.fingerprint
+    torch.testing.assert_close(plain.probabilities(image, text).sum(dim=1), torch.ones(2))
+
+
+def test_a_configuration_with_a_bias_and_weights_without_one_are_a_contradiction(file):
+    with pytest.raises(CheckpointError, match="missing: logit_bias"):
+        evatool.load_clip(file, DEBUG.to_json() | {"init_logit_bias": -10, "init_logit_scale": 2.3})
+
+
+def test_a_checkpoint_of_the_sigmoid_loss_gives_the_learned_bias(clip, tmp_path):
+    weights = {f"model.{name}": tensor for name, tensor in clip.state_dict().items()}
+    save_run(
+        tmp_path / "checkpoints",
+        3,
+        objective_state=ShardedState.whole(weights | {"logit_bias": torch.tensor([-8.25])}),
+        optimizer_state=ShardedState(),
+        groups=[],
+        train_state={},
+        model_config=DEBUG.to_json(),
+        resolved_toml="stage = 'train-clip'\n",
+        keep=2,
+    )
+    assert evatool.load_clip(tmp_path).logit_bias == -8.25
+    with pytest.raises(CheckpointError, match="kept no average"):
+        evatool.load_clip(tmp_path, weights="ema")
+
+
+# ------------------------------------------------------------------------------------- inputs outside the contract
+
+
+def test_token_rows_longer_than_the_context_are_refused(file):
+    loaded = evatool.load_clip(file)
+    long = torch.nn.functional.pad(loaded.tokenizer(["a dog"]), (0, 77 - 16))
+    with pytest.raises(UsageError, match="token rows of 77 are longer than the context of 16"):
+        loaded.encode_text(long)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (torch.zeros(0, 16, dtype=torch.long), "no token"),
+        (torch.zeros(16, dtype=torch.long), "shape"),
+        (torch.zeros(2, 16), "dtype float32"),
+        (torch.full((1, 16), 49408), "not all in the vocabulary"),
+        (torch.full((1, 16), -1), "not all in the vocabulary"),
+    ],
+    ids=["empty", "one row without a batch", "floats", "beyond the vocabulary", "negative"],
+)
+def test_other_tokens_are_refused(file, tokens, words):
+    with pytest.raises(UsageError, match=words):
+        evatool.load_clip(file).encode_text(tokens)
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (torch.zeros(2, 3, 48, 48, dtype=torch.uint8), r"\(2, 3, 48, 48\)"),
+        (torch.zeros(2, 3, 32, 16), r"\(2, 3, 32, 16\)"),
+        (torch.zeros(2, 32, 32, 3, dtype=torch.uint8), r"\(2, 32, 32, 3\)"),
+        (torch.zeros(3, 32, 32, dtype=torch.uint8), r"\(3, 32, 32\)"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.int64), "dtype int64"),
+        (torch.zeros(0, 3, 32, 32, dtype=torch.uint8), "no image"),
+    ],
+    ids=["size", "side", "channels last", "no batch", "dtype", "empty"],
+)
+def test_other_images_are_refused(file, image, words):
+    loaded = evatool.load_clip(file)
+    for encode in (loaded.encode_image, loaded.visual_tokens):
+        with pytest.raises(UsageError, match=words):
+            encode(image)

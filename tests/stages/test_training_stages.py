@@ -289,7 +289,10 @@ def test_sigmoid_loss_lamb_and_cooldown_in_one_run_that_resumes(run_training, tm
     for name, tensor in weights_of(resumed).items():
         assert torch.equal(tensor, weights_of(whole)[name]), name
     assert load_file(whole.outputs["checkpoint"] / "extra.safetensors").keys() == {"logit_bias"}
-    assert evatool.load_clip(whole.run_dir).logit_scale == pytest.approx(records[-1]["train/logit_scale"], rel=1e-2)
+    trained = evatool.load_clip(whole.run_dir)
+    assert trained.logit_scale == pytest.approx(records[-1]["train/logit_scale"], rel=1e-2)
+    assert trained.logit_bias == pytest.approx(records[-1]["train/logit_bias"], abs=0.05)
+    assert trained.logit_bias != -10
 
 
 def test_a_fixed_temperature_stays(run_training, tmp_path) -> None:

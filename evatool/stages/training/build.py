@@ -229,6 +229,7 @@ def build_clip_model(
     """
     # timm makes no module for a share of 0, which a schedule could not raise.
     shares = [section.patch_dropout, *(share for _, share in section.patch_dropout_schedule)]
+    config = config.with_logit_bias(False)  # the sigmoid loss has a bias of its own
     clip = build_clip(config, patch_dropout=max(shares), drop_path_rate=section.drop_path_rate)
     if not is_resumed:
         with torch.device("cpu"):  # also where the model is built on the meta device

@@ -19,6 +19,7 @@ from evatool.recipe.schema import (
     WholeModelInit,
 )
 from evatool.weights.fit import FittedWeights
+from evatool.weights.key_mapping import canonical_state
 from evatool.weights.load import Sources, fit_clip_weights, fit_image_tower, fit_text_tower
 from evatool.weights.select import describe_selection, select_weights
 from evatool.weights.source import read_weights
@@ -65,7 +66,17 @@ def _fitted(
                 yield "text tower", text.path, fitted
         case WholeModelInit(path=path, select=select):
             state = _read(path, select, config, ("visual", "text"))
-            yield "all weights", path, fit_clip_weights(clip, state, where=str(path))
+            yield "all weights", path, fit_clip_weights(clip, _without_bias(state, path), where=str(path))
+
+
+def _without_bias(state: Mapping[str, Tensor], path: Path) -> Mapping[str, Tensor]:
+    """The weights less a sigmoid model's bias, which belongs to the objective."""
+    known = canonical_state(state, str(path))
+    if "logit_bias" not in known:
+        return known
+    bias, scale = float(known["logit_bias"]), float(known["logit_scale"].float().exp())
+    log.info("%s: its logit_bias %.4g (at scale %.4g) is not taken: the objective has its own", path, bias, scale)
+    return known.without("logit_bias")
 
 
 def _read(
