@@ -21,8 +21,8 @@ class ExportSection(Section):
     """Architecture of a weight file that no preset fits: a preset's name, or a JSON file with `embed_dim`, `vision_cfg`
     and `text_cfg`. Most files need none."""
     weights: str | None = None
-    """Which of several models in a file is exported: `raw`, `ema` for the moving average, or the prefix of its names. When
-    absent, a checkpoint's raw weights, and of other files the average where one stands beside the weights."""
+    """Which of several models in a file is exported: `raw`, `ema` for the moving average, or the prefix of its names.
+    When absent, a checkpoint's raw weights, and of other files the average where one stands beside the weights."""
     format: Format = "open_clip"
     """Form of the written files. `open_clip` is a folder that open_clip loads as `local-dir:`. `baai` is one file under
     EVA-CLIP's names. `timm` is the image tower alone. `safetensors` is one file under evatool's names. `onnx` and
