@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# OpenAI CLIP's statistics; every EVA recipe, MIM included, uses them (docs/reference/eva.md#mim-images).
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+from evatool.core.image_input import CLIP_MEAN, CLIP_STD
 
 
 def normalize_images(

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 import evatool
-from evatool.core.image_norm import CLIP_MEAN, CLIP_STD
+from evatool.core.image_input import ImageInput
 from evatool.export.base import Exporter
 from evatool.export.folder import Exported, Target, staged_folder, write_json, write_text
 from evatool.export.model_card import CardFacts, model_card
@@ -74,9 +74,16 @@ def open_clip_description(model: ModelConfig) -> OpenClipDescription:
         model_cfg=model_cfg,
         timm_config=config if config is not None and config["model_args"] else None,
         needs_evatool=config is not None and config["architecture"] not in STOCK_NAMES,
-        preprocess_cfg={"mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic", "resize_mode": "shortest"},
+        preprocess_cfg=preprocess_cfg_of(model.input),
         evatool={"version": evatool.__version__, "model": model.to_json()},
     )
+
+
+def preprocess_cfg_of(wanted: ImageInput) -> dict[str, Any]:
+    """`wanted` in open_clip's words."""
+    table: dict[str, Any] = {"mean": wanted.mean, "std": wanted.std, "interpolation": wanted.interpolation}
+    table["resize_mode"] = wanted.resize
+    return table | ({"fill_color": wanted.fill} if wanted.fill else {})
 
 
 class OpenClipExporter(Exporter):

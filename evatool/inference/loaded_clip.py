@@ -21,17 +21,19 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 
 from evatool.core.errors import RecipeError, UsageError
-from evatool.core.image_norm import CLIP_MEAN, CLIP_STD, normalize_images
+from evatool.core.image_norm import normalize_images
 from evatool.core.own_folder import expand_user
-from evatool.data.tokenizer import Tokenizer, build_tokenizer
+from evatool.data.tokenizer import Tokenizer
 from evatool.formats.fingerprint import weights_fingerprint
+from evatool.inference.tokenizers import tokenizer_facts, tokenizer_key, tokenizer_of
 from evatool.model.clip import build_clip, visual_tokens
 from evatool.model.config import ModelConfig, fingerprint_text
 from evatool.model.presets import resolve_config, resolve_preset
 from evatool.model.registration import register
 from evatool.model.vision import match_key_biases
 from evatool.weights.fit import SCALARS
-from evatool.weights.load import clip_only, find_clip
+from evatool.weights.load import cast_floats, clip_only, find_clip
+from evatool.weights.named import named_source
 from evatool.weights.resize import PatchResize
 
 log = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ class LoadedClip:
     source: str
     """Where the weights came from; `random weights of <preset>` for a preset."""
     preprocess: Callable[[Any], Tensor]
-    """Picture (PIL) -> (3, S, S) float, resized by its shortest side, centre-cropped and normalised."""
+    """Picture (PIL) -> (3, H, W) float, resized, cropped and normalised as the model's `config.input` says."""
     tokenizer: Tokenizer
     """Captions -> (B, L) int64."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -60,8 +62,18 @@ class LoadedClip:
 
     @property
     def image_size(self) -> int:
-        """Input side in pixels."""
+        """Input side in pixels. Raises: RecipeError where the input is no square; then see `input_size`."""
         return self.config.image_size
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Input sides (H, W) in pixels."""
+        return self.config.input_size
+
+    @property
+    def tokenizer_key(self) -> str:
+        """Equal for two models if and only if the same captions give them the same ids."""
+        return tokenizer_key(self.config)
 
     @property
     def context_length(self) -> int:
@@ -82,7 +94,7 @@ class LoadedClip:
     @cached_property
     def logit_bias(self) -> float | None:
         """The bias on scaled similarities of a model trained with the sigmoid loss; None for any other."""
-        bias = self.model.logit_bias
+        bias = getattr(self.model, "logit_bias", None)
         return None if bias is None else float(bias.float())
 
     @torch.no_grad()
@@ -106,25 +118,27 @@ class LoadedClip:
         """Image features (B, E) in float32.
 
         Args:
-            image: (B, 3, S, S) uint8, or float that `preprocess` or `normalize_images` has normalised; any device.
+            image: (B, 3, H, W) uint8, or float that `preprocess` has normalised; any device.
             normalize: to unit length.
         Raises: UsageError for another shape or dtype, or no image.
         """
-        return _unit(self.model.encode_image(self._pixels(image)), normalize)
+        return _unit(self.model.encode_image(self._pixels(image), normalize=False), normalize)
 
     @torch.no_grad()
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
         """Text features (B, E) in float32.
 
         Args:
-            tokens: (B, L) int64, L at most the context length; shorter rows are padded with zeros.
+            tokens: (B, L) int64, L at most the context length; shorter rows are padded with zeros, which only CLIP's
+                own tokenizer does.
             normalize: to unit length.
         Raises: UsageError for longer rows, which may hold the end-of-text token where it is cut off, for ids outside
             the vocabulary, another dtype, or no row.
         """
-        check_tokens(tokens, self.context_length, self.model.vocab_size)
+        vocab_size = getattr(self.model.text, "vocab_size", None)  # of transformers' towers the tokenizer knows it
+        check_tokens(tokens, self.context_length, vocab_size, may_be_short=not tokenizer_facts(self.config))
         tokens = F.pad(tokens, (0, self.context_length - tokens.shape[1])).to(self.device)
-        return _unit(self.model.encode_text(tokens), normalize)
+        return _unit(self.model.encode_text(tokens, normalize=False), normalize)
 
     @torch.no_grad()
     def visual_tokens(self, image: Tensor) -> Tensor:
@@ -137,9 +151,9 @@ class LoadedClip:
         return weights_fingerprint(fingerprint_text(self.config), sorted(self.model.state_dict().items()))
 
     def _pixels(self, image: Tensor) -> Tensor:
-        check_images(image, self.image_size)
+        check_images(image, self.input_size)
         dtype = next(self.model.visual.parameters()).dtype
-        return normalize_images(image.to(self.device), dtype=dtype)
+        return normalize_images(image.to(self.device), self.config.input.mean, self.config.input.std, dtype)
 
 
 def load_clip(
@@ -158,7 +172,8 @@ def load_clip(
     Args:
         source: a run folder (its newest whole checkpoint), a checkpoint folder, an exported open_clip folder, a weight
             file or folder of BAAI, open_clip, OpenAI, DeepSpeed or the Hugging Face hub (docs/models.md), or a preset
-            name (random weights, with a warning).
+            name (random weights, with a warning). `open_clip:NAME/TAG` is a model of open_clip's tables (random weights
+            without a tag), `hf-hub:OWNER/NAME` one of the Hugging Face hub, `local-dir:PATH` a folder.
         model_config: the model of a file that does not say it: a preset name, or a configuration in BAAI's vocabulary
             (mapping or JSON file). By default the preset whose shapes the file has.
         precision: arithmetic and storage of the weights; temperature, RoPE and RMSNorm stay float32.
@@ -171,9 +186,13 @@ def load_clip(
     Raises: CheckpointError if the weights are missing, damaged or of another model; UsageError if `source` is neither
     a path nor a preset.
     """
-    if expand_user(source).exists():
+    named = named_source(source)
+    path = expand_user(source) if named is None else named.weights
+    if named is not None and named.config is not None:
+        model_config = model_config or named.config
+    if path is not None and (named is not None or path.exists()):
         found = find_clip(
-            source,
+            path,
             model_config,
             image_size=image_size,
             patch_size=patch_size,
@@ -187,19 +206,34 @@ def load_clip(
         config = clip_only(given.with_sides(image_size, patch_size), str(source))
         clip, stored_dtype = _random_clip(config, DTYPES[precision]), torch.float32
         origin = f"random weights of {config.name}"
-        log.warning("%s is a preset: its weights are random", source)
+        log.warning("%s is a name without weights: they are random", source)
     match_key_biases(clip)
     clip = clip.to(device).eval().requires_grad_(False)
-    preprocess = PreprocessCfg(size=config.image_size, mean=CLIP_MEAN, std=CLIP_STD)
     return LoadedClip(
         model=clip,
         config=config,
         source=origin,
-        preprocess=image_transform_v2(preprocess, is_train=False),
-        tokenizer=build_tokenizer(config.context_length),
+        preprocess=preprocess_of(config),
+        tokenizer=tokenizer_of(config),
         device=torch.device(device),
         stored_dtype=stored_dtype,
     )
+
+
+def preprocess_of(config: ModelConfig) -> Callable[[Any], Tensor]:
+    """Picture (PIL) -> (3, H, W) float, by open_clip's own transform."""
+    wanted = config.input
+    rows, columns = config.input_size
+    described = PreprocessCfg(
+        size=rows if rows == columns else (rows, columns),
+        mean=wanted.mean,
+        std=wanted.std,
+        interpolation=wanted.interpolation,
+        resize_mode=wanted.resize,
+        fill_color=wanted.fill,
+    )
+    transform: Callable[[Any], Tensor] = image_transform_v2(described, is_train=False)
+    return transform
 
 
 def _preset_or_usage_error(source: str) -> ModelConfig:
@@ -217,18 +251,20 @@ def _random_clip(config: ModelConfig, dtype: torch.dtype) -> CustomTextCLIP:
     """A model with the first weights of a training, in `dtype`; the temperature and buffers (RoPE) stay float32."""
     register()
     clip = build_clip(config)
-    if dtype != torch.float32:
+    if config.open_clip is not None:
+        cast_floats(clip, dtype)
+    elif dtype != torch.float32:
         for name, parameter in clip.named_parameters():
             if name not in SCALARS:
                 parameter.data = parameter.data.to(dtype)
     return clip
 
 
-def check_images(image: Tensor, side: int) -> None:
-    """Raises: UsageError unless `image` is (B, 3, side, side), uint8 or floating point, with at least one image."""
-    wanted = f"(B, 3, {side}, {side}), uint8 in 0..255, or floating point as clip.preprocess gives it"
+def check_images(image: Tensor, sides: tuple[int, int]) -> None:
+    """Raises: UsageError unless `image` is (B, 3, H, W), uint8 or floating point, with at least one image."""
+    wanted = f"(B, 3, {sides[0]}, {sides[1]}), uint8 in 0..255, or floating point as clip.preprocess gives it"
     is_known = image.dtype == torch.uint8 or image.is_floating_point()
-    if image.ndim != 4 or tuple(image.shape[1:]) != (3, side, side) or not is_known:
+    if image.ndim != 4 or tuple(image.shape[1:]) != (3, *sides) or not is_known:
         raise UsageError(
             f"images of shape {tuple(image.shape)} and dtype {_dtype_name(image)} are no input of this model",
             where="encode_image",
@@ -241,9 +277,16 @@ def check_images(image: Tensor, side: int) -> None:
         )
 
 
-def check_tokens(tokens: Tensor, context_length: int, vocab_size: int) -> None:
-    """Raises: UsageError unless `tokens` is (B, L) of whole numbers below `vocab_size`, B > 0, L <= context."""
-    wanted = f"(B, L) int64 with L from 1 to {context_length} and ids from 0 to {vocab_size - 1}"
+def check_tokens(
+    tokens: Tensor, context_length: int, vocab_size: int | None = None, *, may_be_short: bool = True
+) -> None:
+    """Raises: UsageError unless `tokens` is (B, L) of whole numbers below `vocab_size`, B > 0, L <= context.
+
+    Args:
+        may_be_short: rows may be shorter than the context; else L is the context length.
+    """
+    ids = "" if vocab_size is None else f" and ids from 0 to {vocab_size - 1}"
+    wanted = f"(B, L) int64 with L {'from 1 to' if may_be_short else '='} {context_length}{ids}"
     problem, fix = None, "use clip.tokenizer, which cuts longer captions and keeps the end-of-text token"
     if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
         problem = f"tokens of shape {tuple(tokens.shape)} and dtype {_dtype_name(tokens)} are no input of this model"
@@ -251,7 +294,10 @@ def check_tokens(tokens: Tensor, context_length: int, vocab_size: int) -> None:
         problem, fix = "the batch holds no token", "leave out empty batches"
     elif tokens.shape[1] > context_length:
         problem = f"token rows of {tokens.shape[1]} are longer than the context of {context_length}"
-    elif int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size:
+    elif tokens.shape[1] < context_length and not may_be_short:
+        problem = f"token rows of {tokens.shape[1]} are shorter than the context of {context_length}"
+        fix = "use clip.tokenizer, which pads them with a token of its own"
+    elif int(tokens.min()) < 0 or (vocab_size is not None and int(tokens.max()) >= vocab_size):
         problem = f"token ids from {int(tokens.min())} to {int(tokens.max())} are not all in the vocabulary"
     if problem is not None:
         raise UsageError(problem, where="encode_text", expected=wanted, fix=fix)

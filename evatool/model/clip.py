@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from evatool.core.errors import RecipeError
 from evatool.model.config import ModelConfig
+from evatool.model.open_clip_architecture import build_open_clip
 from evatool.model.vision import has_head_bias, timm_name
 
 # B batch, S input side in pixels, N patches, E embedding
@@ -28,6 +30,8 @@ def open_clip_model_config(config: ModelConfig) -> dict[str, Any]:
     `timm_model_name` is a timm entry point, registered here where timm has none.
     """
     assert config.text is not None, f"{config.name} is a MIM model; it has no text tower"
+    if config.open_clip is not None:
+        return copy.deepcopy(config.open_clip)
     text = {key: value for key, value in config.text.items() if value is not None}
     if config.is_eva:
         vision = {
@@ -60,6 +64,13 @@ def build_clip(config: ModelConfig, *, patch_dropout: float = 0.0, drop_path_rat
     Raises: RecipeError for stochastic depth in a tower that has none.
     Source: EVA-CLIP/rei/eva_clip/{model,eva_vit_model}.py. Parity: tests/parity/test_golden_clip.py.
     """
+    if config.open_clip is not None:
+        if patch_dropout > 0 or drop_path_rate > 0:
+            raise RecipeError(
+                f"patch dropout and stochastic depth of {config.name} are not evatool's to set",
+                fix="set both to 0, or write them into open_clip's description of the model",
+            )
+        return build_open_clip(config)
     arguments = open_clip_model_config(config)
     arguments.pop("custom_text")
     arguments["vision_cfg"]["patch_dropout"] = patch_dropout

@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from evatool.core.errors import RecipeError
+from evatool.core.image_input import ImageInput
 
 Task = Literal["clip", "mim"]
-TowerKind = Literal["eva", "clip-vit"]
+TowerKind = Literal["eva", "clip-vit", "open_clip"]
 
 VISION_DEFAULTS: dict[str, Any] = {
     "tower": "eva",  # ours: eva, or clip-vit for the ViT of OpenAI's and LAION's CLIP
@@ -80,6 +81,9 @@ class ModelConfig:
         quick_gelu: x sigmoid(1.702 x) instead of the exact GELU, as OpenAI trained; only with a clip-vit tower.
         init_logit_bias: first value of the bias on similarities of a model trained with the sigmoid loss; None for a
             model without one.
+        input: how its images are made from pictures.
+        open_clip: a model of any other architecture, as open_clip's JSON files describe it (`model_cfg`); then the
+            tower is "open_clip", and `vision` and `text` hold only its input sides, context and vocabulary.
     """
 
     name: str
@@ -90,6 +94,8 @@ class ModelConfig:
     decoder: dict[str, int] | None = None
     quick_gelu: bool = False
     init_logit_bias: float | None = None
+    input: ImageInput = field(default_factory=ImageInput)
+    open_clip: dict[str, Any] | None = None
 
     @property
     def task(self) -> Task:
@@ -102,14 +108,36 @@ class ModelConfig:
         return bool(self.vision["tower"] == "eva")
 
     @property
+    def input_size(self) -> tuple[int, int]:
+        """Input sides (H, W) in pixels."""
+        size = self.vision["image_size"]
+        return (int(size[0]), int(size[1])) if isinstance(size, list | tuple) else (int(size), int(size))
+
+    @property
     def image_size(self) -> int:
-        """Input side in pixels."""
-        return int(self.vision["image_size"])
+        """Input side in pixels. Raises: RecipeError where the input is no square."""
+        rows, columns = self.input_size
+        if rows != columns:
+            raise RecipeError(
+                f"{self.name} takes images of {rows} x {columns} pixels, and what is asked for needs square ones",
+                fix="load_clip, eval and embed take any sides",
+            )
+        return rows
 
     @property
     def patch_size(self) -> int:
         """Patch side in pixels."""
-        return int(self.vision["patch_size"])
+        return int(self._known("patch_size"))
+
+    def _known(self, key: str) -> Any:
+        """A key of the image tower that only evatool's own towers have. Raises: RecipeError for another's."""
+        if key not in self.vision:
+            raise RecipeError(
+                f"{self.name} is described in open_clip's words; its {key} is not known to evatool",
+                expected="an EVA model, or a ViT as OpenAI's and LAION's CLIP have it",
+                fix="such a model can be loaded, evaluated, exported to open_clip, and teach in a distillation",
+            )
+        return self.vision[key]
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -120,17 +148,17 @@ class ModelConfig:
     @property
     def width(self) -> int:
         """Width of the image tower."""
-        return int(self.vision["width"])
+        return int(self._known("width"))
 
     @property
     def depth(self) -> int:
         """Blocks of the image tower."""
-        return int(self.vision["layers"])
+        return int(self._known("layers"))
 
     @property
     def num_heads(self) -> int:
         """Attention heads of the image tower."""
-        return self.width // int(self.vision["head_width"])
+        return self.width // int(self._known("head_width"))
 
     @property
     def has_inner_attn_norm(self) -> bool:
@@ -141,6 +169,8 @@ class ModelConfig:
     @property
     def text_depth(self) -> int:
         """Blocks of the text tower; 0 without one."""
+        if self.open_clip is not None:
+            self._known("layers")
         return int(self.text["layers"]) if self.text else 0
 
     @property
@@ -150,8 +180,11 @@ class ModelConfig:
 
     def with_image_size(self, image_size: int | None) -> ModelConfig:
         """This model for another input side; None keeps the side. Raises RecipeError if patches do not fit."""
-        if image_size is None or image_size == self.image_size:
+        if image_size is None or (image_size, image_size) == self.input_size:
             return self
+        if self.open_clip is not None:
+            cfg = {**self.open_clip, "vision_cfg": {**self.open_clip["vision_cfg"], "image_size": image_size}}
+            return open_clip_config(cfg, self.name, self.input)
         return _checked(replace(self, vision={**self.vision, "image_size": image_size}))
 
     def with_patch_size(self, patch_size: int | None) -> ModelConfig:
@@ -189,6 +222,8 @@ class ModelConfig:
             "decoder": self.decoder and dict(self.decoder),
             "quick_gelu": self.quick_gelu or None,
             "init_logit_bias": self.init_logit_bias,
+            "input": self.input.differences or None,
+            "open_clip": self.open_clip,
         }
         return table | {key: value for key, value in optional.items() if value is not None}
 
@@ -199,11 +234,14 @@ class ModelConfig:
             raise RecipeError("a model configuration is a JSON object, and this is none", fix="see docs/models.md")
         unknown = set(table) - {"name", "task", "embed_dim", "vision_cfg", "text_cfg", "predict_dim", "decoder"}
         # open_clip's: every model of ours has the first; the scale's first value is the training recipe's
-        unknown -= {"custom_text", "quick_gelu", "init_logit_bias", "init_logit_scale"}
+        unknown -= {"custom_text", "quick_gelu", "init_logit_bias", "init_logit_scale", "input", "open_clip"}
         problems = [f"unknown key {key!r}" for key in sorted(unknown)]
         if not isinstance(table.get("vision_cfg"), Mapping):
             problems.append("vision_cfg is missing")
             raise RecipeError("this is not a model configuration", problems=problems, fix="see docs/models.md")
+        wanted = _input_of(table.get("input", {}), problems)
+        if isinstance(table.get("open_clip"), Mapping) and not problems:
+            return open_clip_config(table["open_clip"], name or table.get("name") or "unnamed", wanted)
         vision = _filled(table["vision_cfg"], VISION_DEFAULTS, INERT_VISION_KEYS, "vision_cfg", problems)
         text_cfg = table.get("text_cfg")
         text = None if text_cfg is None else _filled(text_cfg, TEXT_DEFAULTS, INERT_TEXT_KEYS, "text_cfg", problems)
@@ -222,10 +260,70 @@ class ModelConfig:
                 text=text,
                 predict_dim=table.get("predict_dim"),
                 decoder=table.get("decoder"),
+                input=wanted,
                 quick_gelu=bool(table.get("quick_gelu", False)),
                 init_logit_bias=None if bias is None else float(bias),
             )
         )
+
+
+def _input_of(table: Any, problems: list[str]) -> ImageInput:
+    try:
+        return ImageInput.from_json(table)
+    except (ValueError, TypeError, AttributeError) as error:
+        problems.append(f"input: {error}")
+        return ImageInput()
+
+
+def open_clip_config(model_cfg: Mapping[str, Any], name: str, wanted: ImageInput | None = None) -> ModelConfig:
+    """A model as open_clip's JSON files describe it (`model_cfg`): in our words where they can say it, else in its own.
+
+    Raises: RecipeError where it lacks a part that every such description has.
+    """
+    vision, text = model_cfg.get("vision_cfg"), model_cfg.get("text_cfg")
+    embed_dim = model_cfg.get("embed_dim")
+    lacking = [key for key, part in (("vision_cfg", vision), ("text_cfg", text)) if not isinstance(part, Mapping)]
+    if not isinstance(embed_dim, int) or isinstance(embed_dim, bool):
+        lacking.append("embed_dim")
+    if lacking:
+        raise RecipeError(
+            f"this description of a model lacks {', '.join(lacking)}",
+            where=name,
+            expected="open_clip's model_cfg: embed_dim, vision_cfg and text_cfg",
+        )
+    assert isinstance(vision, Mapping)
+    assert isinstance(text, Mapping)
+    wanted = wanted or ImageInput()
+    if _is_plain_vit(model_cfg, vision, text):
+        given = {"tower": "clip-vit", **{key: vision[key] for key in vision if key in _VIT_KEYS}}
+        table = {"embed_dim": embed_dim, "vision_cfg": given, "text_cfg": dict(text)}
+        table["init_logit_bias"] = model_cfg.get("init_logit_bias")
+        plain = ModelConfig.from_json({**table, "quick_gelu": bool(model_cfg.get("quick_gelu", False))}, name=name)
+        return replace(plain, input=wanted)
+    size = vision.get("image_size", 224)
+    sides = list(size) if isinstance(size, list | tuple) else [size, size]
+    if len(sides) != 2 or not all(isinstance(side, int) and 0 < side <= 2**15 for side in sides):
+        raise RecipeError(f"image_size = {size!r} is no side or pair of sides in pixels", where=name)
+    return ModelConfig(
+        name=name,
+        embed_dim=embed_dim,
+        vision={"tower": "open_clip", "image_size": sides[0] if sides[0] == sides[1] else sides},
+        text={"context_length": text.get("context_length", 77), "vocab_size": text.get("vocab_size", 49408)},
+        quick_gelu=bool(model_cfg.get("quick_gelu", False)),
+        init_logit_bias=model_cfg.get("init_logit_bias"),
+        input=wanted,
+        open_clip=json.loads(json.dumps(model_cfg)),
+    )
+
+
+def _is_plain_vit(model_cfg: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
+    """True for the ViT and text transformer of OpenAI's and LAION's CLIP, with nothing else about them."""
+    only_tables = set(model_cfg) - {"init_logit_scale", "init_logit_bias"} <= {
+        *("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text")
+    }
+    is_vit = set(vision) <= _VIT_KEYS - {"tower"} and isinstance(vision.get("layers"), int) and "patch_size" in vision
+    is_square = isinstance(vision.get("image_size", 224), int) and isinstance(vision.get("patch_size"), int)
+    return only_tables and is_vit and is_square and set(text) <= set(TEXT_DEFAULTS)
 
 
 def from_mim_arguments(arguments: Mapping[str, Any], name: str = "unnamed") -> ModelConfig:
@@ -258,7 +356,9 @@ def mim_config(config: ModelConfig, predict_dim: int | None = None) -> ModelConf
             fix="name an EVA preset as the student; this model can be its teacher",
         )
     vision = {**config.vision, "inner_attn_ln": False, "init": "eva-02" if config.vision["rope"] else "eva-01"}
-    return ModelConfig(name=config.name, embed_dim=None, vision=vision, text=None, predict_dim=predict_dim)
+    return ModelConfig(
+        name=config.name, embed_dim=None, vision=vision, text=None, predict_dim=predict_dim, input=config.input
+    )
 
 
 def _filled(
@@ -302,6 +402,8 @@ def _checked(config: ModelConfig) -> ModelConfig:
 def _tower_problems(config: ModelConfig) -> list[str]:
     """Settings that the kind of tower does not have."""
     vision = config.vision
+    if vision["tower"] == "open_clip":
+        return ["tower = 'open_clip' needs open_clip's own description of the model under open_clip"]
     if vision["tower"] not in ("eva", "clip-vit"):
         return [f"tower = {vision['tower']!r} is neither 'eva' nor 'clip-vit'"]
     if config.is_eva:

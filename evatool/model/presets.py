@@ -14,7 +14,7 @@ from typing import Any
 
 from evatool.core.bounded_json import read_json
 from evatool.core.errors import RecipeError
-from evatool.model.config import ModelConfig, mim_config
+from evatool.model.config import ModelConfig, mim_config, open_clip_config
 
 __all__ = ["PRESETS", "ModelConfig", "mim_config", "resolve_config", "resolve_preset"]
 
@@ -212,15 +212,17 @@ def resolve_preset(name: str) -> ModelConfig:
     )
 
 
-def resolve_config(given: ModelConfig | Mapping[str, Any] | str | Path) -> ModelConfig:
-    """A configuration from itself, a mapping or a JSON file in BAAI's vocabulary, or a preset's name.
+def resolve_config(given: ModelConfig | Mapping[str, Any] | str | Path, *, is_vit: bool = False) -> ModelConfig:
+    """A configuration from itself, a mapping or a JSON file in BAAI's or open_clip's words, or a preset's name.
 
+    Args:
+        is_vit: the weights have the image tower of OpenAI's CLIP: words that both vocabularies share are open_clip's.
     Raises: RecipeError where the file cannot be read, holds no configuration, or no preset has this name.
     """
     if isinstance(given, ModelConfig):
         return given
     if isinstance(given, Mapping):
-        return ModelConfig.from_json(given)
+        return _from_table(given, None, is_vit)
     path = Path(given)
     if path.suffix != ".json":
         return resolve_preset(str(given))
@@ -228,4 +230,21 @@ def resolve_config(given: ModelConfig | Mapping[str, Any] | str | Path) -> Model
         table = read_json(path)
     except (OSError, ValueError) as error:
         raise RecipeError(f"the model configuration cannot be read: {error}", where=str(path)) from error
-    return ModelConfig.from_json(table, name=path.stem)
+    return _from_table(table, path.stem, is_vit)
+
+
+def _from_table(table: Mapping[str, Any], name: str | None, is_vit: bool) -> ModelConfig:
+    if isinstance(table, Mapping) and isinstance(table.get("model_cfg"), Mapping):  # a whole open_clip_config.json
+        return open_clip_config(table["model_cfg"], name or "unnamed")
+    if isinstance(table, Mapping) and _has_words_of_open_clip(table, is_vit):
+        return open_clip_config(table, name or "unnamed")
+    return ModelConfig.from_json(table, name=name)
+
+
+def _has_words_of_open_clip(table: Mapping[str, Any], is_vit: bool) -> bool:
+    vision, text = (table.get(key) for key in ("vision_cfg", "text_cfg"))
+    if not isinstance(vision, Mapping) or not isinstance(text, Mapping) or {"tower", "eva_model_name"} & set(vision):
+        return False
+    if "timm_model_name" in vision or "hf_model_name" in text or "multimodal_cfg" in table:
+        return True
+    return is_vit or bool(table.get("quick_gelu"))  # an EVA tower has no QuickGELU

@@ -14,7 +14,7 @@ from timm.layers import RmsNormFp32
 from timm.models import build_model_with_cfg, is_model, register_model
 from timm.models.eva import Eva, EvaAttention, checkpoint_filter_fn
 
-from evatool.core.image_norm import CLIP_MEAN, CLIP_STD
+from evatool.core.image_input import CLIP_MEAN, CLIP_STD
 from evatool.model.config import NOT_ARCHITECTURE, ModelConfig
 from evatool.model.presets import PRESETS
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -87,11 +87,11 @@ class FittedWeights:
         may_keep = self.tensors.gives_copies
         for name in self.tensors:
             tensor = self.tensors[name]
-            if module.get_parameter(name).is_meta:
+            if _tensor_of(module, name).is_meta:
                 # What was read for this parameter alone becomes its memory: nothing is held twice.
                 tensor = tensor.to(device, torch.float32 if name in SCALARS else dtype, copy=not may_keep)
             _place(module, name, tensor)
-        still_meta = [name for name in self.report.fresh if module.get_parameter(name).is_meta]
+        still_meta = [name for name in self.report.fresh if _tensor_of(module, name).is_meta]
         assert not still_meta, f"fresh parameters without memory: {still_meta}"
         restore_buffers(module, device)
         return self.report
@@ -110,6 +110,7 @@ def fit_weights(
     may_be_fresh: Sequence[str] = (),
     where: str = "state dict",
     patch_resize: PatchResize = "bicubic",
+    named: Iterable[tuple[str, Tensor]] | None = None,
 ) -> FittedWeights:
     """Check the tensors named in `take` against the parameters of `module` that `only` selects; none is read.
 
@@ -119,9 +120,10 @@ def fit_weights(
         may_be_fresh: patterns (`*` for anything) of parameters that may be missing from `take`.
         where: what errors call the source.
         patch_resize: how a patch kernel of another size is resized.
+        named: what of the module is filled, buffers too; its parameters when absent.
     Raises: CheckpointError with everything that is missing, left over or of another shape.
     """
-    parameters = {name: p for name, p in module.named_parameters() if only(name)}
+    parameters = {name: p for name, p in (named or module.named_parameters()) if only(name)}
     missing = [name for name in parameters if name not in take]
     fresh = [name for name in missing if any(fnmatchcase(name, pattern) for pattern in may_be_fresh)]
     _refuse_differences(
@@ -131,6 +133,13 @@ def fit_weights(
     resized = [name for name, shape in shapes.items() if len(shape) > 1 and shape_of(source, name) != shape]
     report = LoadReport(loaded=len(take), fresh=fresh, resized=resized)
     return FittedWeights(FittedMap(source, shapes, patch_resize), report)
+
+
+def _tensor_of(module: nn.Module, name: str) -> Tensor:
+    """A parameter or a buffer."""
+    parent, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(module.get_submodule(parent), leaf)
+    return tensor
 
 
 def _place(module: nn.Module, name: str, tensor: Tensor) -> None:
@@ -163,7 +172,7 @@ def _refuse_differences(
         theirs, ours = tuple(shape_of(source, name)), tuple(parameters[name].shape)
         if not _can_fit(name, theirs, ours):
             misfits.append(f"{name} is {theirs}, the model has {ours}")
-        elif not dtype_of(source, name).is_floating_point:
+        elif not dtype_of(source, name).is_floating_point and parameters[name].is_floating_point():
             misfits.append(f"{name} holds {str(dtype_of(source, name)).removeprefix('torch.')}, not floating point")
     if not (missing or unexpected or misfits):
         return

@@ -15,6 +15,7 @@ from torch import Tensor
 from evatool.core.errors import CheckpointError
 from evatool.model.clip import PROJECTION, TOWER
 from evatool.model.config import TowerKind
+from evatool.model.open_clip_architecture import RECOMPUTED
 from evatool.weights.key_mapping_hf import is_transformers, transformers_origins
 from evatool.weights.mapped_tensors import MappedTensors, TensorOrigin
 from evatool.weights.wrappers import unwrapped
@@ -66,6 +67,18 @@ def canonical_state(state: Mapping[str, Tensor], where: str = "state dict") -> M
             )
         origins[ours] = TensorOrigin((key,))
     return MappedTensors(state, origins, tower)
+
+
+def open_clip_state(state: Mapping[str, Tensor]) -> MappedTensors:
+    """The weights of a model in open_clip's words: its names, with the text tower of a `CLIP` moved to `text`."""
+    state = unwrapped(state)
+    kept = [name for name in state if not (RECOMPUTED.search(name) or _RECOMPUTED.search(name))]
+    return MappedTensors(state, {_shared_name(name): TensorOrigin((name,)) for name in kept}, "open_clip")
+
+
+def has_vit_names(state: Mapping[str, Tensor]) -> bool:
+    """True for the image tower of OpenAI's and LAION's CLIP under open_clip's names."""
+    return set(unwrapped(state)) >= _VIT_PARTS
 
 
 def mae_state(state: Mapping[str, Tensor]) -> MappedTensors:

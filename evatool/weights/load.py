@@ -13,14 +13,14 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from open_clip import CustomTextCLIP
-from torch import Tensor
+from torch import Tensor, nn
 
 from evatool.core.errors import CheckpointError
 from evatool.formats.safetensors import dtype_of, shape_of
@@ -28,10 +28,11 @@ from evatool.model.clip import PROJECTION, TOWER, build_clip
 from evatool.model.config import ModelConfig
 from evatool.model.mae import MaeModel
 from evatool.model.mim import MimModel
+from evatool.model.open_clip_architecture import kept_tensors
 from evatool.model.presets import resolve_config
 from evatool.model.registration import register
-from evatool.weights.fit import FittedMap, FittedWeights, LoadReport, fit_weights
-from evatool.weights.key_mapping import canonical_state, mae_state
+from evatool.weights.fit import SCALARS, FittedMap, FittedWeights, LoadReport, fit_weights
+from evatool.weights.key_mapping import canonical_state, has_vit_names, mae_state, open_clip_state
 from evatool.weights.resize import PatchResize
 from evatool.weights.source import SourceWeights, read_weights
 
@@ -73,6 +74,8 @@ class UnloadedClip:
         """The model with its weights in memory, in `dtype`; the temperature is float32."""
         clip = copy.deepcopy(self.skeleton)
         report = self.fitted.fill(clip, dtype=dtype)
+        if self.config.open_clip is not None:
+            cast_floats(clip, dtype)
         log.log(logging.INFO if report.resized else logging.DEBUG, "%s: %s", self.source, report)
         return clip
 
@@ -92,8 +95,11 @@ def find_clip(
     """
     register()
     found = read_weights(source, weights)
-    config = _only_config(found) if model_config is None else resolve_config(model_config)
+    config = _only_config(found) if model_config is None else _given_config(model_config, found)
     config = clip_only(config.with_sides(image_size, patch_size), found.source)
+    if config.open_clip is not None:
+        with _suggesting_presets(found, config):
+            return _find_open_clip(found, config)
     state = canonical_state(found.state, found.source)
     if "logit_bias" in state:  # only the weights of a model that was trained with the sigmoid loss have it
         config = config.with_logit_bias(True)
@@ -102,6 +108,29 @@ def find_clip(
     with _suggesting_presets(found, config):
         fitted = fit_clip_weights(skeleton, state, where=found.source, patch_resize=patch_resize)
     return UnloadedClip(fitted, config, found.source, _stored_dtype(found), skeleton)
+
+
+def _find_open_clip(found: SourceWeights, config: ModelConfig) -> UnloadedClip:
+    """A model in open_clip's words: in memory at once, since its towers hold buffers of all kinds."""
+    skeleton = build_clip(config)
+    fitted = fit_open_clip(skeleton, found.state, found.source)
+    return UnloadedClip(fitted, config, found.source, _stored_dtype(found), skeleton)
+
+
+def _given_config(model_config: ModelConfig | Mapping[str, Any] | str | Path, found: SourceWeights) -> ModelConfig:
+    """The configuration that was given; its input is the one that the source says, where it says one itself."""
+    config = resolve_config(model_config, is_vit=has_vit_names(found.state))
+    said = found.said.input
+    return config if said is None or not config.input.is_default else replace(config, input=said)
+
+
+def cast_floats(clip: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters and buffers in `dtype`, the temperature and bias left as they are."""
+    if dtype != torch.float32:
+        kept = {name: parameter.data for name, parameter in clip.named_parameters() if name in SCALARS}
+        clip.to(dtype)
+        for name, tensor in kept.items():
+            clip.get_parameter(name).data = tensor
 
 
 def clip_only(config: ModelConfig, where: str) -> ModelConfig:
@@ -162,6 +191,12 @@ def fit_clip_weights(
     """
     source = canonical_state(state, where)
     return fit_weights(clip, source, take=set(source), where=where, patch_resize=patch_resize)
+
+
+def fit_open_clip(clip: nn.Module, state: Mapping[str, Tensor], where: str) -> FittedWeights:
+    """All weights and kept buffers of a model in open_clip's words. Raises: CheckpointError as `fit_clip_weights`."""
+    source = open_clip_state(state)
+    return fit_weights(clip, source, take=set(source), where=where, named=list(kept_tensors(clip)))
 
 
 def load_clip_weights(

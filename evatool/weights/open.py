@@ -60,10 +60,10 @@ def _open_all(path: Path) -> Mapping[str, Tensor]:
         raise CheckpointError("the file is empty", where=str(path), fix="copy or download the file again")
     if path.name.endswith(".index.json"):
         return _open_index(path)
+    if head[8:9] == b"{":  # first: the length before it may begin with any byte, a pickle's 0x80 among them
+        return SafetensorsMap(path)
     if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
         return open_torch_archive(path)
-    if head[8:9] == b"{":
-        return SafetensorsMap(path)
     raise CheckpointError(
         "this is no weight file that evatool reads",
         where=str(path),

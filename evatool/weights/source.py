@@ -12,18 +12,19 @@ released     a weight file, a folder of the Hugging Face hub (open_clip,  shapes
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from evatool.checkpoint.layout import AVERAGE, EXTRA, MANIFEST, MODEL, MODEL_CONFIG, TRAIN_STATE
 from evatool.checkpoint.load import latest_checkpoint, verify
-from evatool.core.bounded_json import read_json
 from evatool.core.errors import CheckpointError
 from evatool.core.own_folder import expand_user
-from evatool.model.config import ModelConfig
+from evatool.model.clip import open_clip_model_config
+from evatool.model.config import TEXT_DEFAULTS, ModelConfig
+from evatool.weights.description import ModelDescription, describe, open_clip_input, read_object
 from evatool.weights.detect_preset import fitting_presets
 from evatool.weights.key_mapping import canonical_state
 from evatool.weights.mapped_tensors import MergedMap
@@ -45,6 +46,8 @@ class SourceWeights:
     """The configuration that the source states, else every preset of its shapes: none, one or more."""
     source: str
     """The file or folder that was read."""
+    said: ModelDescription = field(default_factory=ModelDescription)
+    """What lies beside the weights says, where another library wrote them."""
 
 
 def read_weights(source: str | Path, weights: str | None = None) -> SourceWeights:
@@ -61,7 +64,7 @@ def read_weights(source: str | Path, weights: str | None = None) -> SourceWeight
         case "average":
             return _read_checkpoint(path.parent, AVERAGE, str(path))
         case "described":
-            config = ModelConfig.from_json(_read_json(path / MODEL_CONFIG))
+            config = ModelConfig.from_json(read_object(path / MODEL_CONFIG))
             return SourceWeights(open_weights(path, weights), [config], str(path))
         case "open_clip":
             return _read_open_clip(path)
@@ -80,7 +83,7 @@ def locate_weights(path: Path) -> tuple[SourceKind, Path]:
         is_average = path.name == AVERAGE and path.with_name(MODEL_CONFIG).is_file()
         return ("average" if is_average else "released"), path
     if (path / OPEN_CLIP_CONFIG).is_file():
-        return ("open_clip" if "evatool" in _read_json(path / OPEN_CLIP_CONFIG) else "released"), path
+        return ("open_clip" if "evatool" in read_object(path / OPEN_CLIP_CONFIG) else "released"), path
     if (path / MODEL_CONFIG).is_file():
         is_checkpoint = (path / TRAIN_STATE).is_file() or (path / MANIFEST).is_file()
         return ("checkpoint" if is_checkpoint else "described"), path
@@ -100,7 +103,7 @@ def locate_weights(path: Path) -> tuple[SourceKind, Path]:
 
 def _read_checkpoint(folder: Path, file: str, source: str) -> SourceWeights:
     verify(folder)
-    config = ModelConfig.from_json(_read_json(folder / MODEL_CONFIG))
+    config = ModelConfig.from_json(read_object(folder / MODEL_CONFIG))
     state = open_weights(folder / file)
     # The bias of a model trained with the sigmoid loss lies among what the objective keeps.
     extra = open_weights(folder / EXTRA) if config.task == "clip" and (folder / EXTRA).is_file() else {}
@@ -131,48 +134,58 @@ def _read_open_clip(folder: Path) -> SourceWeights:
     weights = folder / OPEN_CLIP_WEIGHTS
     if not weights.is_file():
         raise CheckpointError(f"{OPEN_CLIP_WEIGHTS} is missing", where=str(folder), fix="export the model again")
-    record = _read_json(folder / OPEN_CLIP_CONFIG)["evatool"]
+    table = read_object(folder / OPEN_CLIP_CONFIG)
+    record = table["evatool"]
     if not isinstance(record, dict) or not isinstance(record.get("model"), dict):
         raise CheckpointError(
             f"our record in {OPEN_CLIP_CONFIG} is damaged", where=str(folder), fix="export the model again"
         )
     config = ModelConfig.from_json(record["model"])
+    preprocess = table.get("preprocess_cfg")
+    if preprocess is not None:
+        said, _ = open_clip_input(preprocess, folder / OPEN_CLIP_CONFIG)
+        if said != config.input:
+            raise CheckpointError(
+                f"preprocess_cfg and our record in {OPEN_CLIP_CONFIG} describe different images: "
+                f"{said.differences or 'the defaults'} and {config.input.differences or 'the defaults'}",
+                where=str(folder),
+                expected="the same in both",
+                fix="export the model again, or correct evatool.model.input in the file",
+            )
     return SourceWeights(open_weights(weights), [config], str(folder))
 
 
 def _read_released(path: Path, weights: str | None = None) -> SourceWeights:
-    """Weights that do not say what they are: every preset of their shapes and, where something tells, activation."""
+    """Weights of another library: what is said beside them, and where nothing is said every preset of their shapes."""
     state = open_weights(path, weights)
-    configs = fitting_presets(canonical_state(state, str(path)))
-    quick_gelu = tells_quick_gelu(path, state)
-    if quick_gelu is not None and len(configs) > 1:
-        configs = [config for config in configs if config.quick_gelu == quick_gelu]
-    return SourceWeights(state, configs, str(path))
+    said = describe(path)
+    if "input_resolution" in state:  # only OpenAI's own archives hold it, and all of them have QuickGELU
+        said = replace(said, quick_gelu=True, origins={**said.origins, "quick_gelu": "the file"})
+    presets = _presets_of(state, str(path), is_described=said.config is not None)
+    told = [config for config in presets if config.quick_gelu == said.quick_gelu]
+    if said.config is not None and not (told and told[0].is_eva and _is_described_by(told[0], said.config)):
+        return SourceWeights(state, [said.applied_to(said.config, str(path))], str(path), said)
+    # Presets of one shape differ in the activation alone.
+    presets = told or (presets if said.quick_gelu is None else presets[:1])
+    return SourceWeights(state, [said.applied_to(config, str(path)) for config in presets], str(path), said)
 
 
-def tells_quick_gelu(path: Path, state: Mapping[str, Tensor]) -> bool | None:
-    """True where a CLIP was trained with QuickGELU: its weights do not show it, but what lies beside them may.
-
-    Returns: None where nothing tells.
-    """
-    if "input_resolution" in state:  # only OpenAI's own archives hold it
-        return True
-    folder = path if path.is_dir() else path.parent
-    if (folder / OPEN_CLIP_CONFIG).is_file():
-        model_cfg = _read_json(folder / OPEN_CLIP_CONFIG).get("model_cfg")
-        return isinstance(model_cfg, dict) and bool(model_cfg.get("quick_gelu", False))
-    if (folder / "config.json").is_file():
-        text_config = _read_json(folder / "config.json").get("text_config")
-        activation = text_config.get("hidden_act") if isinstance(text_config, dict) else None
-        return None if activation is None else activation == "quick_gelu"
-    return None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def _presets_of(state: Mapping[str, Tensor], where: str, *, is_described: bool) -> list[ModelConfig]:
+    """The presets of these shapes; none where the towers are of another kind and a description says which."""
     try:
-        table = read_json(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path.name} cannot be read: {error}", where=str(path)) from error
-    if not isinstance(table, dict):
-        raise CheckpointError(f"{path.name} is no JSON object", where=str(path))
-    return table
+        return fitting_presets(canonical_state(state, where))
+    except CheckpointError:
+        if is_described:
+            return []
+        raise
+
+
+def _is_described_by(preset: ModelConfig, described: ModelConfig) -> bool:
+    """True where open_clip's description is of this EVA preset: the same timm tower, which is known better by us."""
+    if described.open_clip is None:
+        return False
+    theirs, ours = described.open_clip, open_clip_model_config(preset)
+    names = [str(cfg["vision_cfg"].get("timm_model_name", "")).partition(".")[0] for cfg in (theirs, ours)]
+    is_same_text = all(theirs["text_cfg"].get(key, value) == value for key, value in ours["text_cfg"].items())
+    is_plain_text = set(theirs["text_cfg"]) <= set(TEXT_DEFAULTS)
+    return names[0] == names[1] and is_same_text and is_plain_text and preset.input_size == described.input_size

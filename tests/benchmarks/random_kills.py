@@ -35,6 +35,7 @@ import short_runs
 PATIENCE_SEC = 240.0
 """Longest wait for a run to end, and for the survivors of a kill to notice it."""
 SURVIVORS_SEC = 120.0
+JOIN_SEC, TERM_SEC = 30.0, 5.0
 TRAINING = ("train-clip", "pretrain-mim", "distill")
 # Of a run folder, what tells of the run and is not made by it.
 _ABOUT = {"status.json", "environment.json", "resolved.toml", "result.json", "logs", "lease.json"}
@@ -85,7 +86,7 @@ class Cell:
             results = _timeless(json.loads((run_dir / "results.json").read_text()))
             files = [path for path in files if path.suffix == ".npz"]
             assert files, "predictions are kept"
-            return results, {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+            return results, {path.name: _answers(path) for path in files}
         own = str(run_dir).encode()  # a model card says how to load it from where it is
         return {
             str(path.relative_to(run_dir)): hashlib.sha256(path.read_bytes().replace(own, b"")).hexdigest()
@@ -97,6 +98,15 @@ CELLS = [
     *(Cell(stage, ranks) for stage in (*TRAINING, "eval") for ranks in (1, 2)),
     *(Cell(stage, 1) for stage in ("export", "data-prepare")),
 ]
+
+
+def _answers(path: Path) -> dict[str, str]:
+    """Digests of a set's kept answers; what is told of them holds the seconds that they took."""
+    import numpy as np
+
+    with np.load(path) as stored:
+        digests = {name: hashlib.sha256(stored[name].tobytes()).hexdigest() for name in stored.files if name != "meta"}
+        return digests | {"meta": json.dumps(_timeless(json.loads(stored["meta"].tobytes())))}
 
 
 def _timeless(value: Any) -> Any:
@@ -139,16 +149,33 @@ class Run:
         finally:
             os._exit(1)
 
-    def wait(self, seconds: float) -> bool:
+    def wait(self, seconds: float, *, kills: bool = True) -> bool:
         """True once all ranks have ended; False where some have not after so long, which are killed then."""
         end = time.monotonic() + seconds
         while len(self.codes) < len(self.pids):
             self._collect()
             if time.monotonic() > end:
-                self.kill(self.pids)
+                if kills:
+                    self.kill(self.pids)
                 return False
             time.sleep(0.02)
         return True
+
+    def end_after_kill(self, folder: Path, name: str) -> bool:
+        """True once the survivors of a kill have ended.
+
+        One that waits for a rank that was killed before it joined waits for ten minutes, and says so, since no launcher
+        tells it: then this is the launcher, whose SIGTERM must end it at once.
+        """
+        if self.wait(JOIN_SEC, kills=False):
+            return True
+        said = "".join(path.read_text().rstrip()[-200:] for path in folder.glob(f"{name}.*.txt"))
+        if "to join the job" not in said:
+            return self.wait(SURVIVORS_SEC)
+        for pid in self.pids:
+            if pid not in self.codes:
+                os.kill(pid, signal.SIGTERM)
+        return self.wait(TERM_SEC)
 
     def _collect(self) -> None:
         for pid in self.pids:
@@ -202,7 +229,7 @@ def one_kill(cell: Cell, folder: Path, name: str, seconds: float, pick: random.R
     for _ in range(2):
         time.sleep(pick.uniform(0, seconds))
         run.kill(pick.choice([run.pids, pick.sample(run.pids, 1)]))
-        if not run.wait(SURVIVORS_SEC):
+        if not run.end_after_kill(folder, name):
             return "stuck"
         run = Run(cell, again, folder)
         if pick.random() < 2 / 3:

@@ -262,7 +262,7 @@ def test_scenes_probes_and_few_shot_have_rows(drawings: Path, tmp_path: Path) ->
 def test_a_stock_open_clip_model_is_evaluated(drawings: Path, tmp_path: Path) -> None:
     result = run(drawings, tmp_path / "run", models={"stock": "open_clip:ViT-S-32-alt"}, sets=["never-seen"])
     results = read_results(result.outputs["results"])
-    assert results.models[0].weights == "open_clip ViT-S-32-alt, random weights"
+    assert results.models[0].weights == "random weights of ViT-S-32-alt"
     assert results.models[0].image_size == 224
     with pytest.raises(UsageError, match="open_clip has no model 'ViT-nope'"):
         run(drawings, tmp_path / "other", models={"stock": "open_clip:ViT-nope"})

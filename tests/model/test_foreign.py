@@ -16,11 +16,11 @@ from evatool.formats.safetensors import dtype_of, shape_of
 from evatool.model.clip import PROJECTION, TOWER, build_clip
 from evatool.model.config import ModelConfig
 from evatool.model.presets import resolve_preset
+from evatool.weights.description import describe
 from evatool.weights.detect_preset import fitting_presets
 from evatool.weights.key_mapping import canonical_state
 from evatool.weights.load import init_text_tower, load_clip_weights
 from evatool.weights.open import open_weights
-from evatool.weights.source import tells_quick_gelu
 
 ASSETS = Path(__file__).parents[1] / "assets"
 DEEPSPEED = sorted(folder.name for folder in (ASSETS / "deepspeed").iterdir() if folder.is_dir())
@@ -69,12 +69,13 @@ def test_quick_gelu_is_told_by_what_lies_beside(tmp_path):
 
     state = canonical_state(Shapes(shapes))
     assert {c.name for c in fitting_presets(state)} == {"OpenAI-CLIP-B-16", "OpenCLIP-B-16"}
-    tells = tells_quick_gelu
-    assert tells(tmp_path, state) is None
-    assert tells(tmp_path, {"input_resolution": torch.tensor(224)}) is True
-    assert tells(ASSETS / "foreign" / "transformers", state) is True
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"hidden_act": "gelu"}}))
-    assert tells(tmp_path / "model.safetensors", state) is False
+    assert describe(tmp_path).quick_gelu is None
+    assert describe(ASSETS / "foreign" / "transformers").quick_gelu is True
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {}, "vision_config": {}}))
+    assert describe(tmp_path / "model.safetensors").quick_gelu is True, "transformers' own default"
+    tower = {"hidden_act": "gelu"}
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": tower, "vision_config": tower}))
+    assert describe(tmp_path / "model.safetensors").quick_gelu is False
 
 
 @pytest.mark.parametrize("name", ["eva-clip-8b", "eva-clip-18b"])

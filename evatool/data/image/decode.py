@@ -19,11 +19,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from evatool.data.image.announced import JpegFrame, jpeg_frame, png_ends_early
+from evatool.core.image_input import Interpolation, Resize
+from evatool.data.image.announced import JpegFrame, jpeg_frame, png_ends_early, webp_ends_early
 from evatool.data.image.header import (
     FORMATS,
     JPEG_START,
@@ -34,6 +33,7 @@ from evatool.data.image.header import (
     open_image,
     read_header,
 )
+from evatool.data.image.resize import place_of, put_in_place
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,8 @@ def decode_image(
             raise BadImage("unsupported-format", f"{image.format}")
         width, height = image.size
         check_size(width, height, min(max_pixels, MOST_PIXELS.get(image.format, max_pixels)))
+        if image.format == "WEBP" and webp_ends_early(data):
+            raise BadImage("truncated", f"less data than {width} x {height} pixels")
         if image.format == "WEBP" and width * height > _PILLOW_WEBP_PIXELS:
             return _decode_large_webp(data)
         if image.format == "PNG" and width * height > _COUNTED_PNG_PIXELS and _is_short_png(data):
@@ -192,46 +194,22 @@ def _decode_jpeg(
 
 def decode_eval_image(
     data: bytes,
-    size: int,
-    resize_mode: Literal["shortest", "squash"] = "shortest",
+    size: int | tuple[int, int],
+    resize_mode: Resize = "shortest",
     decode: Literal["exact", "fast"] = "exact",
+    interpolation: Interpolation = "bicubic",
+    fill: int = 0,
 ) -> Tensor:
-    """An encoded picture as uint8 (3, S, S) for evaluation.
+    """An encoded picture as uint8 (3, H, W) for evaluation.
 
     Args:
-        size: S.
-        resize_mode: `shortest`: shorter side to S, then the central square; `squash`: both sides to S.
+        size: the input's sides (H, W); one number for a square.
+        resize_mode, interpolation, fill: as `ImageInput` has them.
         decode: `exact`: the bytes of open_clip's transform before `ToTensor`; `fast`: near them.
     Raises: BadImage with the cause.
-    Source: torchvision/transforms/transforms.py, Resize and CenterCrop on a Pillow picture, as
-    open_clip/transform.py composes them.
     """
     pixels = decode_image(data, mode=decode)
-    height, width = pixels.shape[:2]
-    if resize_mode == "squash":
-        target_h = target_w = size
-    else:
-        long = int(size * max(height, width) / min(height, width))
-        target_h, target_w = (size, long) if height <= width else (long, size)
-    if (height, width) == (target_h, target_w):
-        resized = torch.from_numpy(pixels).permute(2, 0, 1)
-    elif decode == "exact":
-        resized = resize_exact(pixels, target_h, target_w)
-    else:
-        resized = resize_fast(torch.from_numpy(pixels).permute(2, 0, 1), target_h, target_w)
-    top, left = round((target_h - size) / 2), round((target_w - size) / 2)
-    return resized[:, top : top + size, left : left + size].contiguous()
-
-
-def resize_exact(pixels: np.ndarray, height: int, width: int) -> Tensor:
-    """uint8 (H, W, 3) to uint8 (3, height, width) by Pillow's bicubic."""
-    resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
-
-
-def resize_fast(image: Tensor, height: int, width: int) -> Tensor:
-    """uint8 (3, H, W), fastest with channels last in memory, to uint8 (3, height, width): antialiased bicubic.
-
-    The operator behind torchvision's uint8 resize: within two grey levels of Pillow's bicubic.
-    """
-    return F.interpolate(image[None], size=(height, width), mode="bicubic", antialias=True)[0]
+    place = place_of(pixels.shape[0], pixels.shape[1], size, resize_mode)
+    if resize_mode == "shortest" and place.size[0] != place.size[1]:
+        interpolation = "bicubic"  # open_clip's transform forgets it there
+    return put_in_place(pixels, place, decode, interpolation, fill if resize_mode == "longest" else 0)

@@ -6,43 +6,47 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from evatool.core.image_input import ImageInput, Interpolation, Resize
 from evatool.data.image.decode import decode_eval_image
+from evatool.data.image.resize import mask_in_place, place_of
 
-Resize = Literal["shortest", "squash"]
 Decode = Literal["exact", "fast"]
 
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """An encoded picture to uint8 (3, S, S).
+    """An encoded picture to uint8 (3, H, W).
 
     Args:
-        size: S, the model's input side in pixels.
-        resize: `shortest`: shorter side to S, then the central square; `squash`: both sides to S.
-        decode: `exact`: the bytes of Pillow's bicubic. `fast`: near it.
+        size: the model's input in pixels, (H, W) or the side of a square.
+        resize, interpolation, fill: as `ImageInput` has them.
+        decode: `exact`: the bytes of Pillow's resize. `fast`: near it.
     """
 
-    size: int
+    size: int | tuple[int, int]
     resize: Resize = "shortest"
     decode: Decode = "exact"
+    interpolation: Interpolation = "bicubic"
+    fill: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        wanted: ImageInput,
+        size: int | tuple[int, int],
+        *,
+        resize: Resize | None = None,
+        decode: Decode = "exact",
+    ) -> EvalTransform:
+        """The transform of a model that wants its images so; `resize` in place of the model's own."""
+        return cls(size, resize or wanted.resize, decode, wanted.interpolation, wanted.fill)
 
     def __call__(self, data: bytes) -> Tensor:
         """The picture. Raises: BadImage with the cause."""
-        return decode_eval_image(data, self.size, self.resize, self.decode)
+        return decode_eval_image(data, self.size, self.resize, self.decode, self.interpolation, self.fill)
 
     def mask(self, mask: np.ndarray) -> Tensor:
-        """A mask (H, W) cut as its picture is: int32 (S, S), each pixel from the nearest one."""
-        height, width = mask.shape
-        if self.resize == "squash":
-            rows, columns, top, left = self.size, self.size, 0, 0
-        else:
-            long = int(self.size * max(height, width) / min(height, width))
-            rows, columns = (self.size, long) if height <= width else (long, self.size)
-            top, left = round((rows - self.size) / 2), round((columns - self.size) / 2)
-        centers = np.arange(self.size) + 0.5
-        from_rows = ((centers + top) * height / rows).astype(np.int64)
-        from_columns = ((centers + left) * width / columns).astype(np.int64)
-        return torch.from_numpy(mask[from_rows][:, from_columns].astype(np.int32))
+        """A mask (h, w) cut as its picture is: int32 (H, W), each pixel from the nearest one."""
+        return mask_in_place(mask, place_of(mask.shape[0], mask.shape[1], self.size, self.resize))

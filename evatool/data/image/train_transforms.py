@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evatool.data.image.decode import Mode, resize_exact, resize_fast
+from evatool.data.image.decode import Mode
+from evatool.data.image.resize import resize_exact, resize_fast
 from evatool.data.train import shuffle
 from evatool.recipe.schema import AugmentSection
 

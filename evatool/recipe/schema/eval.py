@@ -65,9 +65,11 @@ class EvalSection(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Numbers in which the model computes and its weights are kept. `fp32` is the reference; `bf16` and `fp16` are
     faster on a GPU and change results slightly."""
-    resize: Literal["shortest", "squash"] = "shortest"
-    """How a picture is brought to the model's input size. `shortest` resizes the shorter side and takes the centre
-    crop, as most published figures do; `squash` resizes both sides, as EVA's retrieval tables do."""
+    resize: Literal["shortest", "squash", "longest"] | None = None
+    """How a picture is brought to the input size of every model. `shortest` resizes the shorter side and takes the
+    centre crop, as most published figures do; `squash` resizes both sides, as EVA's retrieval tables do; `longest`
+    resizes the longer side and fills the rest. When it is absent, each model gets its images as it was trained on them,
+    by the description beside its weights."""
     decode: Literal["exact", "fast"] = "exact"
     """How pictures are decoded and resized. `exact` gives the bytes of Pillow's decoder and bicubic; `fast` is near it,
     and is printed with the results."""

@@ -57,6 +57,7 @@ def _measure_model(evaluation: SuiteEvaluation, name: str, source: str, on_set: 
         results.failures.append(EvalFailure(name, None, str(error)))
         return
     results.models.append(model.record)
+    evaluation.transforms[name] = model.transform
     for entry in evaluation.chosen:
         try:
             measure_set(evaluation, model, entry)
@@ -78,10 +79,10 @@ def measure_set(evaluation: SuiteEvaluation, model: EvalModel, entry: SuiteSet) 
     """
     started = time.perf_counter()
     section, task = evaluation.section, task_of(entry.kind)
-    opened = evaluation.open(entry, model.record.image_size)
+    opened = evaluation.open(entry, model.transform)
     folder = evaluation.folders[entry.name]
     partial = check_counts(evaluation.suite, entry, task.counts(opened), folder, allow_partial=section.allow_partial)
-    settings = _settings(section, opened)
+    settings = _settings(section, model, opened)
     key = _key(section, model, opened, settings)
     path = prediction_path(evaluation.run_dir, model.record.name, entry.name)
     kept = gather_objects(_earlier(path, key) if evaluation.world.is_main else None)[0]
@@ -102,16 +103,26 @@ def measure_set(evaluation: SuiteEvaluation, model: EvalModel, entry: SuiteSet) 
     opened.samples.close()  # a suite has more tars than a process may hold open
 
 
-def _settings(section: EvalSection, opened: EvalSet) -> dict[str, str]:
+def _settings(section: EvalSection, model: EvalModel, opened: EvalSet) -> dict[str, str]:
     """Values of each result row that say how it was measured."""
     prompts = prompts_hash(opened.classnames, opened.templates) if opened.classnames else ""
-    return {"precision": section.precision, "resize": section.resize, "decode": section.decode, "prompts": prompts}
+    how = {"resize": model.transform.resize, "decode": model.transform.decode}
+    return {"precision": section.precision, **how, "prompts": prompts}
 
 
 def _key(section: EvalSection, model: EvalModel, opened: EvalSet, settings: dict[str, str]) -> str:
     """Digest of all that the predictions depend on; the batch size is not among it."""
     probes = [s.model_dump(mode="json") if s else None for s in (section.linear_probe, section.few_shot)]
-    parts = [model.origin, model.tokenizer_key, model.record.name, opened.samples.stamp, settings, probes, section.seed]
+    parts = [
+        model.origin,
+        model.tokenizer_key,
+        model.record.name,
+        opened.samples.stamp,
+        settings,
+        probes,
+        section.seed,
+    ]
+    parts += model.transform_facts
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -163,12 +174,12 @@ def _probe(evaluation: SuiteEvaluation, model: EvalModel, entry: SuiteSet, opene
     section = evaluation.section
     if not task_of(entry.kind).takes_probes or not (section.linear_probe or section.few_shot):
         return None
-    training = evaluation.open_training(entry, model.record.image_size)
+    training = evaluation.open_training(entry, model.transform)
     if training is None:
         return None
     store = None
     if evaluation.cache is not None:
-        origin = (model.origin, section.resize, section.decode)
+        origin = (model.origin, model.transform.resize, model.transform.decode, *model.transform_facts)
         store = TensorCache(evaluation.cache, "features", *origin, writes=evaluation.world.is_main)
     probes = Probes(
         training,

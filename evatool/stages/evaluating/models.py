@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from evatool.core.errors import DependencyError, UsageError
-from evatool.core.image_norm import CLIP_MEAN, CLIP_STD, normalize_images
+from evatool.core.errors import UsageError
 from evatool.core.own_folder import expand_user
-from evatool.data.tokenizer import build_tokenizer
+from evatool.data.image.eval_transforms import EvalTransform
 from evatool.distributed.engines.shard_weights import call_with_full_weights, shard_weights, whole_state
 from evatool.distributed.world import World
 from evatool.eval.cache import FingerprintCache
 from evatool.eval.results import ModelRecord
 from evatool.formats.fingerprint import weights_fingerprint
 from evatool.inference.loaded_clip import DTYPES, LoadedClip, load_clip
+from evatool.inference.tokenizers import tokenizer_of
 from evatool.model.clip import build_clip
 from evatool.model.config import fingerprint_text
 from evatool.model.text import encode_cut_tokens, is_trimmable
@@ -32,7 +32,6 @@ from evatool.weights.load import UnloadedClip, find_clip
 
 log = logging.getLogger(__name__)
 
-OPEN_CLIP = "open_clip:"
 _SHARE_OF_GPU = 0.8  # weights beyond this share of a GPU's memory leave no room for activations
 
 
@@ -46,6 +45,7 @@ class EvalModel:
         lockstep: the weights are divided over the ranks, so every rank must run every batch.
         tokenizer_key: changes with what the tokenizer gives.
         origin: what features depend on besides the image or text: weights, arithmetic.
+        transform: an encoded picture to the model's input, uint8.
         patch_tokens: (B, 3, S, S) -> projected patch tokens (B, N, E), or None where the tower has none.
     """
 
@@ -56,9 +56,17 @@ class EvalModel:
     trims_text: bool
     lockstep: bool
     origin: str
+    transform: EvalTransform
     encode_image: Callable[[Tensor], Tensor]
     encode_text: Callable[[Tensor], Tensor]
     patch_tokens: Callable[[Tensor], Tensor] | None
+
+    @property
+    def transform_facts(self) -> list[str]:
+        """What of the transform is not that of every EVA model; empty for those."""
+        made = self.transform
+        is_usual = (made.interpolation, made.fill) == ("bicubic", 0)
+        return [] if is_usual else [made.interpolation, str(made.fill)]
 
 
 def load_eval_model(name: str, source: str, section: EvalSection, world: World, cache: Path | None) -> EvalModel:
@@ -69,8 +77,6 @@ def load_eval_model(name: str, source: str, section: EvalSection, world: World, 
         cache: folder of remembered fingerprints; None to compute them anew.
     Raises: EvatoolError as `load_clip`; UsageError for an unknown open_clip name.
     """
-    if source.startswith(OPEN_CLIP):
-        return _open_clip_model(name, source, section, world)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(section.seed)  # a preset's random weights are the same ones every time and on every rank
         clip, lockstep = _load(source, section.model_configs.get(name), section, world)
@@ -79,7 +85,7 @@ def load_eval_model(name: str, source: str, section: EvalSection, world: World, 
         name=name,
         source=source,
         fingerprint=fingerprint,
-        image_size=clip.image_size,
+        image_size=max(clip.input_size),
         num_parameters=sum(p.numel() for p in clip.model.parameters()),
         preset=clip.config.name,
         weights=clip.source,
@@ -90,13 +96,14 @@ def load_eval_model(name: str, source: str, section: EvalSection, world: World, 
         record=record,
         device=str(clip.device),
         tokenizer=clip.tokenizer,
-        tokenizer_key=f"clip-bpe/{clip.context_length}",
+        tokenizer_key=clip.tokenizer_key,
         trims_text=is_trimmable(clip.model.text),
         lockstep=lockstep,
         origin=json.dumps([fingerprint, section.precision]),
+        transform=EvalTransform.of(clip.config.input, clip.input_size, resize=section.resize, decode=section.decode),
         encode_image=clip.encode_image,
-        encode_text=lambda tokens: _encode_text(clip.model, tokens.to(clip.device)),
-        patch_tokens=call_with_full_weights(clip.model.visual, clip.visual_tokens) if lockstep else clip.visual_tokens,
+        encode_text=lambda tokens: _encode_text(clip, tokens),
+        patch_tokens=_patch_tokens(clip, lockstep),
     )
 
 
@@ -105,6 +112,8 @@ def _load(source: str, model_config: str | None, section: EvalSection, world: Wo
     on_disk = expand_user(source).exists()
     if world.world_size > 1 and on_disk and section.shard_model != "never":
         unloaded = find_clip(source, model_config)
+        if unloaded.config.open_clip is not None:
+            return load_clip(source, model_config, section.precision, world.device), False
         shapes = (unloaded.tensors.shape(key) for key in unloaded.tensors)
         size = sum(torch.Size(shape).numel() for shape in shapes) * DTYPES[section.precision].itemsize
         if section.shard_model == "always" or not _fits(size, world.device):
@@ -138,7 +147,7 @@ def _sharded(unloaded: UnloadedClip, section: EvalSection, world: World) -> Load
         config=config,
         source=unloaded.source,
         preprocess=_no_preprocess,
-        tokenizer=build_tokenizer(config.context_length),
+        tokenizer=tokenizer_of(config),
         device=world.device,
         stored_dtype=unloaded.stored_dtype,
     )
@@ -166,12 +175,19 @@ def _digest(clip: LoadedClip) -> str:
     return weights_fingerprint(fingerprint_text(clip.config), whole_state(clip.model))
 
 
-def _encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
+def _encode_text(clip: LoadedClip, tokens: Tensor) -> Tensor:
     """Text features of tokens (B, L) of any L up to the context, through the tower's own call: divided weights come
     together there."""
-    tower = model.text
-    assert isinstance(tower, nn.Module)
-    return encode_cut_tokens(tower, tokens) if is_trimmable(tower) else tower(tokens)
+    tower = clip.model.text
+    if is_trimmable(tower):
+        return encode_cut_tokens(tower, tokens.to(clip.device))
+    return clip.encode_text(tokens)
+
+
+def _patch_tokens(clip: LoadedClip, lockstep: bool) -> Callable[[Tensor], Tensor] | None:
+    if clip.config.open_clip is not None:
+        return None
+    return call_with_full_weights(clip.model.visual, clip.visual_tokens) if lockstep else clip.visual_tokens
 
 
 def _files(source: str) -> list[Path]:
@@ -182,61 +198,3 @@ def _files(source: str) -> list[Path]:
     suffixes = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json")
     found = path.rglob("*") if path.is_dir() else ()
     return sorted(p for p in found if p.is_file() and p.name.endswith(suffixes))
-
-
-# ------------------------------------------------------------------------------------------------------- open_clip
-
-
-def _open_clip_model(name: str, source: str, section: EvalSection, world: World) -> EvalModel:
-    """A model by its name in open_clip: `open_clip:NAME/PRETRAINED`; random weights without PRETRAINED."""
-    import open_clip
-
-    architecture, _, pretrained = source.removeprefix(OPEN_CLIP).partition("/")
-    if architecture not in open_clip.list_models():
-        raise UsageError(
-            f"open_clip has no model {architecture!r}",
-            where=f"eval.models: {source}",
-            expected="a name of open_clip.list_models(), and after a slash one of its pretrained tags",
-        )
-    precision = {"fp32": "fp32", "bf16": "pure_bf16", "fp16": "pure_fp16"}[section.precision]
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(section.seed)
-            model = open_clip.create_model(
-                architecture, pretrained or None, precision=precision, device=world.device, output_dict=False
-            )
-    except (OSError, RuntimeError) as error:
-        raise DependencyError(
-            f"open_clip cannot load {source}: {str(error).splitlines()[0]}",
-            fix=f"check the tag against open_clip.list_pretrained_tags_by_model({architecture!r}), and the network",
-        ) from error
-    model = model.eval().requires_grad_(False)
-    preprocess = open_clip.get_model_preprocess_cfg(model)
-    size = preprocess["size"] if isinstance(preprocess["size"], int) else preprocess["size"][0]
-    mean, std = preprocess.get("mean") or CLIP_MEAN, preprocess.get("std") or CLIP_STD
-    dtype = DTYPES[section.precision]
-    fingerprint = weights_fingerprint(architecture, sorted(model.state_dict().items()))
-    record = ModelRecord(
-        name=name,
-        source=source,
-        fingerprint=fingerprint,
-        image_size=size,
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        preset=architecture,
-        weights=f"open_clip {architecture}" + (f", {pretrained}" if pretrained else ", random weights"),
-        precision=section.precision,
-    )
-    tokenizer = open_clip.get_tokenizer(architecture)
-    trims = hasattr(model, "text") and is_trimmable(model.text)
-    return EvalModel(
-        record=record,
-        device=str(world.device),
-        tokenizer=tokenizer,
-        tokenizer_key=f"open_clip/{architecture}",
-        trims_text=trims,
-        lockstep=False,
-        origin=json.dumps([fingerprint, section.precision]),
-        encode_image=lambda image: model.encode_image(normalize_images(image, mean, std, dtype)).float(),
-        encode_text=lambda tokens: (_encode_text(model, tokens) if trims else model.encode_text(tokens)).float(),
-        patch_tokens=None,
-    )

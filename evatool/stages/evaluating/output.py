@@ -72,7 +72,7 @@ def _examples(evaluation: SuiteEvaluation, model: str) -> dict[str, Examples]:
     for entry in evaluation.chosen:
         predictions = evaluation.predictions.get((model, entry.name))
         if predictions is not None:
-            opened = evaluation.open(entry, evaluation.results.models[-1].image_size)
+            opened = evaluation.open(entry, evaluation.transforms[model])
             found[entry.name] = task_of(entry.kind).examples(predictions, opened, entry.title)
     return found
 

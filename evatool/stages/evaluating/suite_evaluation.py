@@ -36,19 +36,20 @@ class SuiteEvaluation:
     galleries: dict[tuple[str, str], Gallery] = field(default_factory=dict)  # likewise
     classifiers: dict[str, ClassifierMemory] = field(default_factory=dict)  # text classifiers of each model
     images: dict[str, ImageMemory] = field(default_factory=dict)  # features of images of each model
-    opened: dict[tuple[str, int], EvalSet] = field(default_factory=dict)  # by set and side in pixels
+    transforms: dict[str, EvalTransform] = field(default_factory=dict)  # how images are made, by model
+    opened: dict[tuple[str, EvalTransform], EvalSet] = field(default_factory=dict)
 
-    def open(self, entry: SuiteSet, image_size: int) -> EvalSet:
-        """The test split of a set, as this rank's share of it; opened once for each input size.
+    def open(self, entry: SuiteSet, transform: EvalTransform) -> EvalSet:
+        """The test split of a set, as this rank's share of it; opened once for models that want the same images.
 
         Raises: DataError where it is missing or wrong; EvatoolError where it is of another kind than the suite says.
         """
-        key = (entry.name, image_size)
+        key = (entry.name, transform)
         if key not in self.opened:
-            self.opened[key] = self._open(entry, image_size, entry.split)
+            self.opened[key] = self._open(entry, transform, entry.split)
         return self.opened[key]
 
-    def open_training(self, entry: SuiteSet, image_size: int) -> EvalSet | None:
+    def open_training(self, entry: SuiteSet, transform: EvalTransform) -> EvalSet | None:
         """The set with the same classes that probes of a set are trained on; None where the suite names none.
 
         Raises: as `open`.
@@ -56,10 +57,10 @@ class SuiteEvaluation:
         if entry.train_set:
             source = self.suite.set(entry.train_set)
             self.folders.setdefault(source.name, find_set(self.section.data, source))
-            return self.open(source, image_size)
-        return self._open(entry, image_size, entry.train_split) if entry.train_split else None
+            return self.open(source, transform)
+        return self._open(entry, transform, entry.train_split) if entry.train_split else None
 
-    def _open(self, entry: SuiteSet, image_size: int, split: str) -> EvalSet:
+    def _open(self, entry: SuiteSet, transform: EvalTransform, split: str) -> EvalSet:
         section, folder = self.section, self.folders[entry.name]
         if not folder.is_dir():
             raise DataError(
@@ -70,7 +71,7 @@ class SuiteEvaluation:
             )
         opened = open_eval_set(
             folder,
-            transform=EvalTransform(image_size, section.resize, section.decode),
+            transform=transform,
             batch_size=section.batch_size,
             split=split,
             num_threads=section.num_threads or usable_cores(),
