@@ -75,6 +75,10 @@ PushToHub = Annotated[
     str | None,
     typer.Option(metavar="OWNER/NAME", help="Short form: also upload the verified files to the Hugging Face hub."),
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option(metavar="int8", help="Short form: ONNX graphs with 8-bit weights; the loss of agreement is reported."),
+]
 Suite = Annotated[
     str | None, typer.Option(metavar="NAME", help="Short form: suite of evaluation sets. Default: drawings.")
 ]

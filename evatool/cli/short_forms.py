@@ -120,6 +120,7 @@ def _pretrain_mim(preset: str, options: _Options) -> dict[str, Any]:
 def _export(checkpoint: str, options: _Options) -> dict[str, Any]:
     chosen = {"format": options.get("--to"), "model": options.get("--model-config")}
     chosen["push_to_hub"] = options.get("--push-to-hub")
+    chosen["quantize"] = options.get("--quantize")
     return {"export": {"checkpoint": checkpoint} | {key: value for key, value in chosen.items() if value}}
 
 

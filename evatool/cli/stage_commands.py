@@ -135,7 +135,12 @@ They are reloaded there, and their features compared; beyond the tolerance nothi
         "evatool export demo/export",
         "evatool export runs/demo/distill --to open_clip --out exported/student",
     ),
-    short_form={"to": opt.ExportFormat, "model_config": opt.ModelConfigOfFile, "push_to_hub": opt.PushToHub},
+    short_form={
+        "to": opt.ExportFormat,
+        "model_config": opt.ModelConfigOfFile,
+        "push_to_hub": opt.PushToHub,
+        "quantize": opt.Quantize,
+    },
     run_dir=opt.OutDirectory,
 )
 

@@ -6,9 +6,9 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Exported:
     folder: Path
     files: tuple[str, ...]
     difference: float  # largest relative L2 difference of the reloaded model
+    agreement: Mapping[str, Any] = field(default_factory=dict)  # of files in fewer bits with the model
 
 
 @contextmanager

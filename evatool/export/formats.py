@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from evatool.export.base import Exporter
 from evatool.export.graph import OnnxExporter, TorchExporter
+from evatool.export.onnx_precision import OnnxPrecision
 from evatool.export.open_clip import OpenClipExporter
 from evatool.export.tensors import BaaiExporter, SafetensorsExporter
 from evatool.export.timm import TimmExporter
@@ -27,12 +29,20 @@ EXPORTERS: tuple[type[Exporter], ...] = (
 )
 
 
-def build_exporter(format: ModelFormat, *, tower: Tower | None = None, opset: int | None = None) -> Exporter:
+def build_exporter(
+    format: ModelFormat,
+    *,
+    tower: Tower | None = None,
+    opset: int | None = None,
+    precision: OnnxPrecision = "fp32",
+    images: Path | None = None,
+) -> Exporter:
     """The exporter of a format.
 
     Args:
         tower: write this tower alone; both when None. An open_clip folder always holds both, timm's the image tower.
         opset: ONNX operator set; the default when None. Only `onnx` has one.
+        precision, images: of `onnx`: arithmetic of the graphs, and pictures on which its agreement is measured.
     """
     match format:
         case "open_clip":
@@ -44,6 +54,6 @@ def build_exporter(format: ModelFormat, *, tower: Tower | None = None, opset: in
         case "safetensors":
             return SafetensorsExporter(tower)
         case "onnx":
-            return OnnxExporter(tower, opset)
+            return OnnxExporter(tower, opset, precision, images)
         case "torch-export":
             return TorchExporter(tower)

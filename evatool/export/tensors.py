@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from open_clip import CustomTextCLIP
 from timm.models.eva import checkpoint_filter_fn
 from torch import Tensor
 
@@ -218,6 +219,7 @@ def _through_timm(clip: LoadedClip, read: Mapping[str, Tensor], inputs: Mapping[
     """Features of the towers in `read`, the image tower's names translated by timm."""
     outputs: Outputs = {}
     model = clip.model
+    assert isinstance(model, CustomTextCLIP)
     if "visual.pos_embed" in read:
         trunk = copy.deepcopy(model.visual.trunk)
         state = {name: tensor.float() for name, tensor in checkpoint_filter_fn(dict(read), trunk).items()}

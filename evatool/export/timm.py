@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from open_clip import CustomTextCLIP
 from torch import Tensor
 
 from evatool.core.errors import RecipeError
@@ -80,6 +81,7 @@ def export_timm(
         write_json(work / CONFIG, config)
         inputs = {"image": fixed_inputs(clip.image_size, clip.context_length, 3)["image"]}
         theirs = foreign_outputs(TIMM_READER, work, inputs, needs_evatool=needs_evatool)
+        assert isinstance(clip.model, CustomTextCLIP)
         with torch.no_grad():
             ours = {"image_features": clip.model.visual.trunk(inputs["image"])}
         difference = largest_difference(theirs, ours, target)

@@ -25,6 +25,7 @@ from evatool.core.image_norm import normalize_images
 from evatool.core.own_folder import expand_user
 from evatool.data.tokenizer import Tokenizer
 from evatool.formats.fingerprint import weights_fingerprint
+from evatool.inference.onnx_package import OnnxClip, is_onnx_package, open_onnx_package
 from evatool.inference.tokenizers import tokenizer_facts, tokenizer_key, tokenizer_of
 from evatool.model.clip import build_clip, visual_tokens
 from evatool.model.config import ModelConfig, fingerprint_text
@@ -48,7 +49,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class LoadedClip:
     """A CLIP model in eval mode, without gradients."""
 
-    model: CustomTextCLIP
+    model: CustomTextCLIP | OnnxClip
     config: ModelConfig
     source: str
     """Where the weights came from; `random weights of <preset>` for a preset."""
@@ -142,7 +143,12 @@ class LoadedClip:
 
     @torch.no_grad()
     def visual_tokens(self, image: Tensor) -> Tensor:
-        """Projected patch tokens (B, N, E) in float32, class token dropped; `image` as in `encode_image`."""
+        """Projected patch tokens (B, N, E) in float32, class token dropped; `image` as in `encode_image`.
+
+        Raises: UsageError for an ONNX package, whose graphs give features alone.
+        """
+        if isinstance(self.model, OnnxClip):
+            raise UsageError("an ONNX package gives no patch tokens", where=self.source, fix="load the model itself")
         return visual_tokens(self.model, self._pixels(image)).float()
 
     @cached_property
@@ -186,6 +192,9 @@ def load_clip(
     Raises: CheckpointError if the weights are missing, damaged or of another model; UsageError if `source` is neither
     a path nor a preset.
     """
+    if is_onnx_package(expand_user(source)):
+        chosen = {"model_config": model_config, "image_size": image_size, "patch_size": patch_size, "weights": weights}
+        return _load_package(expand_user(source), chosen | {"precision": None if precision == "fp32" else precision})
     named = named_source(source)
     path = expand_user(source) if named is None else named.weights
     if named is not None and named.config is not None:
@@ -217,6 +226,25 @@ def load_clip(
         tokenizer=tokenizer_of(config),
         device=torch.device(device),
         stored_dtype=stored_dtype,
+    )
+
+
+def _load_package(folder: Path, chosen: Mapping[str, Any]) -> LoadedClip:
+    """An exported ONNX package, on the CPU. Raises: UsageError for what was chosen and its graphs do not leave open."""
+    without_effect = [name for name, value in chosen.items() if value is not None]
+    if without_effect:
+        raise UsageError(
+            f"{', '.join(without_effect)} cannot be chosen for an ONNX package: its graphs are as they were exported",
+            where=str(folder),
+            fix="leave them out, or export the model again with what you need",
+        )
+    clip, config = open_onnx_package(folder)
+    return LoadedClip(
+        model=clip.eval(),
+        config=config,
+        source=str(folder),
+        preprocess=preprocess_of(config),
+        tokenizer=tokenizer_of(config),
     )
 
 

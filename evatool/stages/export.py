@@ -38,7 +38,13 @@ def run(recipe: ExportRecipe, run: RunOptions) -> Result:
         return export_deepspeed.run(recipe, run)
     if section.push_to_hub is not None:
         check_credentials(section.push_to_hub)
-    exporter = build_exporter(section.format, tower=section.tower, opset=section.opset)
+    exporter = build_exporter(
+        section.format,
+        tower=section.tower,
+        opset=section.opset,
+        precision=section.arithmetic,
+        images=section.agreement_images,
+    )
     run_dir = open_run_dir(recipe, run)
     target = Target(run_dir.path, section.tolerance, replace=run_dir.resumed, check_owner=run_dir.check_owner)
     unloaded = find_model(section)
@@ -57,13 +63,18 @@ def run(recipe: ExportRecipe, run: RunOptions) -> Result:
         facts = card_facts(unloaded, dtype, results)
         exported = exporter.export(clip, facts, target)
     address = {} if section.push_to_hub is None else {"hub": push_to_hub(exported, section.push_to_hub)}
+    agreement = {
+        f"agreement/{tower}/{name}": value
+        for tower in ("image", "text")
+        for name, value in exported.agreement.get(tower, {}).items()
+    }
     parameters = sum(facts.parameters.values())
     size = sum((run_dir.path / name).stat().st_size for name in exported.files)
     return Result(
         stage="export",
         run_dir=run_dir.path,
         outputs={"model": run_dir.path} | {name: run_dir.path / name for name in exported.files},
-        metrics={"max_difference": exported.difference, "parameters": parameters, "bytes": size} | address,
+        metrics={"max_difference": exported.difference, "parameters": parameters, "bytes": size} | agreement | address,
         next_command=_shell_command(exporter.loading_code(unloaded.config, run_dir.path.resolve())),
         table=[
             ["", ""],
@@ -72,6 +83,7 @@ def run(recipe: ExportRecipe, run: RunOptions) -> Result:
             ["parameters", f"{parameters:,} ({dtype_name(dtype)})"],
             ["size", f"{size / 1e6:.1f} MB"],
             ["largest difference after reloading", f"{exported.difference:.1e}"],
+            *([name.replace("/", ", ").replace("_", " "), f"{value:.4f}"] for name, value in agreement.items()),
         ],
     )
 
@@ -108,6 +120,8 @@ def load_model(section: ExportSection) -> LoadedClip:
 
 def round_to(clip: LoadedClip, section: ExportSection) -> None:
     """Give the weights the values that they will have where the export is read; arithmetic stays float32."""
+    if section.arithmetic == "fp16":
+        return  # the graph's own conversion rounds: what that changes is measured against the weights as they are
     dtype = DTYPES[section.dtype] if section.dtype else clip.stored_dtype
     is_resized = section.image_size is not None or section.patch_size is not None
     if dtype != clip.stored_dtype or is_resized:

@@ -61,7 +61,8 @@ def export(checkpoint, out, **options):
 
 def export_model(clip, asked, facts, target):
     """By the exporter that the section names."""
-    return build_exporter(asked.format, tower=asked.tower, opset=asked.opset).export(clip, facts, target)
+    precision = {"precision": asked.arithmetic, "images": asked.agreement_images}
+    return build_exporter(asked.format, tower=asked.tower, opset=asked.opset, **precision).export(clip, facts, target)
 
 
 def needs_streaming(asked):
@@ -133,13 +134,12 @@ def test_one_tower(weights, form, tower, tmp_path):
     assert {name.split(".")[0] for name in names} == {"visual" if tower == "image" else "text"}
 
 
-@pytest.mark.parametrize("form", [pytest.param("torch-export", marks=pytest.mark.slow), "onnx"])
-def test_graphs_of_both_towers(weights, form, tmp_path):
-    _, done = export(weights, tmp_path / "out", format=form)
+@pytest.mark.slow
+def test_programs_of_both_towers(weights, tmp_path):
+    _, done = export(weights, tmp_path / "out", format="torch-export")
     assert done.difference <= 1e-5
-    suffix = {"torch-export": "pt2", "onnx": "onnx"}[form]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        f"image.{suffix}", f"text.{suffix}", "model_config.json", "README.md"
+        "image.pt2", "text.pt2", "model_config.json", "README.md"
     }  # fmt: skip
 
 
@@ -300,6 +300,9 @@ def test_a_preset_has_no_weights_to_export():
         ({"patch_resize": "bicubic"}, "no effect without patch_size"),
         ({"tower": "image"}, "holds both towers"),
         ({"format": "timm", "tower": "text"}, "image towers only"),
+        ({"quantize": "int8"}, "quantize = 'int8' has no effect"),
+        ({"format": "onnx", "quantize": "int8", "dtype": "fp16"}, "two precisions"),
+        ({"format": "onnx", "agreement_images": "folder"}, "agreement_images has no effect"),
     ],
 )
 def test_settings_without_effect_are_recipe_errors(options, problem):

@@ -29,7 +29,8 @@ class ExportSection(Section):
     `torch-export` are a graph for each tower that takes any batch size. `deepspeed` is a training checkpoint with its
     moments, as DeepSpeed's universal one."""
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
-    """Numbers of the written weights. They are as at the source when absent. `fp16` and `bf16` halve the files."""
+    """Numbers of the written weights. They are as at the source when absent. `fp16` and `bf16` halve the files. With
+    `onnx`, `fp16` is also what the graphs compute in; what that changes is reported as with `quantize`."""
     image_size: Positive | None = None
     """Input side in pixels, where it is to differ from the model's; the position embeddings are resized."""
     patch_size: Positive | None = None
@@ -43,6 +44,12 @@ class ExportSection(Section):
     is always the image tower."""
     opset: Annotated[int, Field(ge=18)] | None = None
     """ONNX operator set, only with `format = "onnx"`. It is 20 when absent. Lower it for an older runtime."""
+    quantize: Literal["int8"] | None = None
+    """Whether the weights of matrix products become 8-bit numbers, only with `format = "onnx"`. The files shrink to
+    about a quarter, and features change a little: how much is measured on `agreement_images` and reported."""
+    agreement_images: Path | None = None
+    """Folder of pictures, only with an `onnx` of `quantize` or of `dtype = "fp16"`: the features of graph and model are
+    compared on the first 1,000. They are compared on noise when absent, which says less."""
     streamed: bool | None = None
     """Whether tensors are written one by one without loading the model, and verified block by block (`open_clip`,
     `baai` and `safetensors`). When absent this is done where the float32 model does not fit the free memory."""
@@ -56,10 +63,23 @@ class ExportSection(Section):
     """Largest relative L2 difference between evatool's features and those of the reloaded files. A larger difference
     leaves no files. Raise it only where you know where the difference comes from."""
 
+    @property
+    def arithmetic(self) -> Literal["fp32", "fp16", "int8"]:
+        """What the written ONNX graphs compute in; other formats hold weights alone."""
+        if self.format != "onnx":
+            return "fp32"
+        return self.quantize or ("fp16" if self.dtype == "fp16" else "fp32")
+
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> ExportSection:
         if self.opset is not None and self.format != "onnx":
             raise ValueError(f"opset = {self.opset} has no effect: format = {self.format!r} is not 'onnx'")
+        if self.quantize is not None and self.format != "onnx":
+            raise ValueError(f"quantize = {self.quantize!r} has no effect: format = {self.format!r} is not 'onnx'")
+        if self.quantize is not None and self.dtype == "fp16":
+            raise ValueError("quantize = 'int8' and dtype = 'fp16' are two precisions: choose one")
+        if self.agreement_images is not None and self.arithmetic == "fp32":
+            raise ValueError("agreement_images has no effect without quantize or dtype = 'fp16' in an 'onnx' export")
         if self.patch_resize is not None and self.patch_size is None:
             raise ValueError(f"patch_resize = {self.patch_resize!r} has no effect without patch_size")
         if self.format == "open_clip" and self.tower is not None:

@@ -21,6 +21,7 @@ from evatool.eval.cache import FingerprintCache
 from evatool.eval.results import ModelRecord
 from evatool.formats.fingerprint import weights_fingerprint
 from evatool.inference.loaded_clip import DTYPES, LoadedClip, load_clip
+from evatool.inference.onnx_package import OnnxClip, is_onnx_package
 from evatool.inference.tokenizers import tokenizer_of
 from evatool.model.clip import build_clip
 from evatool.model.config import fingerprint_text
@@ -109,7 +110,7 @@ def load_eval_model(name: str, source: str, section: EvalSection, world: World, 
 
 def _load(source: str, model_config: str | None, section: EvalSection, world: World) -> tuple[LoadedClip, bool]:
     """The model, and whether its weights are divided over the ranks."""
-    on_disk = expand_user(source).exists()
+    on_disk = expand_user(source).exists() and not is_onnx_package(expand_user(source))
     if world.world_size > 1 and on_disk and section.shard_model != "never":
         unloaded = find_clip(source, model_config)
         if unloaded.config.open_clip is not None:
@@ -185,7 +186,7 @@ def _encode_text(clip: LoadedClip, tokens: Tensor) -> Tensor:
 
 
 def _patch_tokens(clip: LoadedClip, lockstep: bool) -> Callable[[Tensor], Tensor] | None:
-    if clip.config.open_clip is not None:
+    if clip.config.open_clip is not None or isinstance(clip.model, OnnxClip):
         return None
     return call_with_full_weights(clip.model.visual, clip.visual_tokens) if lockstep else clip.visual_tokens
 
@@ -195,6 +196,6 @@ def _files(source: str) -> list[Path]:
     path = Path(source)
     if path.is_file():
         return [path]
-    suffixes = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json")
+    suffixes = (".onnx", ".onnx.data", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json")
     found = path.rglob("*") if path.is_dir() else ()
     return sorted(p for p in found if p.is_file() and p.name.endswith(suffixes))
