@@ -93,7 +93,7 @@ def agreement(folder: Path, clip: LoadedClip, towers: Sequence[str], images: Pat
     """
     from evatool.inference.onnx_package import GRAPHS, OnnxTower
 
-    found: dict[str, Any] = {"images": 0 if images is None else len(_pictures(images))}
+    found: dict[str, Any] = {"images": 0 if images is None else len(_image_files(images))}
     for tower in towers:
         run = OnnxTower(folder / GRAPHS["visual" if tower == "image" else "text"])
         batches = _image_batches(clip, images) if tower == "image" else _caption_batches(clip)
@@ -112,7 +112,7 @@ def _nearest(queries: Tensor, gallery: Tensor) -> Tensor:
     return (queries @ gallery.T).fill_diagonal_(-2).argmax(dim=-1)
 
 
-def _pictures(folder: Path) -> list[Path]:
+def _image_files(folder: Path) -> list[Path]:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGES and path.is_file())
     if not paths:
         raise UsageError(
@@ -129,9 +129,9 @@ def _image_batches(clip: LoadedClip, images: Path | None) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
         return [torch.randn(_BATCH, 3, clip.image_size, clip.image_size, generator=generator)]
     pixels = []
-    for path in _pictures(images):
-        with Image.open(path) as picture:
-            pixels.append(clip.preprocess(picture.convert("RGB")))
+    for path in _image_files(images):
+        with Image.open(path) as opened:
+            pixels.append(clip.preprocess(opened.convert("RGB")))
     return list(torch.stack(pixels).split(_BATCH))
 
 

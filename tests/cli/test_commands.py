@@ -55,7 +55,7 @@ def test_the_flags_of_every_stage_are_these(invoke: Invoke, stage: str) -> None:
         "pretrain-mim": {"--teacher", "--data", "--samples-seen", "--accept-drift"},
         "train-clip": {"--data", "--samples-seen", "--accept-drift"},
         "distill": {"--teacher", "--data", "--samples-seen", "--accept-drift"},
-        "export": {"--to", "--model-config", "--push-to-hub", "--out"},
+        "export": {"--to", "--model-config", "--push-to-hub", "--quantize", "--out"},
         "eval": {"--suite", "--data"},
     }
     assert flags == common | short[stage]
