@@ -28,13 +28,15 @@ class OnnxTower(nn.Module):
 
     Args:
         path: of the graph. Files of its large tensors lie beside it.
+        vocab_size: of a text tower, where it is known.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, vocab_size: int | None = None) -> None:
         super().__init__()
         import onnxruntime
 
         self.session = onnxruntime.InferenceSession(str(path), providers=onnxruntime.get_available_providers())
+        self.vocab_size = vocab_size
         # Told apart by the bytes of its files, as other towers by their weights.
         self.register_buffer("digest", torch.frombuffer(bytearray(_digest(path)), dtype=torch.uint8))
         # What the pixels are made in: the graph takes float32 whatever it computes in.
@@ -65,11 +67,11 @@ class OnnxClip(nn.Module):
                 expected="a number above 0, and a number or null",
                 fix="export the model again",
             )
-        self.visual, self.text = OnnxTower(folder / GRAPHS["visual"]), OnnxTower(folder / GRAPHS["text"])
+        self.visual = OnnxTower(folder / GRAPHS["visual"])
+        self.text = OnnxTower(folder / GRAPHS["text"], table.get("vocab_size"))
         self.logit_scale = nn.Parameter(torch.tensor([math.log(scale)]), requires_grad=False)
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor([float(bias)]), requires_grad=False)
         self.context_length = config.context_length
-        self.text.vocab_size = table.get("vocab_size")
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """(B, 3, S, S) float -> (B, E)."""
