@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,9 @@ from evatool.core.errors import CheckpointError
 from evatool.formats.safetensors import SafetensorsMap, TensorMap
 
 log = logging.getLogger(__name__)
+
+_LATEST_SEEN_SEC = 60.0
+"""After this a checkpoint that another machine has found is missing; NFS remembers for 30 to 60 s what was not there."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +132,12 @@ def load_checkpoint(checkpoint: Path, *, is_verified: bool = False) -> Checkpoin
     """A checkpoint, its tensors still on the disk. Raises: CheckpointError.
 
     Args:
-        is_verified: `verify` (or `latest_checkpoint`) has just found it whole, on this rank or another.
+        is_verified: `verify` (or `latest_checkpoint`) has just found it whole, on this rank or another. It is then
+            waited for: a shared disk may show it to this machine later.
     """
-    if not is_verified:
+    if is_verified:
+        _wait_until_seen(checkpoint)
+    else:
         verify(checkpoint)
     objective = {layout.MODEL_PREFIX: _open_tensors(checkpoint / layout.MODEL)}
     if (checkpoint / layout.EXTRA).exists():
@@ -157,6 +166,15 @@ def read_model(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 _RESTORE = "use an earlier checkpoint, or restore this one from a copy"
+
+
+def _wait_until_seen(checkpoint: Path) -> None:
+    """Until the checkpoint is there, which it is as a whole, or the time is over; what is missing then is an error."""
+    deadline = time.monotonic() + _LATEST_SEEN_SEC
+    while not (checkpoint / layout.MANIFEST).is_file() and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            os.listdir(checkpoint.parent)  # NFS looks at its server again
+        time.sleep(0.1)
 
 
 class _Prefixed(TensorMap):

@@ -10,11 +10,13 @@ import os
 import socket
 import tempfile
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 from faulty_server import always, serve
 from tiny_shards import loader, plain_samples, take, write_prepared, write_tar
 
+import evatool.data.sources.cache as cache_module
 from evatool.core.errors import DataError
 from evatool.core.own_folder import NotOursError
 from evatool.data.sources.cache import ShardCache, default_cache_folder
@@ -156,6 +158,37 @@ def test_what_was_not_used_longest_goes_first(tmp_path: Path, default: Path) -> 
         small.get(f"{server.url}/3.tar")
     assert [path.exists() for path in paths] == [True, False, True]
     assert not paths[1].with_suffix(".note").exists()
+
+
+def test_unfinished_files_go_with_their_writer_whatever_the_clock_says(
+    tmp_path: Path, default: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R27: the age of a file says nothing where clocks jump; who holds it does."""
+    (tmp_path / "srv").mkdir()
+    for i in range(2):
+        (tmp_path / f"srv/{i}.tar").write_bytes(b"x" * 1000)
+    cache()
+    dead = [default / ".a.1.1.partial", default / ".b.1.1.note.partial"]
+    for path in dead:
+        path.write_bytes(b"x")
+        path.chmod(0o600)
+    seen: list[str] = []
+    fetch_file = cache_module.fetch_file
+
+    def fetch(url: str, file: BinaryIO, *args: Any, **options: Any) -> None:
+        fetch_file(url, file, *args, **options)
+        if url.endswith("0.tar"):
+            (own,) = [path for path in default.glob(".*.partial") if path not in dead]
+            os.utime(own, (0, 0))  # ages old
+            cache().get(f"{server.url}/1.tar")  # another process finishes its own and clears up
+            seen.extend(path.name for path in (own, *dead) if path.exists())
+            assert seen == [own.name]
+
+    monkeypatch.setattr(cache_module, "fetch_file", fetch)
+    with serve(tmp_path / "srv") as server:
+        assert cache().get(f"{server.url}/0.tar").read_bytes() == b"x" * 1000
+    assert seen
+    assert not list(default.glob(".*.partial"))
 
 
 # -------------------------------------------------------------------------------------------------------- redirects

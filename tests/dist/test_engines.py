@@ -8,18 +8,21 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from toy_run import LetSavesEnd, ToyLoader, ToyObjective, make_trainer, toy_engine, toy_groups, toy_optim
 
-from evatool.checkpoint.load import load_checkpoint
+from evatool.checkpoint.load import latest_checkpoint, load_checkpoint
 from evatool.checkpoint.save import save_run
 from evatool.distributed import versions
 from evatool.distributed.collectives import all_reduce_mean, rank, world_size
 from evatool.distributed.engines.build import Engine
 from evatool.distributed.versions import own_versions
+from evatool.core.loader import Loader
 from evatool.core.errors import NumericalError, Preempted, TransientError, UsageError
 from evatool.formats.safetensors import SafetensorsMap
 from evatool.train.loss_spike import SpikeGate
@@ -178,6 +181,37 @@ def stop_one_rank(folder: Path) -> tuple[str, int]:
     return "not stopped", trainer.state.step
 
 
+class StuckOnRank(Loader):
+    """The batches of another loader; on one rank the source does not answer after a step, or before the first."""
+
+    def __init__(self, loader: Loader, step: int) -> None:
+        self.loader, self.step, self.position = loader, step, loader.position
+
+    def __iter__(self):
+        for made, batch in enumerate(self.loader):
+            if rank() == 1 and made == self.step:
+                time.sleep(300)
+            yield batch
+
+
+def stop_stuck_ranks(folder: Path, step: int, told: list[int]) -> tuple[str, int, float]:
+    """Both ranks run; one waits for data, the other for it; those of `told` get SIGTERM after a while."""
+    trainer = make_trainer(folder, every_steps=3, hooks=[LetSavesEnd()])
+    trainer.loader = StuckOnRank(trainer.loader, step)
+    start = time.monotonic() + 4
+    if rank() in told:
+        threading.Timer(4, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    try:
+        trainer.fit()
+    except Preempted as stopped:
+        return str(stopped), trainer.state.step, time.monotonic() - start
+    return "not stopped", trainer.state.step, time.monotonic() - start
+
+
+def train_to_the_end(folder: Path, resume: bool) -> int:
+    return make_trainer(folder, every_steps=3, resume=resume).fit().step
+
+
 def fail_to_save(folder: Path) -> str:
     trainer = make_trainer(folder, hooks=[LetSavesEnd()])
     os.fsync = lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space left"))  # this process only
@@ -210,6 +244,28 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(run_on_ranks, tmp_pa
         assert message.startswith("stopped by SIGTERM after step 4 of 12")
         assert step == 4
     assert load_checkpoint(tmp_path / "checkpoints" / "step_00000004").train_state["samples_seen"] == 32
+
+
+@pytest.mark.slow
+def test_a_stop_is_obeyed_while_one_rank_waits_for_data_and_the_other_for_it(run_on_ranks, tmp_path):
+    """Told both, as by a launcher. They cannot meet to save, so the last save counts: at most one interval is lost."""
+    folder = tmp_path / "stopped"
+    for message, step, sec in run_on_ranks(stop_stuck_ranks, 2, folder, 4, [0, 1]):
+        assert message.startswith("stopped by SIGTERM after step 4 of 12 without a save")
+        assert (step, sec < 20) == (4, True)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000003"]
+    assert run_on_ranks(train_to_the_end, 2, folder, True) == [12, 12]
+    assert run_on_ranks(train_to_the_end, 2, tmp_path / "whole", False) == [12, 12]
+    files = [each / "checkpoints/step_00000012/model.safetensors" for each in (folder, tmp_path / "whole")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_a_stop_before_the_first_batch_ends_both_ranks(run_on_ranks, tmp_path):
+    for message, step, sec in run_on_ranks(stop_stuck_ranks, 2, tmp_path, 0, [0, 1]):
+        assert message.startswith("stopped by SIGTERM after step 0 of 12")
+        assert (step, sec < 20) == (0, True)
+    assert latest_checkpoint(tmp_path) is None
 
 
 def test_a_full_disk_on_rank_0_ends_all_ranks(run_on_ranks, tmp_path):

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 from toy_run import NUM_STEPS, make_trainer
 
+from evatool.core.loader import Loader
 from evatool.distributed.collectives import rank
 from evatool.train.hooks.stragglers import Stragglers
 
 pytestmark = pytest.mark.dist
+Outcome = tuple[list[str], float, float]
 
 
-class Late:
+class Late(Loader):
     """The last rank's batches come late."""
 
     def __init__(self, clean, sec):
@@ -27,7 +29,7 @@ class Late:
             yield batch
 
 
-def train(folder: Path, sec: float) -> tuple[list[str], float, float]:
+def train(folder: Path, sec: float, num_steps: int = NUM_STEPS, log_every: int = NUM_STEPS) -> Outcome:
     """The warnings of rank 0, and the seconds spent on looking and on all steps."""
     lines: list[str] = []
     handler = logging.Handler()
@@ -44,7 +46,7 @@ def train(folder: Path, sec: float) -> tuple[list[str], float, float]:
         spent[0] += time.perf_counter() - start
 
     hook.after_step = timed
-    trainer = make_trainer(folder, hooks=[hook], log_every=NUM_STEPS)
+    trainer = make_trainer(folder, hooks=[hook], num_steps=num_steps, log_every=log_every)
     trainer.loader = Late(trainer.loader, sec)
     state = trainer.fit()
     return lines, spent[0], state.train_sec
@@ -56,6 +58,17 @@ def test_a_slow_rank_is_named(run_on_ranks, tmp_path):
     assert spent < 0.1 * total, "with logging on two of twelve steps; by default on one of ten"
     assert all("rank 1 on" in line and "is slow" in line for line in lines)
     assert not others, "only rank 0 says so"
+
+
+@pytest.mark.slow
+def test_a_slow_rank_is_named_within_fifty_steps_for_less_than_one_percent(run_on_ranks, tmp_path):
+    outcomes = run_on_ranks(train, 2, tmp_path, 0.3, 50, 10)  # as often as is logged by default
+    lines = outcomes[0][0]
+    assert all("rank 1 on" in line and "is slow" in line for line in lines)
+    assert any("(step 10)" in line for line in lines)
+    for _, spent, total in outcomes:
+        assert total > 50 * 0.3
+        assert spent < 0.01 * total
 
 
 def test_ranks_that_are_alike_are_not(run_on_ranks, tmp_path):

@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from evatool.core.errors import DataError
 from evatool.core.own_folder import NotOursError, OwnFolder
@@ -36,7 +36,6 @@ RETRY_SEC = 900.0
 
 _LOCKS = 512  # lock files; two shards may share one, which costs a wait and nothing else
 _LONGEST_FETCH_SEC = 600.0  # of another process, all its tries
-_STALE_SEC = 3600.0  # age at which an unfinished file is of a process that died
 _FIX = "remove the folder, or set data.remote.cache_dir to a folder of your own"
 
 
@@ -174,35 +173,58 @@ class ShardCache:
             with contextlib.suppress(OSError):  # another member of a shared folder wrote it
                 os.utime(_note_of(path), dir_fd=folder, follow_symlinks=False)
             return
-        partial = f".{path.stem}.{os.getpid()}.{threading.get_ident()}.note.partial"
         with contextlib.suppress(OSError):  # a full disk: the file is checked again next time
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(partial, dir_fd=folder)
-            with open(self._own.open_file(folder, partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+            with self._unfinished(folder, f"{path.stem}.note") as (partial, file):
                 file.write(json.dumps(note).encode())
-            os.replace(partial, _note_of(path), src_dir_fd=folder, dst_dir_fd=folder)
+                file.flush()
+                os.replace(partial, _note_of(path), src_dir_fd=folder, dst_dir_fd=folder)
 
     def _fetch(self, url: str, path: Path, size: int, sha256: str | None) -> None:
-        partial = f".{path.stem}.{os.getpid()}.{threading.get_ident()}.partial"
         start = time.monotonic()
         with self._own.opened() as folder:
             try:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(partial, dir_fd=folder)
-                with open(self._own.open_file(folder, partial, os.O_RDWR | os.O_CREAT | os.O_EXCL), "wb") as file:
+                with self._unfinished(folder, path.stem) as (partial, file):
                     fetch_file(url, file, self.patience, max_bytes=self.max_bytes, size=size, sha256=sha256)
                     file.flush()
                     found = os.fstat(file.fileno())
-                self._write_note(folder, path, found, sha256)
-                self._evict(folder, path, found.st_size)
-                os.replace(partial, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+                    self._write_note(folder, path, found, sha256)
+                    self._evict(folder, path, found.st_size)
+                    os.replace(partial, path.name, src_dir_fd=folder, dst_dir_fd=folder)
             except OSError as err:
                 raise FetchError("cache-full", f"{self.folder} cannot be written: {err}") from err
-            finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(partial, dir_fd=folder)
             log.debug("fetched %s: %d bytes in %.1f s", display_url(url), found.st_size, time.monotonic() - start)
             self._evict(folder, path)  # other processes may have finished theirs at the same moment
+
+    @contextlib.contextmanager
+    def _unfinished(self, folder: int, stem: str) -> Iterator[tuple[str, BinaryIO]]:
+        """The name of a new file and the file, locked while it is written: without its lock it is nobody's any more.
+
+        It is gone at the end unless it was given another name.
+        """
+        name = f".{stem}.{os.getpid()}.{threading.get_ident()}.partial"
+        try:
+            while True:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=folder)  # of a dead process with our number
+                file = open(self._own.open_file(folder, name, os.O_RDWR | os.O_CREAT | os.O_EXCL), "wb")  # noqa: SIM115
+                with file:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                    if os.fstat(file.fileno()).st_nlink:  # else it was cleared away before it was locked
+                        yield name, file
+                        return
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=folder)
+
+    def _clear(self, folder: int, name: str) -> None:
+        """Remove an unfinished file whose writer is gone, whatever any clock says of its age."""
+        with contextlib.suppress(OSError, NotOursError):  # being written, or another's
+            handle = self._own.open_file(folder, name, os.O_RDWR, is_lock=True)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(name, dir_fd=folder)
+            finally:
+                os.close(handle)
 
     def _evict(self, folder: int, keep: Path, num_coming_bytes: int = 0) -> None:
         """Remove what was not used longest until the rest, and so many bytes more, fit."""
@@ -211,8 +233,8 @@ class ShardCache:
             for entry in entries:
                 with contextlib.suppress(FileNotFoundError):
                     stat = entry.stat(follow_symlinks=False)
-                    if entry.name.endswith(".partial") and time.time() - stat.st_mtime > _STALE_SEC:
-                        os.unlink(entry.name, dir_fd=folder)
+                    if entry.name.endswith(".partial"):
+                        self._clear(folder, entry.name)
                     elif entry.name.endswith(".note"):
                         used[entry.name] = stat.st_mtime_ns
                     elif entry.name.endswith(".tar"):
