@@ -21,7 +21,7 @@ from evatool.formats.safetensors import SafetensorsMap, TensorMap
 log = logging.getLogger(__name__)
 
 _LATEST_SEEN_SEC = 60.0
-"""After this a checkpoint that another machine has found is missing; NFS remembers for 30 to 60 s what was not there."""
+"""A checkpoint that another machine has found is missing after this: NFS may remember so long what was not there."""
 
 
 @dataclass(frozen=True)

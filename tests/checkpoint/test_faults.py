@@ -9,12 +9,15 @@ import errno
 import json
 import os
 import shutil
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from costs import costs_of
 
-from evatool.checkpoint import layout
+from evatool.checkpoint import layout, load
 from evatool.checkpoint.load import latest_checkpoint, load_checkpoint, read_model, verify
 from evatool.core.errors import CheckpointError, RunFolderTakenError
 
@@ -193,25 +196,30 @@ def test_all_damaged(save, tmp_path):
     assert "step_00000001" in error.value.what
 
 
-@pytest.mark.parametrize(
-    "manifest",
-    [
-        "[]",
-        "{}",
-        '{"format": 1, "step": 1, "files": {"../model.safetensors": {"bytes": 1, "sha256": ""}}}',
-        '{"format": 1, "step": 1, "files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}}',
-        '{"format": 1, "step": 1, "files": {"model.safetensors": 7}}',
-        '{"format": 99, "step": 1, "files": {}}',
-        '{"format": 1, "step": 1, "files": {}}',
-        "not json",
-        "\x00",
-        "[" * 100_000,
-    ],
-    ids=[
-        *("list", "empty", "parent folder", "absolute", "bare number", "later format", "no files", "text"),
-        *("null byte", "nested without end"),
-    ],
-)
+MANIFESTS = {
+    "list": "[]",
+    "empty": "{}",
+    "parent folder": '{"format": 1, "step": 1, "files": {"../model.safetensors": {"bytes": 1, "sha256": ""}}}',
+    "absolute": '{"format": 1, "step": 1, "files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}}',
+    "bare number": '{"format": 1, "step": 1, "files": {"model.safetensors": 7}}',
+    "later format": '{"format": 99, "step": 1, "files": {}}',
+    "no files": '{"format": 1, "step": 1, "files": {}}',
+    "text": "not json",
+    "null byte": "\x00",
+    "nested without end": "[" * 100_000,
+}
+RANGES: dict[str, object] = {
+    "gap at the end": [[0, 40]],
+    "overlap": [[0, 50], [40, -1]],
+    "twice": [[0, -1], [0, -1]],
+    "gap at the start": [[8, -1]],
+    "number": 7,
+    "half a range": [[0]],
+    "text": "ab",
+}
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS.values(), ids=MANIFESTS)
 def test_foreign_manifests(save, manifest):
     path = save(1)
     (path / "MANIFEST.json").write_text(manifest)
@@ -219,19 +227,20 @@ def test_foreign_manifests(save, manifest):
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize(
-    "ranges",
-    [[[0, 40]], [[0, 50], [40, -1]], [[0, -1], [0, -1]], [[8, -1]], 7, [[0]], "ab"],
-    ids=["gap at the end", "overlap", "twice", "gap at the start", "number", "half a range", "text"],
-)
-def test_ranges_must_cover_the_file_once(save, ranges):
-    path = save(1)
+def give_ranges(path: Path, ranges: object) -> None:
+    """Put them into the manifest of a checkpoint, -1 being the end of its file."""
     manifest = json.loads((path / "MANIFEST.json").read_text())
     entry = manifest["files"]["model.safetensors"]
     if isinstance(ranges, list):
         ranges = [[entry["bytes"] if place == -1 else place for place in each] for each in ranges]
     entry["writers"][0]["ranges"] = ranges
     (path / "MANIFEST.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("ranges", RANGES.values(), ids=RANGES)
+def test_ranges_must_cover_the_file_once(save, ranges):
+    path = save(1)
+    give_ranges(path, ranges)
     with pytest.raises(CheckpointError, match="does not list a checkpoint's files"):
         verify(path)
 
@@ -270,16 +279,56 @@ FOREIGN = {
 }
 
 
+LARGE = 32 * 2**20
+LARGE_FOREIGN = {
+    "header of nothing but brackets": tensor_file("[" * LARGE),
+    "header of nothing but names": tensor_file(json.dumps({f"{i}": entry()["weight"] for i in range(400_000)})),
+    "header as long as the file": (LARGE).to_bytes(8, "little") + b" " * LARGE,
+    "many bytes too many": tensor_file(entry(), num_bytes=LARGE),
+    "one byte too few": tensor_file(entry(shape=[LARGE // 4 + 1], data_offsets=[0, LARGE + 4]), num_bytes=LARGE + 3),
+    "pickle without end": b"\x80\x04" + b"(" * LARGE,
+}
+"""Files of 30 to 60 MB."""
+
+
+def give_file(path: Path, content: bytes, name: str = "model.safetensors") -> None:
+    """Put a file into a checkpoint, and its size and checksum into the manifest."""
+    (path / name).write_bytes(content)
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    manifest["files"][name] = {"bytes": len(content), "sha256": layout.sha256_of(path / name)}
+    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+
+
 @pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
 def test_foreign_tensor_files_with_a_matching_manifest(save, content):
     path = save(1)
-    (path / "model.safetensors").write_bytes(content)
-    manifest = json.loads((path / "MANIFEST.json").read_text())
-    entry = {"bytes": len(content), "sha256": layout.sha256_of(path / "model.safetensors")}
-    manifest["files"]["model.safetensors"] = entry
-    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+    give_file(path, content)
     with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
         load_checkpoint(path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_foreign_checkpoint_takes_no_more_than_twice_its_bytes(save, tmp_path):
+    """R8: of all 37, and of large ones, above what reading a good one has taken; 4 MiB are the allocator's."""
+    folders = {}
+    for kind, text in MANIFESTS.items():
+        folders[kind] = save(1, folder=tmp_path / f"manifest {len(folders)}")
+        (folders[kind] / "MANIFEST.json").write_text(text)
+    for kind, ranges in RANGES.items():
+        folders[f"ranges: {kind}"] = save(1, folder=tmp_path / f"ranges {len(folders)}")
+        give_ranges(folders[f"ranges: {kind}"], ranges)
+    for kind, content in (FOREIGN | LARGE_FOREIGN).items():
+        folders[f"file: {kind}"] = save(1, folder=tmp_path / f"file {len(folders)}")
+        give_file(folders[f"file: {kind}"], content)
+    assert len(folders) == 37 + len(LARGE_FOREIGN)
+    good = ("readers:checkpoint", str(save(1)))
+    costs = costs_of([("readers:checkpoint", str(path)) for path in folders.values()], [good, good])
+    for (kind, path), cost in zip(folders.items(), costs, strict=True):
+        size = sum(file.stat().st_size for file in path.iterdir())
+        assert cost.error.startswith("CheckpointError"), (kind, cost)
+        assert cost.peak_bytes <= 2 * size + 4 * 2**20, (kind, size, cost)
+        assert cost.cpu_sec <= 10, (kind, cost)
 
 
 def test_everything_is_on_the_disk_before_the_rename(save, monkeypatch, tmp_path):
@@ -311,3 +360,17 @@ def test_the_newest_is_by_step_whatever_the_clock_says(save, tmp_path, monkeypat
     os.utime(older, (2_000_000_000, 2_000_000_000))
     os.utime(newest, (1_000_000_000, 1_000_000_000))
     assert latest_checkpoint(tmp_path) == newest
+
+
+def test_a_checkpoint_that_a_shared_disk_shows_late_is_waited_for(save, tmp_path, monkeypatch):
+    """R27: rank 0 has found it; another machine's listing of the folder is older."""
+    path = save(1)
+    hidden = path.rename(tmp_path / "hidden")
+    shown = threading.Timer(0.5, hidden.rename, (path,))
+    shown.start()
+    assert load_checkpoint(path, is_verified=True).step == 1
+    shown.join()
+    shutil.rmtree(path)
+    monkeypatch.setattr(load, "_LATEST_SEEN_SEC", 0.3)
+    with pytest.raises(CheckpointError):
+        load_checkpoint(path, is_verified=True)

@@ -68,3 +68,13 @@ def packed_image(path: str) -> object:
     from evatool.data.image.decode import decode_rgb
 
     return decode_rgb(Path(path).read_bytes())
+
+
+def checkpoint(path: str) -> None:
+    """Load a checkpoint, a folder, and read every tensor."""
+    from evatool.checkpoint.load import load_checkpoint
+
+    found = load_checkpoint(Path(path))
+    for tensors in (found.objective_state, found.averaged_state, found.optimizer_state):
+        for name in tensors:
+            tensors[name]

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -246,6 +247,26 @@ def test_a_spike_is_skipped_as_such(tmp_path):
     assert event["ranks"][0]["loss"] > 100
     saved = json.loads((tmp_path / "checkpoints/step_00000012/train_state.json").read_text())
     assert len(saved["recent_losses"]) == 8
+
+
+def test_a_run_with_a_spike_does_the_same_again(tmp_path):
+    """R13: the same step is skipped, and every bit after it is the same."""
+    journals, weights = [], []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        trainer = make_trainer(
+            folder, hooks=[NonFiniteGuard(journal=folder / "journal.jsonl")], gate=SpikeGate(6.0, window=6)
+        )
+        trainer.engine.forward = partial(spike_at, trainer, trainer.engine.forward, 8)
+        assert trainer.fit().skipped_steps == [9]
+        journals.append([{key: value for key, value in event.items() if key != "time"} for event in journal(folder)])
+        weights.append((folder / "checkpoints/step_00000012/model.safetensors").read_bytes())
+    assert journals[0] == journals[1]
+    assert weights[0] == weights[1]
+
+
+def spike_at(trainer, forward, spiking_step, batch, **options):
+    losses = forward(batch, **options)
+    return losses | {"loss": losses["loss"] * (100 if trainer.state.step == spiking_step else 1)}
 
 
 class Losses(Hook):

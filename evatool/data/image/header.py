@@ -56,7 +56,7 @@ FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", 
 """Formats that are read at all, by Pillow's name; some of the others it hands to other programs."""
 
 JPEG_START = b"\xff\xd8\xff"
-_STRIP_PIXELS = 2**20
+_STRIP_PIXELS = 2**18
 _NAMED_BYTES = 2**20
 
 _limit_lock = threading.Lock()

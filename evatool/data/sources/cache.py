@@ -173,11 +173,11 @@ class ShardCache:
             with contextlib.suppress(OSError):  # another member of a shared folder wrote it
                 os.utime(_note_of(path), dir_fd=folder, follow_symlinks=False)
             return
-        with contextlib.suppress(OSError):  # a full disk: the file is checked again next time
-            with self._unfinished(folder, f"{path.stem}.note") as (partial, file):
-                file.write(json.dumps(note).encode())
-                file.flush()
-                os.replace(partial, _note_of(path), src_dir_fd=folder, dst_dir_fd=folder)
+        # A full disk: the file is checked again next time.
+        with contextlib.suppress(OSError), self._unfinished(folder, f"{path.stem}.note") as (partial, file):
+            file.write(json.dumps(note).encode())
+            file.flush()
+            os.replace(partial, _note_of(path), src_dir_fd=folder, dst_dir_fd=folder)
 
     def _fetch(self, url: str, path: Path, size: int, sha256: str | None) -> None:
         start = time.monotonic()
