@@ -16,6 +16,7 @@ from evatool.cli.compare import compare
 from evatool.cli.console import answer_usage_error
 from evatool.cli.demo import demo
 from evatool.cli.factory import command
+from evatool.cli.inspect import inspect
 from evatool.cli.plan import plan
 from evatool.cli.recipe import recipe_app
 from evatool.cli.store_features import store_features
@@ -102,6 +103,7 @@ command(
     "evatool compare runs/seed0 runs/seed1 runs/seed2 --out runs/seeds",
 )(compare)
 app.add_typer(suites_app, name="suites")
+command(app, "inspect", "evatool inspect runs/demo/distill", "evatool inspect open_clip:ViT-B-32 --json")(inspect)
 command(
     app, "plan", "evatool plan demo/train-clip --gpu cpu", "evatool plan demo/train-clip --gpus 8 --gpu h100 --json"
 )(plan)

@@ -22,6 +22,8 @@ ADDED_RECIPE_KEYS: dict[str, Any] = {
     "data.sources.sequential": False,
     "data.sources.allow_pipe": False,
     "train.tracking": {},
+    "model.image_mean": None,
+    "model.image_std": None,
 }
 """Keys with a default that recipes did not always have, and the value that stands for what was done before."""
 

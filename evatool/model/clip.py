@@ -70,7 +70,9 @@ def build_clip(config: ModelConfig, *, patch_dropout: float = 0.0, drop_path_rat
                 f"patch dropout and stochastic depth of {config.name} are not evatool's to set",
                 fix="set both to 0, or write them into open_clip's description of the model",
             )
-        return build_open_clip(config)
+        clip = build_open_clip(config)
+        clip.image_input = config.input
+        return clip
     arguments = open_clip_model_config(config)
     arguments.pop("custom_text")
     arguments["vision_cfg"]["patch_dropout"] = patch_dropout
@@ -82,6 +84,7 @@ def build_clip(config: ModelConfig, *, patch_dropout: float = 0.0, drop_path_rat
             fix="set model.drop_path_rate = 0",
         )
     clip = CustomTextCLIP(**arguments, nonscalar_logit_scale=True)
+    clip.image_input = config.input  # for `normalize_for`
     if config.is_eva:
         # timm and open_clip initialise everything else as the release does (docs/reference/eva.md#first-weights)
         _init_projection(image_projection(clip), config.vision["head_init_scale"])

@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from evatool.core.batch import Batch, LossDict
-from evatool.core.image_norm import normalize_images
+from evatool.core.image_norm import normalize_for
 from evatool.core.param_group import ParamOwner
 from evatool.core.step import StepContext
 from evatool.model.features import l2_normalize, logit_scale
@@ -133,6 +133,6 @@ def encode_pair(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Unit-length image and text features (B, E) of one batch, float32 or wider; no work goes into padding."""
     assert batch.tokens is not None, "a contrastive objective needs tokens in its batches"
     dtype = next(model.parameters()).dtype
-    image_features: Tensor = model.encode_image(normalize_images(batch.image, dtype=dtype))  # type: ignore[operator]
+    image_features: Tensor = model.encode_image(normalize_for(model, batch.image, dtype))  # type: ignore[operator]
     text_features = encode_text(model, batch.tokens, batch.text_lengths)
     return l2_normalize(image_features), l2_normalize(text_features)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evatool.core.batch import Batch, LossDict
-from evatool.core.image_norm import normalize_images
+from evatool.core.image_norm import normalize_for
 from evatool.core.step import StepContext
 from evatool.objective.base import START, SumObjective
 from evatool.teachers.base import PatchStore, PatchTeacher
@@ -64,7 +64,7 @@ class MimObjective(SumObjective):
 
     def predict_masked(self, batch: Batch) -> Tensor:
         """The student's predictions (M, T) at masked patches."""
-        prediction: Tensor = self.model(normalize_images(batch.image, dtype=self._dtype), batch.mask)
+        prediction: Tensor = self.model(normalize_for(self.model, batch.image, self._dtype), batch.mask)
         return prediction
 
     @property
@@ -74,7 +74,7 @@ class MimObjective(SumObjective):
     def predict_all(self, batch: Batch) -> Tensor:
         """The student's predictions (B, N, T) at all patches."""
         student: Any = self.model
-        predictions: Tensor = student.predict_all(normalize_images(batch.image, dtype=self._dtype), batch.mask)
+        predictions: Tensor = student.predict_all(normalize_for(student, batch.image, self._dtype), batch.mask)
         return predictions
 
     def known_features(self, batch: Batch) -> tuple[Tensor, Tensor]:

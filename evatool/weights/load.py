@@ -95,7 +95,7 @@ def find_clip(
     """
     register()
     found = read_weights(source, weights)
-    config = _only_config(found) if model_config is None else _given_config(model_config, found)
+    config = only_config(found) if model_config is None else _given_config(model_config, found)
     config = clip_only(config.with_sides(image_size, patch_size), found.source)
     if config.open_clip is not None:
         with _suggesting_presets(found, config):
@@ -145,7 +145,8 @@ def clip_only(config: ModelConfig, where: str) -> ModelConfig:
     return config
 
 
-def _only_config(weights: SourceWeights) -> ModelConfig:
+def only_config(weights: SourceWeights) -> ModelConfig:
+    """The configuration that a source has. Raises: CheckpointError where nothing tells which model it is."""
     if not weights.configs:
         raise CheckpointError(
             "no preset has the shapes of these weights",

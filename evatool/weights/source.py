@@ -46,6 +46,8 @@ class SourceWeights:
     """The configuration that the source states, else every preset of its shapes: none, one or more."""
     source: str
     """The file or folder that was read."""
+    kind: SourceKind = "released"
+    """What was found there."""
     said: ModelDescription = field(default_factory=ModelDescription)
     """What lies beside the weights says, where another library wrote them."""
 
@@ -58,6 +60,10 @@ def read_weights(source: str | Path, weights: str | None = None) -> SourceWeight
     Raises: CheckpointError where there are none, or where they are damaged.
     """
     kind, path = locate_weights(expand_user(source))
+    return replace(_read(kind, path, weights), kind=kind)
+
+
+def _read(kind: SourceKind, path: Path, weights: str | None) -> SourceWeights:
     match kind:
         case "checkpoint":
             return _read_checkpoint(path, _checkpoint_file(path, weights), str(path))
@@ -164,10 +170,10 @@ def _read_released(path: Path, weights: str | None = None) -> SourceWeights:
     presets = _presets_of(state, str(path), is_described=said.config is not None)
     told = [config for config in presets if config.quick_gelu == said.quick_gelu]
     if said.config is not None and not (told and told[0].is_eva and _is_described_by(told[0], said.config)):
-        return SourceWeights(state, [said.applied_to(said.config, str(path))], str(path), said)
+        return SourceWeights(state, [said.applied_to(said.config, str(path))], str(path), said=said)
     # Presets of one shape differ in the activation alone.
     presets = told or (presets if said.quick_gelu is None else presets[:1])
-    return SourceWeights(state, [said.applied_to(config, str(path)) for config in presets], str(path), said)
+    return SourceWeights(state, [said.applied_to(config, str(path)) for config in presets], str(path), said=said)
 
 
 def _presets_of(state: Mapping[str, Tensor], where: str, *, is_described: bool) -> list[ModelConfig]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from evatool.core.batch import Batch
-from evatool.core.image_norm import normalize_images
+from evatool.core.image_norm import normalize_for
 from evatool.distributed.collectives import all_reduce_mean
 from evatool.distributed.engines.random_fill import trunc_normal_
 from evatool.model.mim import masked_tokens
@@ -69,7 +69,7 @@ class MimTerm(LossTerm):
     def encode(self, model: nn.Module, batch: Batch, features: Features) -> Features:
         visual: Any = model.visual
         mask, head = mask_of(batch), self.part("mim_head")
-        pixels = normalize_images(batch.image, dtype=head.weight.dtype)
+        pixels = normalize_for(model, batch.image, head.weight.dtype)
         tokens = masked_tokens(visual.trunk, pixels, mask, self.part("mask_token"))[:, 1:]
         positions, _ = masked_positions(mask, self._num_masked)
         at_positions = tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))

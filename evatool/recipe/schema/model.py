@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from evatool.recipe.schema.base import Fraction, NonNegative, Positive, Section
+from evatool.recipe.schema.base import Fraction, NonNegative, Positive, PositiveFloat, Section
 
 
 class NoInit(Section):
@@ -118,6 +118,11 @@ class ClipModelSection(Section):
     """Name of the architecture, in evatool's, BAAI's or open_clip's spelling. docs/models.md lists them."""
     image_size: Positive | None = None
     """Input side in pixels, where it is to differ from the preset's. It must be a multiple of the patch side."""
+    image_mean: tuple[float, float, float] | None = None
+    """Mean of the pixels of each channel (red, green, blue), for values from 0 to 1. By default it is OpenAI CLIP's,
+    which every EVA model has; first weights of another model want theirs, which `evatool inspect` prints."""
+    image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    """Standard deviation of the pixels of each channel, as `image_mean`."""
     init: ClipInit = NoInit()
     """Where the first weights come from. They are random by default."""
     patch_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0

@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -199,7 +199,11 @@ def clip_config(section: ClipModelSection) -> ModelConfig:
             where="model.preset",
             fix="name a CLIP preset (docs/models.md); to start from MIM weights use [model.init]",
         )
-    return config
+    wanted = config.input
+    return replace(
+        config,
+        input=replace(wanted, mean=section.image_mean or wanted.mean, std=section.image_std or wanted.std),
+    )
 
 
 @contextmanager

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from evatool.core.errors import RecipeError
@@ -17,6 +18,8 @@ from evatool.stages.training import build as wiring
 from evatool.stages.training.teachers import open_clip_teacher, required_store_path, views_of
 from evatool.teachers.base import Teacher
 from evatool.teachers.clip import LazyTeacher
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -57,6 +60,10 @@ def open_distill_data(job: wiring.Job, recipe: DistillRecipe, config: ModelConfi
     )
     teachers = [_teacher(name, sections[name], clip, loader) for name, clip in opened.items()]
     live = [clip.config for name, clip in opened.items() if sections[name].store is None]
+    for config in live:
+        if config.open_clip is not None:
+            log.info("the work of teacher %s is not counted: there is no formula for its architecture", config.name)
+    live = [config for config in live if config.open_clip is None]
     return DistillData(teachers, loader, views, live)
 
 

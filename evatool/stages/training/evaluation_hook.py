@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from evatool.core.image_norm import normalize_images
+from evatool.core.image_norm import normalize_for
 from evatool.data.eval.eval_set import EvalSet, open_eval_set
 from evatool.data.image.eval_transforms import EvalTransform
 from evatool.data.tokenizer import build_tokenizer
@@ -55,7 +55,7 @@ class Evaluation(Hook):
         self._sets: Sequence[EvalSet] = [
             open_eval_set(
                 folders[entry.name],
-                transform=EvalTransform(config.image_size),
+                transform=EvalTransform.of(config.input, config.input_size),
                 batch_size=section.batch_size,
                 split=entry.split,
                 rank=world.rank,
@@ -100,7 +100,7 @@ class _Towers:
 
     def encode_image(self, image: Tensor) -> Tensor:
         dtype = next(self._model.parameters()).dtype
-        pixels = normalize_images(image, dtype=dtype) if image.dtype == torch.uint8 else image
+        pixels = normalize_for(self._model, image, dtype) if image.dtype == torch.uint8 else image
         features: Tensor = self._model.encode_image(pixels).float()  # type: ignore[operator]
         return features
 

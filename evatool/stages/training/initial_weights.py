@@ -9,7 +9,7 @@ from pathlib import Path
 from open_clip import CustomTextCLIP
 from torch import Tensor
 
-from evatool.core.errors import CheckpointError
+from evatool.core.errors import CheckpointError, RecipeError
 from evatool.model.config import ModelConfig
 from evatool.recipe.schema import (
     ClipModelSection,
@@ -22,7 +22,7 @@ from evatool.weights.fit import FittedWeights
 from evatool.weights.key_mapping import canonical_state
 from evatool.weights.load import Sources, fit_clip_weights, fit_image_tower, fit_text_tower
 from evatool.weights.select import describe_selection, select_weights
-from evatool.weights.source import read_weights
+from evatool.weights.source import SourceWeights, read_weights
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,8 @@ def init_clip(
         sources: where it is given, no tensor is read; how to read each is noted there.
     Raises: CheckpointError where the source's weights do not fit.
     """
+    for path in _sources(section):
+        _refuse_other_statistics(read_weights(path), config, path)
     for what, path, fitted in _fitted(clip, config, section):
         if sources is None:
             fitted.fill(clip)
@@ -67,6 +69,30 @@ def _fitted(
         case WholeModelInit(path=path, select=select):
             state = _read(path, select, config, ("visual", "text"))
             yield "all weights", path, fit_clip_weights(clip, _without_bias(state, path), where=str(path))
+
+
+def _sources(section: ClipModelSection) -> list[Path]:
+    """What the image tower's first weights are read from."""
+    match section.init:
+        case TowersInit(image=image):
+            return [] if image is None else [image.path]
+        case ImageTowerInit(path=path) | WholeModelInit(path=path):
+            return [path]
+    return []
+
+
+def _refuse_other_statistics(weights: SourceWeights, config: ModelConfig, path: Path) -> None:
+    """Raises: RecipeError where the weights are of a model whose images were normalised in another way."""
+    for theirs in weights.configs[:1]:
+        if (theirs.input.mean, theirs.input.std) != (config.input.mean, config.input.std):
+            mean, std = list(theirs.input.mean), list(theirs.input.std)
+            raise RecipeError(
+                f"the model at {path} was trained on images of mean {mean} and standard deviation {std}, and this one "
+                f"gets {list(config.input.mean)} and {list(config.input.std)}",
+                where="model.init",
+                expected="the same images as before",
+                fix=f"--set model.image_mean='{mean}' --set model.image_std='{std}'",
+            )
 
 
 def _without_bias(state: Mapping[str, Tensor], path: Path) -> Mapping[str, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from evatool.core.errors import RecipeError
 from evatool.data.feature_store.spec import StoreSpec, Views
 from evatool.inference.loaded_clip import DTYPES, LoadedClip, Precision, load_clip
+from evatool.inference.tokenizers import tokenizer_facts
 from evatool.recipe.schema.data import TrainDataSection
 from evatool.recipe.schema.teacher import (
     TIMM_PREFIX,
@@ -37,6 +38,14 @@ def open_clip_teacher(job: Job, section: TeacherSection) -> LazyTeacher:
 
     def read(device: torch.device, precision: Precision) -> LoadedClip:
         teacher = load_clip(section.model, device=device, precision=precision)
+        if tokenizer_facts(teacher.config):
+            raise RecipeError(
+                f"the teacher {teacher.config.name} has a tokenizer of its own, and a batch is tokenized once, for all",
+                where="teacher.model",
+                expected="a teacher with CLIP's byte pairs",
+                fix="evatool store-features keeps what such a teacher says only for images: use pretrain-mim, or "
+                "another teacher",
+            )
         log.info("teacher: %s, %s, %s", teacher.config.name, precision, teacher.source)
         return teacher
 
@@ -50,6 +59,13 @@ def open_patch_teacher(job: Job, section: PatchTeacherSection) -> LazyTeacher:
         size = section.image_size
         if not section.is_timm:
             clip = load_clip(section.model, device=device, precision=precision, image_size=size)
+            if clip.config.open_clip is not None:
+                raise RecipeError(
+                    f"{clip.config.name} gives no patch features that evatool knows",
+                    where="teacher.model",
+                    expected="an EVA model, a ViT as OpenAI's and LAION's CLIP have it, or a timm model",
+                    fix="name its image tower by its timm name: teacher.model = 'timm:NAME', teacher.weights = FILE",
+                )
             log.info("teacher: %s, %s, %s", clip.config.name, precision, clip.source)
             return clip
         name = section.model.removeprefix(TIMM_PREFIX)
@@ -88,7 +104,7 @@ def _facts_of_clip(teacher: LoadedClip, *, with_fingerprint: bool) -> TeacherFac
         name=config.name,
         fingerprint=teacher.fingerprint if with_fingerprint else "",
         image_size=config.image_size,
-        grid=config.grid,
+        grid=config.grid if config.open_clip is None else (0, 0),  # which only patch teachers have
         width=teacher.embed_dim,
         context_length=config.context_length,
         logit_scale=teacher.logit_scale,
