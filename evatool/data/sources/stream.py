@@ -167,15 +167,22 @@ def read_samples(raw: Any) -> Iterator[tuple[str, dict[str, bytes]]]:
         yield last, fields
 
 
+_MAX_READS_AT_END = 4
+
+
 class _Bounded:
     """Bytes of a file, of which no more are given than the next header or member may take."""
 
     def __init__(self, file: Any) -> None:
-        self.file, self.left = file, 0
+        self.file, self.left, self._ends = file, 0, 0
 
     def read(self, size: int) -> bytes:
         data: bytes = self.file.read(size)
         self.left -= len(data)
+        # tarfile looks for the next header after a member of any size, in as many reads as the header claims.
+        self._ends = self._ends + 1 if not data and size > 0 else 0
+        if self._ends > _MAX_READS_AT_END:
+            raise tarfile.ReadError("it ends within a member")
         if self.left < 0:
             raise tarfile.ReadError("a header claims more than is read")
         return data
