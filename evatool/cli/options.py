@@ -64,7 +64,7 @@ ExportFormat = Annotated[
     str | None,
     typer.Option(
         metavar="FORMAT",
-        help="Short form: open_clip, baai, timm, safetensors, onnx, torch-export or deepspeed. Default: open_clip.",
+        help="Short form: open_clip, baai, timm, safetensors, onnx, torch-export, transformers or deepspeed.",
     ),
 ]
 ModelConfigOfFile = Annotated[

@@ -15,9 +15,10 @@ from evatool.export.onnx_precision import OnnxPrecision
 from evatool.export.open_clip import OpenClipExporter
 from evatool.export.tensors import BaaiExporter, SafetensorsExporter
 from evatool.export.timm import TimmExporter
+from evatool.export.transformers import TransformersExporter
 from evatool.export.written import Tower
 
-ModelFormat = Literal["open_clip", "baai", "timm", "safetensors", "onnx", "torch-export"]
+ModelFormat = Literal["open_clip", "baai", "timm", "safetensors", "onnx", "torch-export", "transformers"]
 
 EXPORTERS: tuple[type[Exporter], ...] = (
     OpenClipExporter,
@@ -26,6 +27,7 @@ EXPORTERS: tuple[type[Exporter], ...] = (
     SafetensorsExporter,
     OnnxExporter,
     TorchExporter,
+    TransformersExporter,
 )
 
 
@@ -57,3 +59,5 @@ def build_exporter(
             return OnnxExporter(tower, opset, precision, images)
         case "torch-export":
             return TorchExporter(tower)
+        case "transformers":
+            return TransformersExporter()

@@ -89,8 +89,8 @@ def scores(clip: LoadedClip) -> dict[str, Any]:
     return table
 
 
-def tokenizer_table() -> dict[str, Any]:
-    """CLIP's byte pairs as the `tokenizers` library reads them.
+def tokenizer_table(start: str = "<start_of_text>", end: str = "<end_of_text>") -> dict[str, Any]:
+    """CLIP's byte pairs as the `tokenizers` library reads them; `start` and `end` name its two special tokens.
 
     Texts must have been cleaned before, as `classify.py` does: no part of the library repairs text. White space and
     capitals are treated here as well, for readers that clean nothing.
@@ -98,9 +98,11 @@ def tokenizer_table() -> dict[str, Any]:
     from open_clip.tokenizer import SimpleTokenizer
 
     reference = SimpleTokenizer()
-    special = ("<start_of_text>", "<end_of_text>")
+    special = (start, end)
+    own = dict(zip(("<start_of_text>", "<end_of_text>"), special, strict=True))
+    vocabulary = {own.get(token, token): number for token, number in reference.encoder.items()}
     added = [
-        {"id": reference.encoder[token], "content": token, "single_word": False, "lstrip": False, "rstrip": False}
+        {"id": vocabulary[token], "content": token, "single_word": False, "lstrip": False, "rstrip": False}
         | {"normalized": False, "special": True}
         for token in special
     ]
@@ -117,8 +119,8 @@ def tokenizer_table() -> dict[str, Any]:
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytes_]},
         "post_processor": {
             "type": "RobertaProcessing",
-            "sep": [special[1], reference.encoder[special[1]]],
-            "cls": [special[0], reference.encoder[special[0]]],
+            "sep": [end, vocabulary[end]],
+            "cls": [start, vocabulary[start]],
             "trim_offsets": False,
             "add_prefix_space": False,
         },
@@ -126,13 +128,13 @@ def tokenizer_table() -> dict[str, Any]:
         "model": {
             "type": "BPE",
             "dropout": None,
-            "unk_token": special[1],
+            "unk_token": end,
             "continuing_subword_prefix": "",
             "end_of_word_suffix": "</w>",
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": reference.encoder,
+            "vocab": vocabulary,
             "merges": [list(pair) for pair in reference.bpe_ranks],
         },
     }

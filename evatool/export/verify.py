@@ -59,6 +59,20 @@ with torch.no_grad():
 """
 
 
+TRANSFORMERS_READER = """
+from transformers import AutoModel, AutoTokenizer
+model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+plain = lambda output: getattr(output, "pooler_output", output).contiguous()
+with torch.no_grad():
+    save_file({
+        "image_features": plain(model.get_image_features(pixel_values=given["image"])),
+        "text_features": plain(model.get_text_features(input_ids=given["tokens"])),
+        "logit_scale": model.logit_scale.exp().reshape(1),
+        "ids": tokenizer(CAPTIONS, padding="max_length", truncation=True, return_tensors="pt").input_ids,
+    }, outputs)
+"""
+
+
 def fixed_inputs(image_size: int, context_length: int, vocab_size: int) -> dict[str, Tensor]:
     """Fixed inputs for verification: `image` (4, 3, S, S) float, `tokens` (4, L), `picture` (H, W, 3) uint8.
 

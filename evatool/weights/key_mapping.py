@@ -10,14 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from evatool.core.errors import CheckpointError
 from evatool.model.clip import PROJECTION, TOWER
 from evatool.model.config import TowerKind
 from evatool.model.open_clip_architecture import RECOMPUTED
-from evatool.weights.key_mapping_hf import is_transformers, transformers_origins
-from evatool.weights.mapped_tensors import MappedTensors, TensorOrigin
+from evatool.weights.key_mapping_hf import EVA_CODE_SCALE, is_transformers, transformers_origins
+from evatool.weights.mapped_tensors import MappedTensors, TensorOrigin, merged_tensors
 from evatool.weights.wrappers import unwrapped
 
 MIM_PARTS = ("mask_token", "lm_head.weight", "lm_head.bias")
@@ -54,6 +55,9 @@ def canonical_state(state: Mapping[str, Tensor], where: str = "state dict") -> M
     names = {name for name in state if not _RECOMPUTED.search(name)}
     keys = [name for name in state if name in names]
     if is_transformers(names):
+        if "logit_scale" not in names:  # BAAI's files of 8B and 18B: the scale stands in the code
+            state = merged_tensors([state, {"logit_scale": torch.tensor(EVA_CODE_SCALE).log()}])
+            keys.append("logit_scale")
         return MappedTensors(state, *transformers_origins({key: key for key in keys}))
     is_vit = names >= _VIT_PARTS
     tower: TowerKind = "clip-vit" if is_vit else "eva"

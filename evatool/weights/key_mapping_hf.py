@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
+from torch import Tensor
+
 from evatool.model.clip import PROJECTION, TOWER
 from evatool.model.config import TowerKind
 from evatool.weights.mapped_tensors import TensorOrigin
@@ -97,3 +99,55 @@ def _in_qkv_order(origins: dict[str, TensorOrigin]) -> dict[str, TensorOrigin]:
         name: TensorOrigin(tuple(sorted(origin.keys, key=order))) if len(origin.keys) > 1 else origin
         for name, origin in origins.items()
     }
+
+
+# ----------------------------------------------------------------------------------------------------- our names back
+
+EVA_CODE_SCALE = 100.0
+"""The scale of similarities in BAAI's code for transformers, whose files of 8B and 18B hold none."""
+
+_ROOTS = {
+    "text.token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "text.positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "text.ln_final.weight": "text_model.final_layer_norm.weight",
+    "text.ln_final.bias": "text_model.final_layer_norm.bias",
+}
+_BLOCK = re.compile(r"(visual\.trunk\.blocks|visual\.transformer\.resblocks|text\.transformer\.resblocks)\.(\d+)\.(.+)")
+
+
+def transformers_state(tensors: Mapping[str, Tensor], *, is_vit: bool) -> dict[str, Tensor]:
+    """A CLIP's weights under transformers' names, or with an EVA tower under BAAI's for it; the way back of
+    `transformers_origins`. Attention's one matrix becomes three."""
+    vision = {ours: f"{_VISION}{theirs}" for theirs, ours in (_VIT if is_vit else _EVA).items()}
+    vision |= {} if is_vit else {f"{TOWER}cls_token": f"{_VISION}embeddings.class_embedding"}
+    vision |= {} if is_vit else {f"{TOWER}pos_embed": f"{_VISION}embeddings.position_embedding.weight"}
+    state: dict[str, Tensor] = {}
+    for name in tensors:
+        tensor = tensors[name]
+        block = _BLOCK.fullmatch(name)
+        if block:
+            state |= _block_state(*block.groups(), tensor)
+        elif name == "text.text_projection":
+            state["text_projection.weight"] = tensor.T.contiguous()
+        elif name in ("visual.proj", PROJECTION):
+            state["visual_projection.weight"] = tensor.T.contiguous() if is_vit else tensor
+        elif name == "logit_scale":
+            state |= {name: tensor} if is_vit else {}
+        elif name == f"{TOWER}cls_token":
+            state[vision[name]] = tensor.reshape(-1)
+        elif name == f"{TOWER}pos_embed":
+            state[vision[name]] = tensor[0].contiguous()
+        else:
+            state[vision[name] if name in vision else _ROOTS[name]] = tensor
+    return state
+
+
+def _block_state(blocks: str, number: str, rest: str, tensor: Tensor) -> dict[str, Tensor]:
+    part, leaf = rest.rsplit(".", 1)
+    root = f"{'text' if blocks.startswith('text') else 'vision'}_model.encoder.layers.{number}"
+    if rest.startswith(("attn.in_proj_", "attn.qkv.")):
+        leaf = leaf.removeprefix("in_proj_")
+        parts = zip("qkv", tensor.chunk(3), strict=True)
+        return {f"{root}.self_attn.{one}_proj.{leaf}": part.contiguous() for one, part in parts}
+    names = {ours: theirs for theirs, ours in (_IN_EVA_BLOCK if "trunk" in blocks else _IN_BLOCK).items()}
+    return {f"{root}.{names[part]}.{leaf}": tensor}

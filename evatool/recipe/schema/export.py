@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from evatool.recipe.schema.base import Positive, PositiveFloat, Section
 
-Format = Literal["open_clip", "baai", "timm", "safetensors", "onnx", "torch-export", "deepspeed"]
+Format = Literal["open_clip", "baai", "timm", "safetensors", "onnx", "torch-export", "transformers", "deepspeed"]
 
 
 class ExportSection(Section):
@@ -26,7 +26,8 @@ class ExportSection(Section):
     format: Format = "open_clip"
     """Form of the written files. `open_clip` is a folder that open_clip loads as `local-dir:`. `baai` is one file under
     EVA-CLIP's names. `timm` is the image tower alone. `safetensors` is one file under evatool's names. `onnx` and
-    `torch-export` are a graph for each tower that takes any batch size. `deepspeed` is a training checkpoint with its
+    `torch-export` are a graph for each tower that takes any batch size. `transformers` is a folder of its `CLIPModel`, or
+    in BAAI's layout for models like EVA-CLIP-8B and 18B. `deepspeed` is a training checkpoint with its
     moments, as DeepSpeed's universal one."""
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
     """Numbers of the written weights. They are as at the source when absent. `fp16` and `bf16` halve the files. With
@@ -82,8 +83,8 @@ class ExportSection(Section):
             raise ValueError("agreement_images has no effect without quantize or dtype = 'fp16' in an 'onnx' export")
         if self.patch_resize is not None and self.patch_size is None:
             raise ValueError(f"patch_resize = {self.patch_resize!r} has no effect without patch_size")
-        if self.format == "open_clip" and self.tower is not None:
-            raise ValueError(f"tower = {self.tower!r}: an open_clip folder holds both towers")
+        if self.format in ("open_clip", "transformers") and self.tower is not None:
+            raise ValueError(f"tower = {self.tower!r}: a folder of {self.format} holds both towers")
         if self.format == "timm" and self.tower == "text":
             raise ValueError("tower = 'text': timm has image towers only")
         if self.format == "deepspeed":
