@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from evatool.core.errors import CheckpointError, DependencyError, RecipeError
 from evatool.export.base import Exporter
@@ -60,7 +58,11 @@ class TransformersExporter(Exporter):
         refuse_other_models(clip)
         is_own = not clip.config.is_eva
         if is_own and importlib.util.find_spec("transformers") is None:
-            raise DependencyError("transformers verifies this export", fix="pip install transformers")
+            raise DependencyError(
+                "transformers verifies this export", fix="pip install 'evatool[transformers]', then the same command"
+            )
+                "transformers verifies this export", fix="pip install 'evatool[transformers]', then the same command"
+            )
         tensors = transformers_state(written_tensors(clip), is_vit=is_own)
         files = (WEIGHTS, PREPROCESSOR, *TOKENIZER_FILES, CARD, CONFIG)
         with staged_folder(target, files) as work:
@@ -141,7 +143,7 @@ def transformers_config(clip: LoadedClip) -> dict[str, Any]:
     }
     if config.is_eva:
         vision_config |= {
-            **{name: False for name in ("q_bias", "k_bias", "v_bias", "use_swiglu_mlp", "use_sub_ln", "rope")},
+            **dict.fromkeys(("q_bias", "k_bias", "v_bias", "use_swiglu_mlp", "use_sub_ln", "rope"), False),
             "use_rms_norm": bool(vision["use_rms_norm"]),
             "post_layernorm": bool(vision["postnorm"]),
         }

@@ -201,12 +201,7 @@ def load_clip(
         model_config = model_config or named.config
     if path is not None and (named is not None or path.exists()):
         found = find_clip(
-            path,
-            model_config,
-            image_size=image_size,
-            patch_size=patch_size,
-            patch_resize=patch_resize,
-            weights=weights,
+            path, model_config, image_size=image_size, patch_size=patch_size, patch_resize=patch_resize, weights=weights
         )
         clip, config = found.load(DTYPES[precision]), found.config
         origin, stored_dtype = found.source, found.stored_dtype

@@ -126,7 +126,7 @@ def transformers_state(tensors: Mapping[str, Tensor], *, is_vit: bool) -> dict[s
         tensor = tensors[name]
         block = _BLOCK.fullmatch(name)
         if block:
-            state |= _block_state(*block.groups(), tensor)
+            state |= _block_state(block[1], block[2], block[3], tensor)
         elif name == "text.text_projection":
             state["text_projection.weight"] = tensor.T.contiguous()
         elif name in ("visual.proj", PROJECTION):

@@ -26,9 +26,9 @@ class ExportSection(Section):
     format: Format = "open_clip"
     """Form of the written files. `open_clip` is a folder that open_clip loads as `local-dir:`. `baai` is one file under
     EVA-CLIP's names. `timm` is the image tower alone. `safetensors` is one file under evatool's names. `onnx` and
-    `torch-export` are a graph for each tower that takes any batch size. `transformers` is a folder of its `CLIPModel`, or
-    in BAAI's layout for models like EVA-CLIP-8B and 18B. `deepspeed` is a training checkpoint with its
-    moments, as DeepSpeed's universal one."""
+    `torch-export` are a graph for each tower that takes any batch size. `transformers` is a folder of its `CLIPModel`,
+    or in BAAI's layout for models like EVA-CLIP-8B and 18B. `deepspeed` is a training checkpoint with its moments, as
+    DeepSpeed's universal one."""
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
     """Numbers of the written weights. They are as at the source when absent. `fp16` and `bf16` halve the files. With
     `onnx`, `fp16` is also what the graphs compute in; what that changes is reported as with `quantize`."""
