@@ -61,8 +61,6 @@ class TransformersExporter(Exporter):
             raise DependencyError(
                 "transformers verifies this export", fix="pip install 'evatool[transformers]', then the same command"
             )
-                "transformers verifies this export", fix="pip install 'evatool[transformers]', then the same command"
-            )
         tensors = transformers_state(written_tensors(clip), is_vit=is_own)
         files = (WEIGHTS, PREPROCESSOR, *TOKENIZER_FILES, CARD, CONFIG)
         with staged_folder(target, files) as work:
