@@ -22,6 +22,7 @@ ADDED_RECIPE_KEYS: dict[str, Any] = {
     "data.sources.sequential": False,
     "data.sources.allow_pipe": False,
     "train.tracking": {},
+    "eval.model_weights": {},
     "model.image_mean": None,
     "model.image_std": None,
 }

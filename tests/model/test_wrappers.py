@@ -4,12 +4,16 @@ import logging
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from evatool.core.errors import CheckpointError
+from evatool.distributed.world import World
 from evatool.inference.loaded_clip import load_clip
 from evatool.model.clip import build_clip
 from evatool.model.presets import resolve_preset
+from evatool.recipe.schema import EvalSection
+from evatool.stages.evaluating.models import load_eval_model
 from evatool.weights.key_mapping import canonical_state
 from evatool.weights.wrappers import unwrapped, without_wrappers
 
@@ -95,6 +99,20 @@ def test_the_average_beside_the_weights_is_taken_and_said(clip, tmp_path, caplog
             taken = load_clip(tmp_path / "both.pt", weights=which).model
             assert torch.equal(taken.logit_scale, expected["logit_scale"])
             assert not caplog.text
+
+
+def test_an_evaluation_takes_the_weights_that_its_recipe_names(clip, tmp_path):
+    raw = clip.state_dict()
+    torch.save({"model": raw, "model_ema": {n: t + 1 for n, t in raw.items()}}, tmp_path / "both.pt")
+    path, world = str(tmp_path / "both.pt"), World(0, 1, 0, torch.device("cpu"))
+    prints = {}
+    for which in ("raw", "ema"):
+        section = EvalSection(models={"m": path}, model_weights={"m": which}, data=tmp_path)
+        prints[which] = load_eval_model("m", path, section, world, tmp_path / "cache").record.fingerprint
+        assert prints[which] == load_clip(path, weights=which).fingerprint
+    assert prints["raw"] != prints["ema"]
+    with pytest.raises(ValidationError, match="model_weights names x"):
+        EvalSection(models={"m": path}, model_weights={"x": "raw"}, data=tmp_path)
 
 
 def test_two_models_in_a_file_are_an_error_that_names_both(clip, tmp_path):

@@ -46,6 +46,9 @@ class EvalSection(Section):
     model_configs: dict[str, str] = Field(default={})
     """Architecture of models whose weight file does not say it: the name in the report, and a preset or JSON file. Most
     files need none."""
+    model_weights: dict[str, str] = Field(default={})
+    """Which of several models in a file is evaluated: the name in the report, and `raw`, `ema` for the moving average,
+    or the prefix of its names. Without it the raw weights of a checkpoint, and of other files the average, if any."""
     suite: str = "drawings"
     """Name of a suite of evaluation sets, or the path of a suite file of your own (docs/eval.md). `evatool suites list`
     shows the suites."""
@@ -96,11 +99,12 @@ class EvalSection(Section):
 
     @model_validator(mode="after")
     def _settings_reach_something(self) -> EvalSection:
-        unknown = [name for name in self.model_configs if name not in self.models]
-        if unknown:
-            raise ValueError(
-                f"model_configs names {', '.join(unknown)}, which is not in models: {', '.join(self.models)}"
-            )
+        for table in ("model_configs", "model_weights"):
+            unknown = [name for name in getattr(self, table) if name not in self.models]
+            if unknown:
+                raise ValueError(
+                    f"{table} names {', '.join(unknown)}, which is not in models: {', '.join(self.models)}"
+                )
         if self.cache_dir is not None and not self.use_cache:
             raise ValueError("cache_dir has no effect with use_cache = false: leave one of the two out")
         return self

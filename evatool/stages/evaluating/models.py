@@ -80,8 +80,8 @@ def load_eval_model(name: str, source: str, section: EvalSection, world: World, 
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(section.seed)  # a preset's random weights are the same ones every time and on every rank
-        clip, lockstep = _load(source, section.model_configs.get(name), section, world)
-    fingerprint = _fingerprint(clip, section.precision, cache)
+        clip, lockstep = _load(name, source, section, world)
+    fingerprint = _fingerprint(clip, section.precision, cache, section.model_weights.get(name))
     record = ModelRecord(
         name=name,
         source=source,
@@ -108,13 +108,14 @@ def load_eval_model(name: str, source: str, section: EvalSection, world: World, 
     )
 
 
-def _load(source: str, model_config: str | None, section: EvalSection, world: World) -> tuple[LoadedClip, bool]:
+def _load(name: str, source: str, section: EvalSection, world: World) -> tuple[LoadedClip, bool]:
     """The model, and whether its weights are divided over the ranks."""
+    model_config, weights = section.model_configs.get(name), section.model_weights.get(name)
     on_disk = expand_user(source).exists() and not is_onnx_package(expand_user(source))
     if world.world_size > 1 and on_disk and section.shard_model != "never":
-        unloaded = find_clip(source, model_config)
+        unloaded = find_clip(source, model_config, weights=weights)
         if unloaded.config.open_clip is not None:
-            return load_clip(source, model_config, section.precision, world.device), False
+            return load_clip(source, model_config, section.precision, world.device, weights=weights), False
         shapes = (unloaded.tensors.shape(key) for key in unloaded.tensors)
         size = sum(torch.Size(shape).numel() for shape in shapes) * DTYPES[section.precision].itemsize
         if section.shard_model == "always" or not _fits(size, world.device):
@@ -125,7 +126,7 @@ def _load(source: str, model_config: str | None, section: EvalSection, world: Wo
             where=f"eval.models: {source}, {world.world_size} rank(s)",
             fix="start several ranks (eval.processes, or torchrun), or leave eval.shard_model out",
         )
-    return load_clip(source, model_config, section.precision, world.device), False
+    return load_clip(source, model_config, section.precision, world.device, weights=weights), False
 
 
 def _fits(size: int, device: torch.device) -> bool:
@@ -158,9 +159,9 @@ def _no_preprocess(image: Any) -> Tensor:
     raise RuntimeError("a model that is divided over ranks is given decoded pictures")
 
 
-def _fingerprint(clip: LoadedClip, precision: str, cache: Path | None) -> str:
+def _fingerprint(clip: LoadedClip, precision: str, cache: Path | None, weights: str | None = None) -> str:
     """`LoadedClip.fingerprint`, remembered by path, size and time of the files it was read from."""
-    about = (fingerprint_text(clip.config), precision)
+    about = (fingerprint_text(clip.config), precision, *(() if weights is None else (weights,)))
     files = _files(clip.source)
     remembered = FingerprintCache(cache) if cache is not None and files else None
     found = remembered.get(files, *about) if remembered else None
