@@ -18,7 +18,7 @@ from evatool.recipe.schema import RECIPES
 
 _STAGES = list(RECIPES)
 _STAGES.insert(_STAGES.index("distill") + 1, "store-features")
-COMMANDS = [*_STAGES, "demo", "recipe", "compare", "plan", "suites"]
+COMMANDS = [*_STAGES, "demo", "recipe", "compare", "inspect", "plan", "suites"]
 
 
 def test_help_lists_the_stages_in_pipeline_order(invoke: Invoke) -> None:

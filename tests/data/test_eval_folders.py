@@ -64,9 +64,9 @@ def test_folders_with_wordnet_ids_get_imagenets_names(tmp_path: Path) -> None:
 def test_names_that_do_not_match_the_folders_are_refused(tmp_path: Path) -> None:
     root = fill(tmp_path / "s", {"a": 1, "b": 1})
     (root / "classnames.txt").write_text("only one\n")
-    with pytest.raises(DataError, match="2 folders of classes, but 1 class names") as caught:
+    with pytest.raises(DataError, match="2 of 2 folders are none of the 1 class names") as caught:
         opened(root)
-    assert "classnames.txt with 2 lines" in str(caught.value.fix)
+    assert "folder<TAB>name" in str(caught.value.fix)
 
 
 def test_folders_without_templates_are_refused(tmp_path: Path) -> None:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-from functools import cache
-from importlib import resources
 from pathlib import Path
 
 from evatool.core.errors import DataError
 from evatool.core.regular_files import open_regular
+from evatool.data.eval.class_names import classes_of, packaged
 from evatool.data.eval.samples import FileSamples
 from evatool.data.eval.tars import read_lines
 
-SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp"))
+SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+) | {".pnm", ".jp2", ".j2k", ".avif"}
+"""Images that are read, whatever case their suffix has."""
+UNREAD_SUFFIXES = frozenset(
+    (".heic", ".heif", ".jxl", ".svg", ".psd", ".tga", ".ico", ".exr", ".hdr", ".raw", ".dng", ".cr2", ".nef", ".arw")
+)
+"""Images that are not: a set without them would not be the set."""
 BIRDSNAP_TEMPLATE = "a photo of a {c}, a type of bird."  # CLIP's own prompt for Birdsnap
-_NAMES, _TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
+_TEMPLATES = "zeroshot_classification_templates.txt"
 Opened = tuple[str, list[str], list[str], FileSamples]
 
 
@@ -26,21 +31,21 @@ def is_image_folder(folder: Path, split: str) -> bool:
 
 
 def open_image_folder(folder: Path, split: str, prompts: str) -> Opened:
-    """Kind, class names, templates and samples; classes are the folders in the order of their names.
+    """Kind, class names, templates and samples; which class a folder is, `classes_of` tells.
 
     Class names are those of `classnames.txt`, else clip-benchmark's for `prompts` (ImageNet's by WordNet id where the
     folders are named so), else the folders' names with spaces for underscores.
-    Raises: DataError where the number of names differs from that of the folders, or no templates are known.
+    Raises: DataError where a folder is of no class, holds images that are not read, or no templates are known.
     """
     root = _root(folder, split)
     folders = _class_folders(root)
-    classnames = _classnames(folder, prompts, [inner.name for inner in folders])
+    classes = classes_of(folder, [inner.name for inner in folders], prompts)
     paths, labels = [], []
-    for label, inner in enumerate(folders):
-        own = sorted(path for path in inner.rglob("*") if _is_image(path))
+    for inner in folders:
+        own = _images_below(inner)
         paths += own
-        labels += [label] * len(own)
-    return "classification", classnames, _templates(folder, prompts), FileSamples(paths, labels, root)
+        labels += [classes.number_of[inner.name]] * len(own)
+    return "classification", classes.names, _templates(folder, prompts), FileSamples(paths, labels, root)
 
 
 def is_birdsnap(folder: Path) -> bool:
@@ -105,57 +110,42 @@ def _root(folder: Path, split: str) -> Path:
 def _class_folders(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
-    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path for path in root.iterdir() if path.is_dir() and not is_hidden(path))
+
+
+def is_hidden(path: Path) -> bool:
+    """True for what macOS and others leave beside files: no class and no image."""
+    return path.name.startswith(".") or path.name == "__MACOSX"
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.is_file()
+    return path.suffix.lower() in SUFFIXES and not is_hidden(path) and path.is_file()
 
 
-def _classnames(folder: Path, prompts: str, folders: list[str]) -> list[str]:
-    if (folder / _NAMES).is_file():
-        names, source = read_lines(folder / _NAMES), str(folder / _NAMES)
-    elif all(name in _imagenet_names() for name in folders):
-        return [_imagenet_names()[name] for name in folders]
-    elif prompts in _packaged("classnames"):
-        names, source = list(_packaged("classnames")[prompts]), f"clip-benchmark's class names of {prompts}"
-    else:
-        return [name.replace("_", " ") for name in folders]
-    if len(names) != len(folders):
+def _images_below(folder: Path) -> list[Path]:
+    """Every image of a class. Raises: DataError where there are images of a format that is not read."""
+    files = [path for path in folder.rglob("*") if not any(map(is_hidden, (path, *path.relative_to(folder).parents)))]
+    unread = sorted(path.name for path in files if path.suffix.lower() in UNREAD_SUFFIXES)
+    if unread:
         raise DataError(
-            f"{len(folders)} folders of classes, but {len(names)} class names",
-            where=source,
-            expected="one name a folder, in the order of the folders' names",
-            fix=f"write {folder / _NAMES} with {len(folders)} lines",
+            f"{len(unread)} images of {folder.name} are of a format that is not read: {', '.join(unread[:3])}",
+            where=str(folder),
+            expected=", ".join(sorted(SUFFIXES)),
+            fix="convert them, or move them out of the set if they are none of it",
         )
-    return names
+    return sorted(filter(_is_image, files))
 
 
 def _templates(folder: Path, prompts: str) -> list[str]:
     if (folder / _TEMPLATES).is_file():
         return read_lines(folder / _TEMPLATES)
-    packaged = _packaged("zeroshot_classification_templates")
-    if prompts not in packaged:
+    known = packaged("zeroshot_classification_templates")
+    prompts = "imagenet1k" if prompts.startswith("imagenet") else prompts  # ImageNet's variants have its prompts
+    if prompts not in known:
         raise DataError(
             f"image folder {folder.name} has no prompt templates, and clip-benchmark knows none for {prompts!r}",
             where=str(folder),
             expected="one prompt with {c} for the class name a line",
             fix=f"write {folder / _TEMPLATES}",
         )
-    return list(packaged[prompts])
-
-
-@cache
-def _packaged(what: str) -> dict[str, list[str]]:
-    """A table that ships with clip-benchmark; its package is not imported, which would cost seconds."""
-    text = resources.files("clip_benchmark").joinpath(f"datasets/en_{what}.json").read_text(encoding="utf-8")
-    table: dict[str, list[str]] = json.loads(text)
-    return table
-
-
-@cache
-def _imagenet_names() -> dict[str, str]:
-    """ImageNet's class names in clip-benchmark by WordNet id."""
-    from clip_benchmark.datasets.builder import all_imagenet_wordnet_ids
-
-    return dict(zip(all_imagenet_wordnet_ids, _packaged("classnames")["imagenet1k"], strict=True))
+    return list(known[prompts])
