@@ -19,7 +19,7 @@ from evatool.weights.source import SourceWeights, read_weights
 
 
 @dataclass(frozen=True)
-class Fact:
+class SourceFact:
     """One thing that is known of a model.
 
     Attributes:
@@ -31,7 +31,7 @@ class Fact:
     where: str
 
 
-def inspect_source(source: str, weights: str | None = None) -> list[Fact]:
+def inspect_source(source: str, weights: str | None = None) -> list[SourceFact]:
     """What `load_clip(source)` would load, for CLIP and MIM models.
 
     Args:
@@ -47,37 +47,36 @@ def inspect_source(source: str, weights: str | None = None) -> list[Fact]:
     found = read_weights(path, weights)
     config = only_config(found) if named is None or named.config is None else named.config
     told = "model_config.json" if not found.said.origins and found.kind != "released" else "shapes"
-    facts = [Fact("source", found.source, found.kind), *_of_config(config, found.said.origins, told)]
+    facts = [SourceFact("source", found.source, found.kind), *_of_config(config, found.said.origins, told)]
     return [*facts, *_of_weights(found)]
 
 
-def _of_config(config: ModelConfig, origins: Mapping[str, str], told: str) -> list[Fact]:
+def _of_config(config: ModelConfig, origins: Mapping[str, str], told: str) -> list[SourceFact]:
     said, wanted = origins.get("config", told), config.input
     pixels = origins.get("input", told if told != "shapes" else "evatool")
+    activation = "QuickGELU" if config.quick_gelu else "as the architecture has it"
     facts = [
-        Fact("model", config.name, said),
-        Fact("task", config.task, said),
-        Fact("architecture", _architecture(config), said),
-        Fact("activation", "QuickGELU" if config.quick_gelu else "as the architecture has it", _act(origins, said)),
-        Fact("image_size", list(config.input_size), said),
-        Fact("mean", list(wanted.mean), pixels),
-        Fact("std", list(wanted.std), pixels),
-        Fact("interpolation", wanted.interpolation, pixels),
-        Fact("resize", wanted.resize, pixels),
-        Fact("fill", wanted.fill, pixels),
-        Fact("exif", "ignore", "evatool"),
+        SourceFact("model", config.name, said),
+        SourceFact("task", config.task, said),
+        SourceFact("architecture", _architecture(config), said),
+        SourceFact(
+            "activation", "QuickGELU" if config.quick_gelu else "as the architecture has it", _act(origins, said)
+        ),
+        SourceFact("image_size", list(config.input_size), said),
+        SourceFact("mean", list(wanted.mean), pixels),
+        SourceFact("std", list(wanted.std), pixels),
+        SourceFact("interpolation", wanted.interpolation, pixels),
+        SourceFact("resize", wanted.resize, pixels),
+        SourceFact("fill", wanted.fill, pixels),
+        SourceFact("exif", "ignore", "evatool"),
     ]
     if config.task == "clip":
         facts += [
-            Fact("embed_dim", config.embed_dim, said),
-            Fact("context_length", config.context_length, said),
-            Fact("tokenizer", tokenizer_facts(config) or CLIP_BPE, said),
+            SourceFact("embed_dim", config.embed_dim, said),
+            SourceFact("context_length", config.context_length, said),
+            SourceFact("tokenizer", tokenizer_facts(config) or CLIP_BPE, said),
         ]
     return facts
-
-
-def _act(origins: Mapping[str, str], said: str) -> str:
-    return origins.get("quick_gelu", said)
 
 
 def _architecture(config: ModelConfig) -> str:
@@ -89,18 +88,18 @@ def _architecture(config: ModelConfig) -> str:
     return f"open_clip: {image}; {text.get('hf_model_name', 'a text transformer of open_clip')}"
 
 
-def _of_weights(found: SourceWeights) -> list[Fact]:
+def _of_weights(found: SourceWeights) -> list[SourceFact]:
     state, where = found.state, Path(found.source).name
     dtypes = {str(dtype_of(state, name)).removeprefix("torch.") for name in state if len(shape_of(state, name)) > 1}
     facts = [
-        Fact("num_parameters", sum(math.prod(shape_of(state, name)) for name in state), where),
-        Fact("precision", ", ".join(sorted(dtypes)), where),
+        SourceFact("num_parameters", sum(math.prod(shape_of(state, name)) for name in state), where),
+        SourceFact("precision", ", ".join(sorted(dtypes)), where),
     ]
     scale = next((name for name in ("logit_scale", "text.logit_scale") if name in state), None)
     if scale is not None:
-        facts.append(Fact("logit_scale", math.exp(float(state[scale].float())), where))
+        facts.append(SourceFact("logit_scale", math.exp(float(state[scale].float())), where))
     if "logit_bias" in state:
-        facts.append(Fact("logit_bias", float(state["logit_bias"].float()), where))
+        facts.append(SourceFact("logit_bias", float(state["logit_bias"].float()), where))
     if found.said.licence is not None:
-        facts.append(Fact("licence", found.said.licence, found.said.origins.get("config", where)))
+        facts.append(SourceFact("licence", found.said.licence, found.said.origins.get("config", where)))
     return facts

@@ -82,7 +82,7 @@ class ModelDescription:
         return config if self.input is None else replace(config, input=self.input)
 
 
-def describe(path: Path) -> ModelDescription:
+def describe_model(path: Path) -> ModelDescription:
     """What lies beside the weights at `path`, a file or a folder, says of them.
 
     Raises: CheckpointError where a description cannot be read, or asks for what evatool cannot do.

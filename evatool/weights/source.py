@@ -24,7 +24,7 @@ from evatool.core.errors import CheckpointError
 from evatool.core.own_folder import expand_user
 from evatool.model.clip import open_clip_model_config
 from evatool.model.config import TEXT_DEFAULTS, ModelConfig
-from evatool.weights.description import ModelDescription, describe, open_clip_input, read_object
+from evatool.weights.description import ModelDescription, describe_model, open_clip_input, read_object
 from evatool.weights.detect_preset import fitting_presets
 from evatool.weights.key_mapping import canonical_state
 from evatool.weights.mapped_tensors import MergedMap
@@ -164,7 +164,7 @@ def _read_open_clip(folder: Path) -> SourceWeights:
 def _read_released(path: Path, weights: str | None = None) -> SourceWeights:
     """Weights of another library: what is said beside them, and where nothing is said every preset of their shapes."""
     state = open_weights(path, weights)
-    said = describe(path)
+    said = describe_model(path)
     if "input_resolution" in state:  # only OpenAI's own archives hold it, and all of them have QuickGELU
         said = replace(said, quick_gelu=True, origins={**said.origins, "quick_gelu": "the file"})
     presets = _presets_of(state, str(path), is_described=said.config is not None)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import evatool
 from evatool.core.errors import CheckpointError, DependencyError, UsageError
 from evatool.data.image.eval_transforms import EvalTransform
-from evatool.weights.description import describe
+from evatool.weights.description import describe_model
 from evatool.weights.named import tagged_config
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
@@ -109,13 +109,13 @@ def test_transformers_processors_are_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"text_config": tower, "vision_config": tower}))
     processor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2, "size": {"height": 224, "width": 224}}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
-    wanted = describe(tmp_path).input
+    wanted = describe_model(tmp_path).input
     assert wanted is not None
     assert (wanted.mean, wanted.interpolation, wanted.resize) == ((0.5, 0.5, 0.5), "bilinear", "squash")
     processor |= {"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
     with pytest.raises(CheckpointError, match="resized to 256 x 256 pixels and cropped to 224 x 224"):
-        describe(tmp_path)
+        describe_model(tmp_path)
 
 
 @pytest.mark.parametrize(

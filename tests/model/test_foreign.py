@@ -16,7 +16,7 @@ from evatool.formats.safetensors import dtype_of, shape_of
 from evatool.model.clip import PROJECTION, TOWER, build_clip
 from evatool.model.config import ModelConfig
 from evatool.model.presets import resolve_preset
-from evatool.weights.description import describe
+from evatool.weights.description import describe_model
 from evatool.weights.detect_preset import fitting_presets
 from evatool.weights.key_mapping import canonical_state
 from evatool.weights.load import init_text_tower, load_clip_weights
@@ -69,13 +69,13 @@ def test_quick_gelu_is_told_by_what_lies_beside(tmp_path):
 
     state = canonical_state(Shapes(shapes))
     assert {c.name for c in fitting_presets(state)} == {"OpenAI-CLIP-B-16", "OpenCLIP-B-16"}
-    assert describe(tmp_path).quick_gelu is None
-    assert describe(ASSETS / "foreign" / "transformers").quick_gelu is True
+    assert describe_model(tmp_path).quick_gelu is None
+    assert describe_model(ASSETS / "foreign" / "transformers").quick_gelu is True
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {}, "vision_config": {}}))
-    assert describe(tmp_path / "model.safetensors").quick_gelu is True, "transformers' own default"
+    assert describe_model(tmp_path / "model.safetensors").quick_gelu is True, "transformers' own default"
     tower = {"hidden_act": "gelu"}
     (tmp_path / "config.json").write_text(json.dumps({"text_config": tower, "vision_config": tower}))
-    assert describe(tmp_path / "model.safetensors").quick_gelu is False
+    assert describe_model(tmp_path / "model.safetensors").quick_gelu is False
 
 
 @pytest.mark.parametrize("name", ["eva-clip-8b", "eva-clip-18b"])

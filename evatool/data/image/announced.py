@@ -183,7 +183,8 @@ def webp_ends_early(data: bytes) -> bool:
     """True where a lossy WebP has fewer bits than its blocks of 16 x 16 pixels need, whatever they show.
 
     A block's two modes are coded with fixed probabilities, the likeliest of which are 145 and 142 of 256: 0.82 and 0.85
-    bits. Source: RFC 6386, sections 11.2 and 19.3. A lossless one may need no bit at all for a pixel.
+    bits. A lossless one may need no bit at all for a pixel.
+    Source: https://www.rfc-editor.org/rfc/rfc6386#section-11.2
     """
     if data[12:16] != b"VP8 " or data[23:26] != b"\x9d\x01\x2a":
         return False

@@ -23,7 +23,7 @@ _PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BIL
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """Where a picture comes to lie in the input.
 
     Attributes:
@@ -39,7 +39,7 @@ class Place:
     size: tuple[int, int]
 
 
-def place_of(height: int, width: int, size: int | tuple[int, int], resize: Resize) -> Place:
+def place_of(height: int, width: int, size: int | tuple[int, int], resize: Resize) -> Placement:
     """The place of a picture of `height` x `width` pixels in an input of `size`.
 
     Source: torchvision/transforms/functional.py, `resize` and `center_crop`, and open_clip/transform.py,
@@ -55,7 +55,7 @@ def place_of(height: int, width: int, size: int | tuple[int, int], resize: Resiz
         ratios = height / goal[0], width / goal[1]
         ratio = max(ratios) if resize == "longest" else min(ratios)
         rows, columns = max(1, round(height / ratio)), max(1, round(width / ratio))
-    return Place(rows, columns, _offset(rows, goal[0]), _offset(columns, goal[1]), goal)
+    return Placement(rows, columns, _offset(rows, goal[0]), _offset(columns, goal[1]), goal)
 
 
 def _offset(side: int, goal: int) -> int:
@@ -63,7 +63,7 @@ def _offset(side: int, goal: int) -> int:
 
 
 def put_in_place(
-    pixels: np.ndarray, place: Place, decode: Literal["exact", "fast"], interpolation: Interpolation, fill: int
+    pixels: np.ndarray, place: Placement, decode: Literal["exact", "fast"], interpolation: Interpolation, fill: int
 ) -> Tensor:
     """uint8 (h, w, 3) to uint8 (3, H, W): resized, then cropped, or filled where the picture does not reach."""
     rows, columns, top, left = place.rows, place.columns, place.top, place.left
@@ -84,7 +84,7 @@ def put_in_place(
     return filled
 
 
-def _resized_part(pixels: np.ndarray, place: Place, interpolation: Interpolation) -> Tensor:
+def _resized_part(pixels: np.ndarray, place: Placement, interpolation: Interpolation) -> Tensor:
     """What the crop keeps, computed alone: Pillow weighs pixels beside the box as it does within a whole picture."""
     (height, width), scale_y, scale_x = place.size, pixels.shape[0] / place.rows, pixels.shape[1] / place.columns
     top, bottom = max(place.top, 0), min(max(place.top, 0) + height, place.rows)
@@ -109,7 +109,7 @@ def resize_fast(image: Tensor, height: int, width: int, interpolation: Interpola
     return F.interpolate(image[None], size=(height, width), mode=interpolation, antialias=True)[0]
 
 
-def mask_in_place(mask: np.ndarray, place: Place) -> Tensor:
+def mask_in_place(mask: np.ndarray, place: Placement) -> Tensor:
     """A mask (h, w) as its picture lies: int32 (H, W), each pixel from the nearest one, 0 where nothing lies."""
     (height, width), (rows, columns) = mask.shape, (place.rows, place.columns)
     from_rows = (np.arange(place.size[0]) + 0.5 + place.top) * height / rows
