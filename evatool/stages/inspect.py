@@ -59,9 +59,7 @@ def _of_config(config: ModelConfig, origins: Mapping[str, str], told: str) -> li
         SourceFact("model", config.name, said),
         SourceFact("task", config.task, said),
         SourceFact("architecture", _architecture(config), said),
-        SourceFact(
-            "activation", "QuickGELU" if config.quick_gelu else "as the architecture has it", _act(origins, said)
-        ),
+        SourceFact("activation", activation, origins.get("quick_gelu", said)),
         SourceFact("image_size", list(config.input_size), said),
         SourceFact("mean", list(wanted.mean), pixels),
         SourceFact("std", list(wanted.std), pixels),
