@@ -48,6 +48,8 @@ class Batch:
     """(B, 3, T, T) uint8, the same crop at the teacher's size."""
     teacher_images: list[Tensor] | None = field(default=None, metadata=ON_DEVICE)
     """The same crop at the sizes of further teachers."""
+    sample: Tensor | None = field(default=None, metadata=ON_CPU)
+    """(B,) int64: the place of each sample in the run, by which its dropout is drawn."""
     position: int = field(default=0, metadata=OF_BATCH)
     """Global samples consumed once this batch is used; the loader's whole state."""
     text_lengths: Tensor | None = field(default=None, metadata=ON_CPU)

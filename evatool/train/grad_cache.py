@@ -33,6 +33,7 @@ def forward_backward(
     micro_batch_size: int,
     seed: int,
     gate: LossGate,
+    draw: Callable[[Batch], None] = lambda chunk: None,
 ) -> LossDict:
     """Losses of one step, detached, with their gradients in the engine; every rank calls it.
 
@@ -46,6 +47,7 @@ def forward_backward(
         step: where the run stands, for the objective.
         micro_batch_size: samples of this rank that go through the model at once; divides the batch.
         seed: of this step's random numbers on this rank.
+        draw: prepares what is drawn by sample, before each pass over these samples.
         gate: sees the step's loss before its gradient is taken.
     Raises: RecipeError where the batch is to be split and the objective can only take it whole.
     """
@@ -53,15 +55,16 @@ def forward_backward(
     chunks = [batch.rows(slice(first, first + micro_batch_size)) for first in range(0, size, micro_batch_size)]
     if len(chunks) == 1:
         torch.manual_seed(seed)
+        draw(batch)
         losses = engine.forward(batch, step=step)
         engine.backward(losses["loss"] * gate(losses["loss"].detach()))
         return {name: loss.detach() for name, loss in losses.items()}
     seeds = [(seed + 0x9E3779B97F4A7C15 * (number + 1)) & (2**63 - 1) for number in range(len(chunks))]
     match objective:
         case FeatureObjective():
-            return _features_first(engine, objective, batch, step, chunks, seeds, gate)
+            return _features_first(engine, objective, batch, step, chunks, seeds, gate, draw)
         case SumObjective():
-            return _by_shares(engine, objective, step, chunks, seeds, gate)
+            return _by_shares(engine, objective, step, chunks, seeds, gate, draw)
         case _:
             raise RecipeError(
                 f"{type(objective).__name__} takes a batch whole, but {size} samples are to go through it in "
@@ -80,6 +83,7 @@ def _features_first(
     chunks: Sequence[Batch],
     seeds: Sequence[int],
     gate: LossGate,
+    draw: Callable[[Batch], None],
 ) -> LossDict:
     """Losses of the whole batch L(f_1, ..., f_K), and their gradient by the chain rule through each f_k in turn.
 
@@ -90,6 +94,7 @@ def _features_first(
     first_pass: list[dict[str, Tensor]] = []
     for number, (chunk, seed) in enumerate(zip(chunks, seeds, strict=True), start=1):
         torch.manual_seed(seed)
+        draw(chunk)
         is_last = number == len(chunks)
         with nullcontext() if is_last else torch.no_grad(), engine.no_sync():
             first_pass.append(engine.forward(chunk, step=step, part="features"))
@@ -113,6 +118,7 @@ def _features_first(
     for number, (chunk, seed, rows) in enumerate(zip(chunks[:-1], seeds, slices, strict=False), start=1):
         of_chunk = {name: grad[rows] for name, grad in grads.items() if grad.dim() > 0}
         torch.manual_seed(seed)
+        draw(chunk)
         with nullcontext() if number == len(chunks) - 1 else engine.no_sync():
             engine.backward(engine.forward(chunk, step=step, part="encoding", gradients=of_chunk)["loss"])
     return {name: loss.detach() for name, loss in losses.items()}
@@ -130,11 +136,13 @@ def _by_shares(
     chunks: Sequence[Batch],
     seeds: Sequence[int],
     gate: LossGate,
+    draw: Callable[[Batch], None],
 ) -> LossDict:
     shares = objective.shares(chunks)
     sums: LossDict = {}
     for number, (chunk, seed, share) in enumerate(zip(chunks, seeds, shares, strict=True), start=1):
         torch.manual_seed(seed)
+        draw(chunk)
         is_last = number == len(chunks)
         with nullcontext() if is_last else engine.no_sync():
             losses = engine.forward(chunk, step=step)

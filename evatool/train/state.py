@@ -17,8 +17,7 @@ from evatool.distributed.engines.build import Engine
 class TrainState:
     """How far a run has come. Plain values only: it is saved as JSON.
 
-    Random numbers need no state: order, augmentation and masks follow from (seed, position), and each step's dropout
-    from (seed, step, rank).
+    Random numbers need no state: order, augmentation, masks and dropout follow from the seed and each sample's place.
     """
 
     seed: int = 0
@@ -31,6 +30,7 @@ class TrainState:
     rollbacks: list[dict[str, Any]] = field(default_factory=list)  # from where to where, and what was jumped over
     recent_losses: list[float] = field(default_factory=list)  # what the spike gate compares with
     train_sec: float = 0.0  # wall-clock time in the loop, over all attempts
+    draws_keyed_by: str = "rank"  # dropout: "sample", or (seed, step, rank) as in runs that were begun without this key
     notes: dict[str, str] = field(default_factory=dict)  # what the result should say, by topic
 
     def to_json(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -53,6 +54,7 @@ class Trainer(TrainerControl):
             is none yet; without it the run cannot roll back.
         work: what a sample costs, for the share of the hardware's peak that is used.
         tower_norms: finds the gradient norm of each tower.
+        draws: what the model draws by sample; all its random numbers are torch's when None.
 
     Attributes:
         metrics: those of the step that was logged last; empty before the first.
@@ -73,6 +75,7 @@ class Trainer(TrainerControl):
         restore: Callable[[], SavedRun | None] | None = None,
         work: Work | None = None,
         tower_norms: TowerNorms | None = None,
+        draws: SampleDraws | None = None,
     ) -> None:
         self.config, self.objective, self.engine, self.groups = config, objective, engine, groups
         self.state = TrainState(seed=config.seed) if state is None else state
@@ -81,7 +84,7 @@ class Trainer(TrainerControl):
         self.loader, self.schedule, self.hooks = loader, schedule, list(hooks)
         self.gate = gate if gate is not None else SpikeGate(None)
         self.metrics: dict[str, float] = {}
-        self._restore, self._work, self._tower_norms = restore, work, tower_norms
+        self._restore, self._work, self._tower_norms, self._draws = restore, work, tower_norms, draws
         self._rollback: tuple[str, str] | None = None  # reason and where, once one was requested
         self._requests = StopRequests(engine.device, stop_file=config.stop_file, save_every_sec=config.save_every_sec)
         self._throughput = Throughput(work)
@@ -151,6 +154,7 @@ class Trainer(TrainerControl):
             micro_batch_size=config.micro_batch_size or len(batch.keys),
             seed=step_seed(state.seed, state.step, rank()),
             gate=self.gate,
+            draw=self._draw_of_step(),
         )
         busy_sec = time.perf_counter() - start - (waited_sec() - waited)
         if self._tower_norms is not None:
@@ -290,6 +294,15 @@ class Trainer(TrainerControl):
             raise self._stopped(requests.reason, "; there is nothing to save")
         self._stop(requests.reason)
 
+    def _draw_of_step(self) -> Callable[[Batch], None]:
+        """What is drawn before a forward pass, by the rule that the run began with."""
+        draws, state, device = self._draws, self.state, self.engine.device
+        if draws is None:
+            return lambda chunk: None
+        if state.draws_keyed_by != "sample":
+            return lambda chunk: draws.start(None, state.seed, device)
+        return lambda chunk: draws.start(chunk.sample, state.seed, device)
+
     def _stopped(self, asked: str, how: str = "") -> Interrupted | Preempted:
         reason, state = self._requests.reason_of(asked), self.state
         what = f"stopped by {reason} after step {state.step} of {self.config.num_steps}{how}"
@@ -298,8 +311,16 @@ class Trainer(TrainerControl):
         return kind(what, fix=f"run the same command with --resume to go on from {there}")
 
 
+class SampleDraws(Protocol):
+    """Layers that draw by sample (`model.keyed_draws.StepDraws` is one)."""
+
+    def start(self, samples: Tensor | None, seed: int, device: torch.device) -> None:
+        """Draw for a forward pass over samples (B,) of these places in the run; None for torch's random numbers."""
+        ...
+
+
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of one step's dropout on one rank: different for neighbouring seeds, steps and ranks."""
+    """Seed of one step's torch random numbers on one rank: different for neighbouring seeds, steps and ranks."""
     # Odd 64-bit constants spread the three numbers over all bits; torch takes any 64-bit seed.
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) & (2**64 - 1)
     mixed ^= mixed >> 31

@@ -15,6 +15,7 @@ from evatool.core.param_group import ParamGroup
 from evatool.distributed.engines.build import Engine, build_engine
 from evatool.distributed.world import World
 from evatool.model.clip import build_clip
+from evatool.model.keyed_draws import StepDraws
 from evatool.model.presets import resolve_preset
 from evatool.objective.build import build_objective
 from evatool.objective.mim import MimObjective
@@ -35,8 +36,16 @@ def engine_of(objective: nn.Module) -> Engine:
     return build_engine(section, world, objective, groups, optimizer=optimizer, **settings)
 
 
-def gradients(objective: nn.Module, batch: Batch, micro_batch_size: int, gate: SpikeGate | None = None) -> Found:
+def gradients(
+    objective: nn.Module, batch: Batch, micro_batch_size: int, gate: SpikeGate | None = None, by_sample: bool = False
+) -> Found:
     objective = copy.deepcopy(objective).train()
+    draws = StepDraws(objective) if by_sample else None
+
+    def draw(chunk: Batch) -> None:
+        if draws is not None:
+            draws.start(chunk.sample, 1, torch.device("cpu"))
+
     losses = forward_backward(
         engine_of(objective),
         objective,
@@ -44,6 +53,7 @@ def gradients(objective: nn.Module, batch: Batch, micro_batch_size: int, gate: S
         micro_batch_size=micro_batch_size,
         seed=3,
         gate=gate or SpikeGate(None),
+        draw=draw,
     )
     return losses, {name: param.grad for name, param in objective.named_parameters() if param.grad is not None}
 

@@ -151,6 +151,7 @@ class StepDataset(Dataset[Made]):
             made.batch.stored, made.batch.store_rows = stored, torch.from_numpy(store_rows)
         made.batch.keys = names
         made.batch.position = position + self.global_batch_size
+        made.batch.sample = torch.from_numpy(slots)
         if self.end is not None:
             made.batch.valid = torch.from_numpy((slots < self.end) & ~is_replacement)
         return made

@@ -32,6 +32,7 @@ from evatool.distributed.meeting import meet
 from evatool.distributed.versions import check_versions
 from evatool.distributed.world import World, joined_world
 from evatool.model.clip import build_clip
+from evatool.model.keyed_draws import StepDraws
 from evatool.model.presets import ModelConfig, resolve_preset
 from evatool.model.vision import restore_buffers
 from evatool.objective.base import Objective
@@ -68,6 +69,8 @@ class Job:
     saved: Checkpoint | None
     """The newest whole checkpoint of a resumed run."""
     tower_norms: TowerNorms | None = None
+    draws: StepDraws | None = None
+    """What the model draws by sample in each step."""
     """Set with the engine."""
     meta_build: MetaBuild | None = None
     """Set where the objective was built without its weights."""
@@ -282,6 +285,7 @@ def build_job_engine(job: Job, objective: Objective, groups: Sequence[ParamGroup
     if job.world.is_main:
         rows = ["\t".join(row) for row in group_table(groups)]
         write_text_atomically(job.run_dir.path / "parameter_groups.tsv", "\n".join([*rows, ""]))
+    job.draws = StepDraws(objective)
     optimizer = build_optimizer(optim, groups)
     job.tower_norms = TowerNorms(optimizer, groups)
     first = None
@@ -312,7 +316,7 @@ def start_state(job: Job, engine: Engine, groups: Sequence[ParamGroup], loader: 
     log.info("data: %d samples", loader.num_samples)
     if job.saved is None:
         _keep_counts(job, loader)
-        return TrainState(seed=job.recipe.train.seed, data_order=loader.order_name)
+        return TrainState(seed=job.recipe.train.seed, data_order=loader.order_name, draws_keyed_by="sample")
     # Rank 0 reads for all: it may write the file anew before another rank has looked.
     before = gather_objects(read_counts(job.run_dir.path) if job.world.is_main else None)[0]
     saved_order = str(job.saved.train_state.get("data_order", ""))

@@ -163,6 +163,7 @@ def build_trainer(
         restore=partial(newest_checkpoint, job),
         work=work,
         tower_norms=job.tower_norms,
+        draws=job.draws,
     )
 
 
