@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,11 @@ from evatool.runs.run_dir import RunOptions
 pytestmark = [pytest.mark.dist, pytest.mark.e2e]
 
 
-def train(data: Path, run_dir: Path, **more: dict) -> dict[str, float]:
+DROPOUT = {"model": {"patch_dropout": 0.5, "drop_path_rate": 0.2}}
+SAVES = {"checkpoint": {"every_steps": 1, "keep": 3}}
+
+
+def train(data: Path, run_dir: Path, resume: bool = False, **more: dict) -> dict[str, float]:
     """Three steps of a CLIP at debug size; this rank's metrics. `more` is merged into the recipe's tables."""
     table = {
         "data": {"train": str(data / "train")},
@@ -27,22 +32,33 @@ def train(data: Path, run_dir: Path, **more: dict) -> dict[str, float]:
     }
     for name, settings in more.items():
         table[name] = table.get(name, {}) | settings
-    return run_stage(resolve_table(table, "train-clip"), RunOptions(name="train-clip", run_dir=run_dir)).metrics
+    return run_stage(resolve_table(table, "train-clip"), RunOptions(name="train-clip", run_dir=run_dir, resume=resume)).metrics
 
 
-def test_two_ranks_end_where_one_process_ends(run_on_ranks, tmp_path):
+def train_with_dropout(data: Path, run_dir: Path, resume: bool = False) -> dict[str, float]:
+    return train(data, run_dir, resume, **DROPOUT, **SAVES)
+
+
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_end_where_one_process_ends(run_on_ranks, tmp_path, num_ranks):
+    """With patch dropout and stochastic depth as a run draws them; also where the ranks go on with its first step."""
     data = tmp_path / "data"
     source = {"data": {"kind": "drawings", "max_concepts": 12, "num_unseen": 2}}
     run_stage(resolve_table(source, "data-prepare"), RunOptions(name="data", run_dir=data))
-    alone = train(data, tmp_path / "one")
-    for metrics in run_on_ranks(train, 2, data, tmp_path / "two"):
+    alone = train_with_dropout(data, tmp_path / "one")
+    for metrics in run_on_ranks(train_with_dropout, num_ranks, data, tmp_path / "two"):
         assert metrics["train/loss"] == pytest.approx(alone["train/loss"], rel=1e-5)
-    one, two = (
-        load_file(tmp_path / name / "checkpoints" / "step_00000003" / "model.safetensors") for name in ("one", "two")
-    )
-    assert one.keys() == two.keys()
-    for name, tensor in two.items():
-        torch.testing.assert_close(tensor, one[name], rtol=1e-4, atol=1e-6, msg=name)
+    one = tmp_path / "one"
+    later = shutil.ignore_patterns("step_00000002", "step_00000003", "result.json", "lease.json")
+    shutil.copytree(one, tmp_path / "resumed", ignore=later)
+    (tmp_path / "resumed" / "status.json").write_text('{"state": "preempted"}')
+    run_on_ranks(train_with_dropout, num_ranks, data, tmp_path / "resumed", True)
+    expected = load_file(one / "checkpoints" / "step_00000003" / "model.safetensors")
+    for run in ("two", "resumed"):
+        found = load_file(tmp_path / run / "checkpoints" / "step_00000003" / "model.safetensors")
+        assert expected.keys() == found.keys()
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=f"{run}: {name}")
     lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3], "only rank 0 writes"
     assert (tmp_path / "two" / "logs" / "rank_00001.log").exists()
