@@ -1,6 +1,7 @@
 """Short runs of each training stage give the stored loss traces, bit for bit where the machine computes alike.
 
-The traces are of commit b034c17. `EVATOOL_WRITE_TRACES=1` writes them anew, for a change that is meant to change them.
+The traces are those of commit b034c17 with dropout drawn by sample (`draws_keyed_by = "rank"` gave its very bits).
+`EVATOOL_WRITE_TRACES=1` writes them anew, for a change that is meant to change them.
 On a machine whose arithmetic is another (`short_runs.arithmetic`) figures may differ by `TOLERANCE`, relative to each:
 with torch's vector instructions switched off (`ATEN_CPU_CAPABILITY=default`) the largest difference was 1.2e-4.
 """
