@@ -28,6 +28,9 @@ ADDED_RECIPE_KEYS: dict[str, Any] = {
 }
 """Keys with a default that recipes did not always have, and the value that stands for what was done before."""
 
+FREED_RECIPE_KEYS: dict[str, Any] = {"eval.resize": "shortest"}
+"""Keys that had a default and may be absent now, and that default: an older run that recorded it asked for nothing."""
+
 PREDICTION_ARRAYS = {"picture_of_text": "image_of_text"}
 """Arrays of the predictions that an evaluation keeps (`predictions/*/*.npz`)."""
 

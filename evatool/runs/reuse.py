@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evatool.core.errors import EvatoolError, RecipeError, UsageError
+from evatool.core.renamed_keys import FREED_RECIPE_KEYS
 from evatool.core.secrets import mask_values
 from evatool.recipe.load import load_recipe
 from evatool.recipe.schema import DistillRecipe, Recipe, TrainClipRecipe
@@ -155,6 +156,9 @@ def _ended(recipe: Recipe, path: Path, differences: dict[str, str]) -> RecipeErr
 def _differences(before: Recipe, now: Recipe) -> dict[str, str]:
     """One line per differing key that a resume may not change unasked."""
     old, new = flatten(to_table(before)), flatten(to_table(now))
+    for key, default in FREED_RECIPE_KEYS.items():
+        if key not in new and old.get(key) == default:
+            del old[key]
     keys = [k for k in dict.fromkeys((*old, *new)) if k not in RESUMABLE_KEYS and not k.startswith(RESUMABLE_TABLES)]
 
     def show(table: dict[str, Any], key: str) -> str:

@@ -343,6 +343,10 @@ def _check_present(shards: ShardList, max_bad_fraction: float) -> None:
 def _plain_name(name: str) -> str:
     if "\0" in name:
         raise ValueError(f"{name!r} is no name of a file")
+    try:
+        os.fsencode(name)  # JSON can hold half a character
+    except UnicodeEncodeError as err:
+        raise ValueError(f"{name!r} is no name of a file") from err
     if name.startswith("/") or (".." in name and ".." in name.split("/")):
         raise ValueError(f"{name!r} leads out of the folder")
     return name
