@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,15 +47,25 @@ class ShardCache:
         folder: made if absent; `default_cache_folder()` when None.
         max_bytes: most bytes of shards kept.
         patience: with the store.
-    Raises: DataError where the folder cannot be made, or where others could have put files there.
+    Raises: DataError where a named folder cannot be made, or others could have put files there; of the default one
+    that is found out when it is used first.
     """
 
     def __init__(self, folder: Path | None, max_bytes: int, patience: Patience) -> None:
         self.folder = folder or default_cache_folder()
         self.max_bytes, self.patience = max_bytes, patience
-        self._own = OwnFolder(self.folder, is_named=folder is not None, fix=_FIX)
+        self._is_named = folder is not None
+        if self._is_named:
+            assert self._own is not None, "a folder that the recipe names is checked at the start"
+        self._ahead: _Ahead | None = None
+        self._failed: dict[str, tuple[float, FetchError]] = {}
+
+    @cached_property
+    def _own(self) -> OwnFolder:
+        """The folder, checked on its first use: a run of local shards alone needs no default one."""
+        own = OwnFolder(self.folder, is_named=self._is_named, fix=_FIX)
         try:
-            with self._own.opened("locks"):
+            with own.opened("locks"):
                 pass
         except OSError as err:
             raise DataError(
@@ -62,8 +73,7 @@ class ShardCache:
                 where=str(self.folder),
                 fix="set data.remote.cache_dir to a folder that can be written",
             ) from err
-        self._ahead: _Ahead | None = None
-        self._failed: dict[str, tuple[float, FetchError]] = {}
+        return own
 
     def path(self, url: str) -> Path:
         """The path at which a shard is kept once it is fetched."""
