@@ -13,6 +13,7 @@ import torch
 import evatool
 from evatool.core.secrets import mask_secrets
 from evatool.core.shown_text import markdown_block, markdown_code, markdown_text
+from evatool.model.config import ModelConfig
 from evatool.weights.load import UnloadedClip
 
 
@@ -38,10 +39,10 @@ def card_facts(clip: UnloadedClip, dtype: torch.dtype, results: Sequence[tuple[s
     def count(prefix: str) -> int:
         return sum(math.prod(clip.tensors.shape(name)) for name in clip.tensors if name.startswith(prefix))
 
-    return CardFacts(
-        name=config.name,
-        source=clip.source,
-        architecture=[
+    if config.open_clip is not None:
+        rows = [("image size", " x ".join(map(str, config.input_size))), ("architecture", open_clip_words(config))]
+    else:
+        rows = [
             (
                 "image size, patch, grid",
                 f"{config.image_size}, {config.patch_size}, {config.grid[0]} x {config.grid[1]}",
@@ -49,6 +50,12 @@ def card_facts(clip: UnloadedClip, dtype: torch.dtype, results: Sequence[tuple[s
             ("image tower: width, depth, heads", f"{config.width}, {config.depth}, {config.num_heads}"),
             ("image tower: blocks", _block_words(config.vision)),
             ("text tower: width, depth, heads", f"{text['width']}, {text['layers']}, {text['heads']}"),
+        ]
+    return CardFacts(
+        name=config.name,
+        source=clip.source,
+        architecture=[
+            *rows,
             ("context, vocabulary", f"{config.context_length}, {text['vocab_size']}"),
             ("embedding", str(config.embed_dim)),
             ("weights", dtype_name(dtype)),
@@ -58,6 +65,14 @@ def card_facts(clip: UnloadedClip, dtype: torch.dtype, results: Sequence[tuple[s
         results=results,
         evatool_version=evatool.__version__,
     )
+
+
+def open_clip_words(config: ModelConfig) -> str:
+    """The towers of a model in open_clip's words."""
+    assert config.open_clip is not None
+    vision, text = config.open_clip["vision_cfg"], config.open_clip["text_cfg"]
+    image = vision.get("timm_model_name", "an image tower of open_clip")
+    return f"open_clip: {image}; {text.get('hf_model_name', 'a text transformer of open_clip')}"
 
 
 def _block_words(vision: Mapping[str, Any]) -> str:

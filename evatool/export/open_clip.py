@@ -67,6 +67,16 @@ class OpenClipDescription:
 def open_clip_description(model: ModelConfig) -> OpenClipDescription:
     """The configurations by which open_clip builds `model`."""
     model_cfg = open_clip_model_config(model)
+    if model.open_clip is not None:
+        # The towers stand at `visual` and `text` in the file, whichever class it was.
+        model_cfg["custom_text"] = True
+        return OpenClipDescription(
+            model_cfg=model_cfg,
+            timm_config=None,
+            needs_evatool=False,
+            preprocess_cfg=preprocess_cfg_of(model.input),
+            evatool={"version": evatool.__version__, "model": model.to_json()},
+        )
     name = model_cfg["vision_cfg"].get("timm_model_name")  # None: open_clip's own ViT
     is_stock = name is None or name in STOCK_NAMES
     config = None if is_stock else timm_config(model)
@@ -99,7 +109,7 @@ class OpenClipExporter(Exporter):
 
     def loading_code(self, config: ModelConfig, folder: Path) -> str:
         """Through `local-dir:`."""
-        register = "import evatool; evatool.register(); " if config.vision["use_rms_norm"] else ""
+        register = "import evatool; evatool.register(); " if config.vision.get("use_rms_norm") else ""
         return f"{register}import open_clip; open_clip.create_model_from_pretrained('local-dir:{folder}')"
 
     def streamed_format(self, clip: UnloadedClip, facts: CardFacts, target: Target) -> StreamedFormat:
@@ -143,7 +153,9 @@ def export_open_clip(
         if is_tied:
             write_json(work / TIMM_CONFIG, description.timm_config)
         write_json(work / CONFIG, config_of(description, work))
-        inputs = fixed_inputs(clip.image_size, clip.context_length, description.model_cfg["text_cfg"]["vocab_size"])
+        inputs = fixed_inputs(
+            clip.input_size, clip.context_length, description.model_cfg["text_cfg"].get("vocab_size", 49408)
+        )
         theirs = foreign_outputs(OPEN_CLIP_READER, work, inputs, needs_evatool=description.needs_evatool)
         difference = largest_difference(theirs, our_outputs(clip, inputs), target)
         write_json(work / CONFIG, config_of(description, target.folder))
@@ -181,7 +193,7 @@ def card_of(
     folder = target.folder.resolve() if description.timm_config is not None else "PATH/OF/THIS/FOLDER"
     lines += [
         f'model, preprocess = open_clip.create_model_from_pretrained("local-dir:{folder}")',
-        f"tokenizer = open_clip.SimpleTokenizer(context_length={description.model_cfg['text_cfg']['context_length']})",
+        f'tokenizer = open_clip.get_tokenizer("local-dir:{folder}")',
     ]
     if description.timm_config is not None:
         notes.append(

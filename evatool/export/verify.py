@@ -43,11 +43,11 @@ model.eval()
 picture = Image.fromarray(given["picture"].numpy())
 with torch.no_grad():
     save_file({
-        "image_features": model.encode_image(given["image"]).contiguous(),
-        "text_features": model.encode_text(given["tokens"]).contiguous(),
+        "image_features": model.encode_image(given["image"], normalize=False).contiguous(),
+        "text_features": model.encode_text(given["tokens"], normalize=False).contiguous(),
         "logit_scale": model.logit_scale.exp().reshape(1),
         "preprocessed": preprocess(picture).contiguous(),
-        **({} if model.logit_bias is None else {"logit_bias": model.logit_bias.reshape(1)}),
+        **({} if getattr(model, "logit_bias", None) is None else {"logit_bias": model.logit_bias.reshape(1)}),
     }, outputs)
 """
 
@@ -73,24 +73,25 @@ with torch.no_grad():
 """
 
 
-def fixed_inputs(image_size: int, context_length: int, vocab_size: int) -> dict[str, Tensor]:
-    """Fixed inputs for verification: `image` (4, 3, S, S) float, `tokens` (4, L), `picture` (H, W, 3) uint8.
+def fixed_inputs(image_size: int | tuple[int, int], context_length: int, vocab_size: int) -> dict[str, Tensor]:
+    """Fixed inputs for verification: `image` (4, 3, H, W) float, `tokens` (4, L), `picture` (H, W, 3) uint8.
 
     Token rows have different lengths; each ends with the vocabulary's last id, as CLIP's do, and is zero-padded.
     """
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(4, 3, image_size, image_size, generator=generator)
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    image = torch.randn(4, 3, height, width, generator=generator)
     tokens = torch.randint(1, vocab_size - 1, (4, context_length), generator=generator)
     for row, length in enumerate(torch.linspace(2, context_length, 4).long().tolist()):
         tokens[row, length - 1] = vocab_size - 1
         tokens[row, length:] = 0
-    raw_image = torch.randint(0, 256, (image_size + 17, 2 * image_size + 5, 3), generator=generator, dtype=torch.uint8)
+    raw_image = torch.randint(0, 256, (height + 17, 2 * width + 5, 3), generator=generator, dtype=torch.uint8)
     return {"image": image, "tokens": tokens, "picture": raw_image}
 
 
 def our_outputs(clip: LoadedClip, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Outputs of the model itself for `fixed_inputs`, under the names that the readers use."""
-    bias = clip.model.logit_bias
+    bias = getattr(clip.model, "logit_bias", None)
     outputs = {} if bias is None else {"logit_bias": bias.detach().reshape(1)}
     return outputs | {
         "image_features": clip.encode_image(inputs["image"]),

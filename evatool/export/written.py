@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from evatool.formats.safetensors import TensorMap, shape_of
+from evatool.formats.safetensors import TensorMap, dtype_of, shape_of
 from evatool.inference.loaded_clip import LoadedClip
 from evatool.weights.fit import SCALARS
 from evatool.weights.mapped_tensors import tensors_below
@@ -45,7 +45,8 @@ class CastMap(TensorMap):
     def dtype(self, name: str) -> torch.dtype:
         """Dtype as written."""
         if name not in SCALARS:
-            return self._dtype
+            stored = dtype_of(self._tensors, name)
+            return self._dtype if stored.is_floating_point else stored  # counters of batch norms
         tensor = self._tensors[name]
         if not torch.equal(tensor.to(self._dtype).to(tensor.dtype), tensor):
             return tensor.dtype

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evatool.core.own_folder import expand_user
+from evatool.export.model_card import open_clip_words
 from evatool.formats.safetensors import dtype_of, shape_of
 from evatool.inference.tokenizers import CLIP_BPE, tokenizer_facts
 from evatool.model.config import ModelConfig
@@ -81,9 +82,7 @@ def _architecture(config: ModelConfig) -> str:
     if config.open_clip is None:
         kind = "EVA" if config.is_eva else "ViT of OpenAI's CLIP"
         return f"{kind}, {config.depth} blocks of width {config.width}, patches of {config.patch_size}"
-    vision, text = config.open_clip["vision_cfg"], config.open_clip["text_cfg"]
-    image = vision.get("timm_model_name", "an image tower of open_clip")
-    return f"open_clip: {image}; {text.get('hf_model_name', 'a text transformer of open_clip')}"
+    return open_clip_words(config)
 
 
 def _of_weights(found: SourceWeights) -> list[SourceFact]:

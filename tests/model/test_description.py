@@ -15,6 +15,9 @@ from safetensors.torch import save_file
 import evatool
 from evatool.core.errors import CheckpointError, DependencyError, UsageError
 from evatool.data.image.eval_transforms import EvalTransform
+from evatool.recipe.load import resolve_table
+from evatool.runs.run_dir import RunOptions
+from evatool.stages import run_stage
 from evatool.weights.description import describe_model
 from evatool.weights.named import tagged_config
 
@@ -195,3 +198,17 @@ def test_a_tokenizer_that_is_not_at_hand_is_named(tmp_path: Path, monkeypatch: p
 def test_towers_stand_at_their_places_whichever_class_open_clip_chooses(tmp_path: Path) -> None:
     clip = evatool.load_clip(described(tmp_path, ARCHITECTURES["resnet"]))
     assert isinstance(clip.model, CustomTextCLIP)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet", *(pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES if name != "resnet")]
+)
+def test_any_architecture_is_exported_to_open_clip(name: str, tmp_path: Path) -> None:
+    """The exporter itself compares features, temperature and preprocessing in a process without evatool."""
+    folder = described(tmp_path / "model", ARCHITECTURES[name], HALF)
+    table = {"export": {"checkpoint": str(folder), "format": "open_clip"}}
+    run_stage(resolve_table(table, "export"), RunOptions(name="export", run_dir=tmp_path / "out"))
+    before, after = evatool.load_clip(folder), evatool.load_clip(tmp_path / "out")
+    assert after.config.input == before.config.input
+    ids = before.tokenizer(["a dog"])
+    assert torch.equal(before.encode_text(ids), after.encode_text(ids))
