@@ -1,11 +1,11 @@
 """Dropout of training steps keyed by sample: what is dropped follows from the run's seed and the sample's place in it.
 
-    key(sample i, layer l)      = mix(mix(i + seed c0) + l c1)
-    draw(sample i, layer l, n)  = mix(key(i, l) + n c2)             64 bits; mix is splitmix64's finalizer
+    key(sample i, layer l)      = splitmix(splitmix(i + seed c0) + l c1)
+    draw(sample i, layer l, n)  = splitmix(key(i, l) + n c2)             64 bits; splitmix is splitmix64's finalizer
 
 A draw depends on no other sample of the batch, so neither on the number of ranks nor on micro-batches nor on where a
 run was resumed. All draws of a layer are computed at once, by the same integers on a CPU and a GPU.
-Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014, for the mixing function.
+Source: https://doi.org/10.1145/2660193.2660195 (Steele, Lea and Flood, OOPSLA 2014), for the mixing function.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SEED, _LAYER, _PLACE = (_signed(c) for c in (0x9E3779B97F4A7C15, 0xD1B54A32D192
 _MIX = (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))
 
 
-def mix(values: Tensor) -> Tensor:
+def splitmix(values: Tensor) -> Tensor:
     """splitmix64's finalizer on int64 of any shape; every bit of the result depends on every bit."""
     # int64 shifts bring the sign in from the left: it is masked away.
     values = (values ^ ((values >> 30) & (2**34 - 1))) * _MIX[0]
@@ -76,12 +76,12 @@ class _Patches:
         self.keys = keys
 
     def keep(self, x: Tensor, prob: float, num_prefix: int) -> tuple[Tensor, Tensor]:
-        """(B, prefix + N, C) -> (B, prefix + kept, C), and the places (B, kept) of those that stay."""
+        """(B, prefix + N, C) -> (B, prefix + kept, C), and the offsets (B, kept) of those that stay."""
         assert self.keys is not None
         prefix, patches = x[:, :num_prefix], x[:, num_prefix:]
         num_kept = max(1, int(patches.shape[1] * (1.0 - prob)))
-        places = torch.arange(patches.shape[1], device=x.device) * _PLACE
-        draws = mix(self.keys[:, None] + places)
+        offsets = torch.arange(patches.shape[1], device=x.device) * _PLACE
+        draws = splitmix(self.keys[:, None] + offsets)
         kept = draws.argsort(dim=-1)[:, :num_kept]
         chosen = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
         return torch.cat((prefix, chosen), dim=1), kept
@@ -91,7 +91,7 @@ class KeyedPatchDropoutWithIndices(_Patches, PatchDropoutWithIndices):  # type: 
     """timm's patch dropout of an EVA tower."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, N, C) -> (B, kept, C), and the places of the patches that stay."""
+        """(B, N, C) -> (B, kept, C), and the offsets of the patches that stay."""
         if self.keys is None or not self.training or self.prob == 0.0:
             plain: tuple[Tensor, Tensor | None] = super().forward(x)
             return plain
@@ -128,9 +128,9 @@ class StepDraws:
         """
         if not self._layers:
             return
-        base = None if samples is None else mix(samples.to(device, non_blocking=True) + _signed(seed * _SEED))
+        base = None if samples is None else splitmix(samples.to(device, non_blocking=True) + _signed(seed * _SEED))
         for number, layer in enumerate(self._layers, start=1):
-            layer.draw(None if base is None else mix(base + _signed(number * _LAYER)))
+            layer.draw(None if base is None else splitmix(base + _signed(number * _LAYER)))
 
 
 def _replaced(model: nn.Module) -> Iterator[nn.Module]:

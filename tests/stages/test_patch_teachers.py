@@ -118,7 +118,7 @@ class Loaded:
     """What a loaded teacher's log line asks for."""
 
     model, source = None, "a file"
-    config = SimpleNamespace(name="a teacher")
+    config = SimpleNamespace(name="a teacher", open_clip=None)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from evatool.core.batch import Batch
 from evatool.model.clip import build_clip
-from evatool.model.keyed_draws import KeyedDropPath, KeyedPatchDropoutWithIndices, StepDraws, mix, uniform
+from evatool.model.keyed_draws import KeyedDropPath, KeyedPatchDropoutWithIndices, StepDraws, splitmix, uniform
 from evatool.model.presets import resolve_preset
 from evatool.objective.build import build_objective
 from evatool.recipe import schema
@@ -28,11 +28,13 @@ def splitmix64(value: int) -> int:
 
 def test_mixing_is_splitmix64() -> None:
     values = [0, 1, 7, 2**31, 2**62 + 3, -1, -(2**63), 1234567890123]
-    assert [value & MASK for value in mix(torch.tensor(values)).tolist()] == [splitmix64(value) for value in values]
+    assert [value & MASK for value in splitmix(torch.tensor(values)).tolist()] == [
+        splitmix64(value) for value in values
+    ]
 
 
 def test_draws_are_even_and_unrelated() -> None:
-    draws = uniform(mix(torch.arange(200_000)))
+    draws = uniform(splitmix(torch.arange(200_000)))
     assert abs(float(draws.mean()) - 0.5) < 0.002
     assert abs(float(draws.var()) - 1 / 12) < 0.001
     assert abs(float(torch.corrcoef(torch.stack([draws[:-1], draws[1:]]))[0, 1])) < 0.01
