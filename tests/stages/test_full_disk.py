@@ -69,6 +69,64 @@ def test_a_run_on_a_small_disk_ends_with_76_and_goes_on_later(work: Path, kiloby
     shutil.rmtree(kept)
 
 
+@pytest.mark.parametrize("kilobytes", [40, 280])
+@pytest.mark.parametrize(
+    ("num_ranks", "more"),
+    [("2", []), ("1", ["--set", 'train.trackers=["tensorboard"]'])],
+    ids=["two ranks", "tensorboard"],
+)
+def test_ranks_and_trackers_on_a_small_disk(work: Path, num_ranks: str, more: list[str], kilobytes: int) -> None:
+    """The other rank ends too, and a tracker's file is one of those that a full disk stops."""
+    small, kept = work / "small", work / f"kept-{num_ranks}-{kilobytes}"
+    small.mkdir(exist_ok=True)
+    program = [sys.executable, short_runs.__file__, num_ranks, *command(work), *more]
+    done = run_on_small_disk(
+        [*program, "--run-dir", "small/run"], small, f"{kilobytes}k", after=f"cp -r small/run {kept.name}", cwd=work
+    )
+    assert done.returncode == 76, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "disk is full" in done.stderr
+    if (kept / "status.json").exists():
+        status = json.loads((kept / "status.json").read_text())
+        assert (status["state"], status["exit_code"]) == ("failed", 76)
+    evatool(work, *command(work), *more, "--run-dir", kept.name, "--resume")
+    assert short_runs.records_of(kept)[-1]["step"] == short_runs.records_of(work / "whole")[-1]["step"]
+    shutil.rmtree(kept)
+
+
+def test_a_limit_on_the_size_of_files_ends_with_76(work: Path) -> None:
+    """`ulimit -f`, as batch systems set it: no file may have more than 60 KiB."""
+    program = " ".join(f"'{part}'" for part in [*PROGRAM, *command(work), "--run-dir", "limited"])
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -f 60; {program}"],
+        cwd=work,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 76, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    status = json.loads((work / "limited" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 76)
+    evatool(work, *command(work), "--run-dir", "limited", "--resume")
+    assert short_runs.contents_of(work / "limited") == short_runs.contents_of(work / "whole")
+
+
+def test_a_store_on_a_small_disk(work: Path) -> None:
+    """What a teacher says is stored until the disk is full; the same command fills the rest."""
+    shutil.copytree(work / "whole", work / "teacher", dirs_exist_ok=True)
+    small = work / "small"
+    small.mkdir(exist_ok=True)
+    recipe = [*short_runs.write_recipe("pretrain-mim", work)[1:], "--set", "teacher.store.views=2"]
+    arguments = ["store-features", *recipe, "--set", "teacher.store.path=small/store", "--run-dir", "small/run"]
+    done = run_on_small_disk([*PROGRAM, *arguments], small, "32k", after="ls small/store", cwd=work)
+    assert done.returncode == 76, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert "disk is full" in done.stderr
+    evatool(work, *arguments)
+
+
 @pytest.mark.parametrize("kilobytes", [8, 60, 150])
 def test_data_prepare_on_a_small_disk(work: Path, kilobytes: int) -> None:
     small = work / "small"
