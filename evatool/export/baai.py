@@ -73,8 +73,13 @@ def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 def baai_config(config: ModelConfig) -> dict[str, Any]:
-    """`config` as EVA-CLIP's JSON files write it: what is not the default there."""
+    """`config` as EVA-CLIP's JSON files write it: what is not the default there, and what its loader cannot do without.
+
+    Without `eva_model_name` that loader builds an OpenAI tower, silently; without `drop_path_rate` it fails
+    (docs/reference/eva.md#names-in-files).
+    """
     vision = {key: value for key, value in config.vision.items() if key not in _OURS}
     vision = {k: v for k, v in vision.items() if v != VISION_DEFAULTS[k] or k in _ALWAYS}
+    vision |= {"eva_model_name": config.name.lower(), "drop_path_rate": 0}
     text = {k: v for k, v in (config.text or {}).items() if v != TEXT_DEFAULTS[k] or k in _ALWAYS}
     return {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text}

@@ -97,6 +97,9 @@ def test_baai_to_ours_to_baai_is_bit_exact_rope_tables_included(name, tmp_path):
     again = load_clip(tmp_path / "baai")
     assert again.fingerprint == clip.fingerprint
     assert again.config.vision == golden.config.vision
+    written = baai_config(golden.config)["vision_cfg"]  # EVA-CLIP's loader asks for both
+    assert written["eva_model_name"]
+    assert written["drop_path_rate"] == 0
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
