@@ -38,9 +38,9 @@ from evatool.data.image.resize import place_of, put_in_place
 log = logging.getLogger(__name__)
 
 Mode = Literal["exact", "fast", "scaled"]
-"""`exact`: Pillow's pixels and Pillow's bicubic, byte for byte. `fast`: the same pixels, resized by torch, within two
-grey levels of Pillow. `scaled`: JPEGs far larger than needed are decoded at 1/2 or 1/4. JPEGs are decoded by simplejpeg
-where it is installed, to Pillow's pixels."""
+"""`exact`: Pillow's pixels and Pillow's bicubic, byte for byte. `fast`: the same pixels, resized by torch: mostly
+within two grey levels of Pillow, up to 17 were seen where hard edges are enlarged. `scaled`: JPEGs far larger than
+needed are decoded at 1/2 or 1/4. JPEGs are decoded by simplejpeg where it is installed, to Pillow's pixels."""
 
 MAX_FULL_PIXELS = 20_000_000
 """An image of more pixels is decoded at 1/2, 1/4 or 1/8 in every mode, so that it takes at most 4 bytes for each of its

@@ -286,8 +286,9 @@ class TrainDataSection(Section):
     """Random changes of each training picture."""
     decode: Literal["fast", "exact", "scaled"] = "fast"
     """How pictures are decoded and resized. `exact` gives the bytes of Pillow's decoder and bicubic, as EVA's code
-    does. `fast` is faster and at most two grey levels away from that. `scaled` also decodes large JPEGs at half or a
-    quarter of their size where that is enough; choose it where the CPU is the bottleneck."""
+    does. `fast` is faster and near that: mostly within two grey levels, up to 17 were seen where hard edges are
+    enlarged. `scaled` also decodes large JPEGs at half or a quarter of their size where that is enough; choose it where
+    the CPU is the bottleneck."""
     nonstandard: Literal["skip", "convert"] = "skip"
     """What becomes of CMYK, 16-bit and animated pictures, whose right colours cannot be known. `skip` replaces them as
     bad samples; `convert` makes RGB of the first frame as EVA's readers did, without a limit on their number."""
