@@ -41,20 +41,22 @@ def train_with_dropout(data: Path, run_dir: Path, resume: bool = False) -> dict[
 
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_end_where_one_process_ends(run_on_ranks, tmp_path, num_ranks):
-    """With patch dropout and stochastic depth as a run draws them; also where the ranks go on with its first step."""
+    """With patch dropout and stochastic depth as a run draws them; four ranks also go on with its first step."""
     data = tmp_path / "data"
     source = {"data": {"kind": "drawings", "max_concepts": 12, "num_unseen": 2}}
     run_stage(resolve_table(source, "data-prepare"), RunOptions(name="data", run_dir=data))
     alone = train_with_dropout(data, tmp_path / "one")
     for metrics in run_on_ranks(train_with_dropout, num_ranks, data, tmp_path / "two"):
         assert metrics["train/loss"] == pytest.approx(alone["train/loss"], rel=1e-5)
-    one = tmp_path / "one"
+    one, runs = tmp_path / "one", ["two"]
     later = shutil.ignore_patterns("step_00000002", "step_00000003", "result.json", "lease.json")
-    shutil.copytree(one, tmp_path / "resumed", ignore=later)
-    (tmp_path / "resumed" / "status.json").write_text('{"state": "preempted"}')
-    run_on_ranks(train_with_dropout, num_ranks, data, tmp_path / "resumed", True)
+    if num_ranks > 2:  # in the slow part
+        shutil.copytree(one, tmp_path / "resumed", ignore=later)
+        (tmp_path / "resumed" / "status.json").write_text('{"state": "preempted"}')
+        run_on_ranks(train_with_dropout, num_ranks, data, tmp_path / "resumed", True)
+        runs.append("resumed")
     expected = load_file(one / "checkpoints" / "step_00000003" / "model.safetensors")
-    for run in ("two", "resumed"):
+    for run in runs:
         found = load_file(tmp_path / run / "checkpoints" / "step_00000003" / "model.safetensors")
         assert expected.keys() == found.keys()
         for name, tensor in found.items():

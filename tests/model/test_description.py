@@ -199,9 +199,8 @@ def test_towers_stand_at_their_places_whichever_class_open_clip_chooses(tmp_path
     assert isinstance(clip.model, CustomTextCLIP)
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet", *(pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES if name != "resnet")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_any_architecture_is_exported_to_open_clip(name: str, tmp_path: Path) -> None:
     """The exporter itself compares features, temperature and preprocessing in a process without evatool."""
     folder = described(tmp_path / "model", ARCHITECTURES[name], HALF)
